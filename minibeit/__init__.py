@@ -1,0 +1,79 @@
+"""minibeit: BEiT in NumPy and numba, to be read, to be checked against, and to run without a deep-learning framework.
+
+The public names are those of transformers, so that code moves over by changing an import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .config import BeitConfig
+    from .errors import CheckpointError, ImageError
+    from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .outputs import (
+        BackboneOutput,
+        BeitModelOutputWithPooling,
+        ImageClassifierOutput,
+        MaskedLMOutput,
+        SemanticSegmenterOutput,
+    )
+    from .tasks.backbone import BeitBackbone
+    from .tasks.image_classification import BeitForImageClassification
+    from .tasks.masked_image_modeling import BeitForMaskedImageModeling
+    from .tasks.model import BeitModel
+    from .tasks.semantic_segmentation import BeitForSemanticSegmentation
+    from .trace import Trace
+
+# Where each public name lives; a module is imported when its name is first asked for, so `import minibeit` is quick.
+_HOMES = {
+    "BeitConfig": "config",
+    "BeitImageProcessor": "image_processor",
+    "BeitFeatureExtractor": "image_processor",
+    "BeitModel": "tasks.model",
+    "BeitForMaskedImageModeling": "tasks.masked_image_modeling",
+    "BeitForImageClassification": "tasks.image_classification",
+    "BeitForSemanticSegmentation": "tasks.semantic_segmentation",
+    "BeitBackbone": "tasks.backbone",
+    "BeitModelOutputWithPooling": "outputs",
+    "MaskedLMOutput": "outputs",
+    "ImageClassifierOutput": "outputs",
+    "SemanticSegmenterOutput": "outputs",
+    "BackboneOutput": "outputs",
+    "Trace": "trace",
+    "CheckpointError": "errors",
+    "ImageError": "errors",
+}
+
+__all__ = [
+    "BackboneOutput",
+    "BeitBackbone",
+    "BeitConfig",
+    "BeitFeatureExtractor",
+    "BeitForImageClassification",
+    "BeitForMaskedImageModeling",
+    "BeitForSemanticSegmentation",
+    "BeitImageProcessor",
+    "BeitModel",
+    "BeitModelOutputWithPooling",
+    "CheckpointError",
+    "ImageClassifierOutput",
+    "ImageError",
+    "MaskedLMOutput",
+    "SemanticSegmenterOutput",
+    "Trace",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minibeit' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,384 @@
+"""BeitConfig: the fields of a Hub `config.json` for BEiT, DiT and Data2Vec-Vision, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .files import atomic_write
+
+CONFIG_NAME = "config.json"
+MODEL_TYPES = ("beit", "data2vec-vision")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+ACTIVATIONS = (
+    "gelu",
+    "gelu_10",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "sqrtsoftplus",
+    "swish",
+    "tanh",
+)  # all of transformers' ACT2FN that have no learned parameters; defined in ops/activations.py
+COMPAT = (None, "transformers")
+FEATURE_CONVENTIONS = ("transformers", "unilm")
+LARGEST_COUNT = 1 << 20  # no size of a real model comes near; keeps a stranger's config from asking for terabytes
+
+
+@dataclass(frozen=True)
+class BeitConfig:
+    """What a BEiT is made of: every field of the Hub's `config.json`, under the name it has there.
+
+    `image_size` and `patch_size` are pixels, an int or a (height, width) pair.  `hidden_dropout_prob`,
+    `attention_probs_dropout_prob` and `drop_path_rate` act only when a model is called with `rng=`.
+    Keys that minibeit has no use for are kept in `extra` and written back by `save_pretrained`.
+
+    Two fields are minibeit's own.  `compat="transformers"` reproduces what transformers computes for non-square
+    `image_size` (it reads the position bias table with height and width swapped).  `feature_convention` says which
+    hidden state the segmentation head takes for index i of `out_indices`: "transformers" takes hidden_states[i - 1],
+    "unilm" the output of block i, hidden_states[i + 1], as the published model was trained.
+
+    Raises ValueError, one sentence, for a value that no model can have.
+    Source: BeitConfig of transformers 4.x and 5.x; Bao et al. 2021, section 3.1 for base and large.
+    """
+
+    vocab_size: int = 8192
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    num_channels: int = 3
+    use_mask_token: bool = False
+    use_absolute_position_embeddings: bool = False
+    use_relative_position_bias: bool = False
+    use_shared_relative_position_bias: bool = False
+    layer_scale_init_value: float = 0.1
+    drop_path_rate: float = 0.1
+    use_mean_pooling: bool = True
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    use_auxiliary_head: bool = True
+    auxiliary_loss_weight: float = 0.4
+    auxiliary_channels: int = 256
+    auxiliary_num_convs: int = 1
+    auxiliary_concat_input: bool = False
+    semantic_loss_ignore_index: int = 255
+    out_features: tuple[str, ...] | None = None
+    out_indices: tuple[int, ...] | None = None
+    add_fpn: bool = False
+    reshape_hidden_states: bool = True
+    id2label: dict[int, str] = field(default_factory=lambda: {0: "LABEL_0", 1: "LABEL_1"})
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    architectures: tuple[str, ...] | None = None
+    model_type: str = "beit"
+    compat: str | None = None
+    feature_convention: str = "transformers"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            _check_count(name, getattr(self, name), least=1)
+        for name in ("num_hidden_layers", "auxiliary_num_convs"):
+            _check_count(name, getattr(self, name), least=0)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"config: {name} must be true or false, found {getattr(self, name)!r}")
+        for name in _PROBABILITIES:
+            _check_number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("initializer_range", "layer_norm_eps", "auxiliary_loss_weight"):
+            _check_number(name, getattr(self, name), 0.0, 1e6)
+        _check_number("layer_scale_init_value", self.layer_scale_init_value, -1e6, 1e6)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config: {name} must be one of {', '.join(map(str, allowed))}, found {getattr(self, name)!r}"
+                )
+        self._set("image_size", _pair_or_int("image_size", self.image_size))
+        self._set("patch_size", _pair_or_int("patch_size", self.patch_size))
+        self._set("pool_scales", _counts("pool_scales", self.pool_scales))
+        if not isinstance(self.semantic_loss_ignore_index, int) or isinstance(self.semantic_loss_ignore_index, bool):
+            raise ValueError(
+                f"config: semantic_loss_ignore_index must be an integer, found {self.semantic_loss_ignore_index!r}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; every head needs the same size"
+            )
+        height, width = self.grid
+        if height < 1 or width < 1:
+            raise ValueError(f"config: patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        if height * width > 1 << 16:  # (P + 1)^2 index entries must stay addressable
+            raise ValueError(f"config: image_size {self.image_size} gives {height}x{width} patches, more than 65536")
+        self._check_labels()
+        self._align_stages()
+
+    # Derived sizes -------------------------------------------------------------------------------------------------
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return _as_pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of one patch in pixels."""
+        return _as_pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(gh, gw): patches per column and per row of an image of the native size."""
+        (height, width), (patch_height, patch_width) = self.image_shape, self.patch_shape
+        return height // patch_height, width // patch_width
+
+    @property
+    def head_size(self) -> int:
+        """d = D / H."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_labels(self) -> int:
+        """K, the number of classes: the length of `id2label`."""
+        return len(self.id2label)
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Names of the L + 1 hidden states: "stem" (the embeddings), "stage1" ... "stageL"."""
+        return ("stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1)))
+
+    # Reading and writing -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitConfig:
+        """The config of a dictionary as it stands in `config.json`, from transformers of any age.
+
+        `num_labels=K` stands for K labels named LABEL_0 ...; `segmentation_indices` is the old name of `out_indices`.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a mapping of settings, found {type(values).__name__}")
+        for names in ("out_features", "out_indices"):  # the two say the same: overriding one replaces both
+            if names in overrides:
+                values = {k: v for k, v in values.items() if k not in ("out_features", "out_indices")}
+        values = {**values, **overrides}
+        if "segmentation_indices" in values:
+            old = values.pop("segmentation_indices")
+            if values.get("out_indices") is None:
+                values["out_indices"] = old
+        values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
+        num_labels = values.pop("num_labels", None)
+        if num_labels is not None:
+            values.update(_labels_for(num_labels, values))
+        elif values.get("id2label") is None:
+            values.pop("id2label", None)
+        else:
+            values["id2label"] = _label_map(values["id2label"])
+        for name in ("pool_scales", "out_features", "out_indices", "architectures"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        extra = {**values.pop("extra", {}), **{k: v for k, v in values.items() if k not in known}}
+        return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitConfig:
+        """Reads `config.json`, given the file or its folder.
+
+        Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / CONFIG_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: there is no {CONFIG_NAME} here; give the folder of a checkpoint")
+        try:
+            if file.stat().st_size > 64 << 20:
+                raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
+            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")), **overrides)
+        except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
+            raise CheckpointError(f"{file}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary that `save_pretrained` writes: the Hub's keys, lists for tuples."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        if self.compat is None:
+            del values["compat"]
+        if self.feature_convention == "transformers":
+            del values["feature_convention"]
+        for name in ("problem_type", "architectures"):
+            if values[name] is None:
+                del values[name]
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {**self.extra, **values}
+
+    def to_json_string(self) -> str:
+        """`to_dict()` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` into `folder`, making the folder if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / CONFIG_NAME) as file:
+            file.write(self.to_json_string().encode())
+
+    def replace(self, **changes: Any) -> BeitConfig:
+        """A copy with some fields changed (`num_labels=` included)."""
+        return BeitConfig.from_dict({**self.to_dict(), "extra": self.extra}, **changes)
+
+    # Checks --------------------------------------------------------------------------------------------------------
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone but its own checks
+
+    def _check_labels(self) -> None:
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(
+                f"config: id2label must have the keys 0 to {len(self.id2label) - 1}, one per output of the head; "
+                "give num_labels= if the names do not matter"
+            )
+        if self.label2id is None:
+            self._set("label2id", {label: i for i, label in self.id2label.items()})
+
+    def _align_stages(self) -> None:
+        """`out_features` and `out_indices` name the same hidden states; each absent one follows from the other."""
+        names = self.stage_names
+        if self.out_indices is not None:
+            indices = _stage_indices(self.out_indices, len(names))
+            if self.out_features is not None and tuple(self.out_features) != tuple(names[i] for i in indices):
+                raise ValueError(
+                    f"config: out_features {list(self.out_features)} and out_indices {list(self.out_indices)} "
+                    "name different stages; give one of them"
+                )
+        elif self.out_features is not None:
+            unknown = [name for name in self.out_features if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"config: out_features names {unknown}, but the stages are stem, stage1 to {names[-1]}"
+                )
+            indices = _stage_indices(tuple(names.index(name) for name in self.out_features), len(names))
+        else:
+            indices = (len(names) - 1,)
+        self._set("out_features", tuple(names[i] for i in indices))
+        self._set("out_indices", tuple(self.out_indices) if self.out_indices is not None else indices)
+        if self.add_fpn and len(indices) != 4:
+            raise ValueError(
+                f"config: add_fpn needs exactly 4 out_indices, found {list(indices)}; base-sized models use [3, 5, 7, 11]"
+            )
+
+
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_channels",
+    "auxiliary_channels",
+)
+_FLAGS = (
+    "use_mask_token",
+    "use_absolute_position_embeddings",
+    "use_relative_position_bias",
+    "use_shared_relative_position_bias",
+    "use_mean_pooling",
+    "use_auxiliary_head",
+    "auxiliary_concat_input",
+    "add_fpn",
+    "reshape_hidden_states",
+)
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ACTIVATIONS,
+    "problem_type": PROBLEM_TYPES,
+    "model_type": MODEL_TYPES,
+    "compat": COMPAT,
+    "feature_convention": FEATURE_CONVENTIONS,
+}
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+        raise ValueError(f"config: {name} must be an integer from {least} to {LARGEST_COUNT}, found {value!r}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"config: {name} must be a number from {least:g} to {most:g}, found {value!r}")
+
+
+def _counts(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"config: {name} must be a list of integers, found {values!r}")
+    for value in values:
+        _check_count(name, value, least=1)
+    return tuple(values)
+
+
+def _pair_or_int(name: str, value: Any) -> int | tuple[int, int]:
+    if isinstance(value, (list, tuple)):
+        if len(value) != 2:
+            raise ValueError(f"config: {name} must be an integer or a (height, width) pair, found {value!r}")
+        height, width = _counts(name, value)
+        return height, width
+    _check_count(name, value, least=1)
+    return value
+
+
+def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _stage_indices(indices: Any, count: int) -> tuple[int, ...]:
+    """Checks stage numbers and makes negative ones, counted from the end, positive."""
+    whole = [isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in indices]
+    if not all(whole):
+        raise ValueError(f"config: out_indices must be integers from {-count} to {count - 1}, found {list(indices)}")
+    positive = tuple(i % count for i in indices)
+    if list(positive) != sorted(set(positive)):
+        raise ValueError(f"config: out_indices must rise and not repeat, found {list(indices)}")
+    return positive
+
+
+def _label_map(labels: Any) -> dict[int, str]:
+    """id2label with integer keys; JSON has only strings as keys."""
+    if isinstance(labels, dict):
+        try:
+            return {int(key): str(label) for key, label in labels.items()}
+        except (TypeError, ValueError):
+            pass
+    raise ValueError("config: id2label must map class numbers to names")
+
+
+def _labels_for(num_labels: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """id2label and label2id for `num_labels` classes: those of the file if they are as many, else LABEL_0 ..."""
+    _check_count("num_labels", num_labels, least=0)
+    if values.get("id2label") is not None:
+        known = _label_map(values["id2label"])
+        if len(known) == num_labels:
+            return {"id2label": known}
+    return {"id2label": {i: f"LABEL_{i}" for i in range(num_labels)}, "label2id": None}

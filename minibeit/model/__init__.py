@@ -1,0 +1,10 @@
+"""The BEiT encoder as plain functions `(ops, params, x, ...)`, bottom-up.
+
+Reading order: `embeddings`, `position_bias`, `attention`, `block`, `encoder`.  No file here imports an array library:
+arrays are met through `ops` and their own methods.
+
+Letters, used in code, docstrings and errors throughout the package:
+
+    B batch     N tokens (1 + P)     P patches = gh x gw     D width     H heads     d head size = D / H
+    F mlp width     L blocks     K classes     R rows of the bias table     C channels     (gh, gw) patch grid
+"""

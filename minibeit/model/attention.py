@@ -1,0 +1,41 @@
+"""Multi-head self-attention with a relative position bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import BeitConfig
+from ..params import Attention
+from ..trace import SILENT, Scope
+from .dropout import dropout_factors
+from .position_bias import PositionBias
+
+Array = Any
+
+
+def self_attention(
+    ops: Any,
+    p: Attention,
+    x: Array,
+    bias: PositionBias | None,
+    config: BeitConfig,
+    rng: Any | None = None,
+    trace: Scope = SILENT,
+) -> Array:  # (B, N, D) -> (B, N, D)
+    """softmax(q k^T / sqrt(d) + bias) v, all heads side by side; the output projection is the block's business.
+
+    Source: Vaswani et al. 2017; BEiT section 2.1 for the bias.
+    """
+    q, k, v = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
+    keep = None
+    if rng is not None and config.attention_probs_dropout_prob > 0:
+        B, H, N, _ = q.shape
+        keep = dropout_factors(ops, rng, (B, H, N, N), config.attention_probs_dropout_prob, x.dtype)
+    if trace.wants("probs"):
+        context, probs = ops.attention(q, k, v, bias, return_probs=True, keep=keep)
+        trace.record("probs", probs if keep is None else probs * keep)  # (B, H, N, N)
+    else:
+        context = ops.attention(q, k, v, bias, keep=keep)  # (B, N, D)
+    for name, array in (("query", q), ("key", k), ("value", v), ("context", context)):
+        trace.record(name, array)
+    return context

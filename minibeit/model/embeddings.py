@@ -1,0 +1,72 @@
+"""Pixels to tokens: patches, the mask token, the CLS token and absolute positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import BeitConfig
+from ..params import Embeddings
+from ..trace import SILENT, Scope
+from .dropout import dropout
+
+Array = Any
+
+
+def patchify(
+    pixel_values: Array, patch_shape: tuple[int, int]
+) -> Array:  # (B, C, height, width) -> (B, P, C * ph * pw)
+    """Cuts images into patches, row by row, and flattens each in the order channel, row, column."""
+    B, C, height, width = pixel_values.shape
+    ph, pw = patch_shape
+    gh, gw = height // ph, width // pw
+    x = pixel_values.reshape(B, C, gh, ph, gw, pw).transpose(0, 2, 4, 1, 3, 5)  # (B, gh, gw, C, ph, pw)
+    return x.reshape(B, gh * gw, C * ph * pw)
+
+
+def embed(
+    ops: Any,
+    p: Embeddings,
+    pixel_values: Array,
+    config: BeitConfig,
+    bool_masked_pos: Array | None = None,
+    rng: Any | None = None,
+    trace: Scope = SILENT,
+) -> Array:  # (B, C, height, width) -> (B, N, D)
+    """Tokens of a batch of images: [CLS], then one token a patch.
+
+    x = patches W^T + b; where `bool_masked_pos` (B, P) is true the mask token takes its place; the CLS token is put in
+    front; absolute positions, if the model has them, are added last, so that masked tokens keep theirs.
+    Source: BEiT sections 2.1 and 2.3; BeitEmbeddings of transformers 5.
+    """
+    x = ops.linear(patchify(pixel_values, config.patch_shape), p.patch)  # (B, P, D)
+    trace.record("patches", x)
+    if bool_masked_pos is not None:
+        w = ops.asarray(bool_masked_pos, x.dtype)[:, :, None]  # (B, P, 1)
+        x = x * (1 - w) + p.mask_token * w
+    x = ops.concatenate([p.cls_token, x], axis=1)  # (B, N, D)
+    if p.position_embeddings is not None:
+        _, _, height, width = pixel_values.shape
+        grid = height // config.patch_shape[0], width // config.patch_shape[1]
+        x = x + resize_positions(ops, p.position_embeddings, position_grid(config), grid)
+    return dropout(ops, rng, x, config.hidden_dropout_prob)
+
+
+def position_grid(config: BeitConfig) -> tuple[int, int]:
+    """The grid that the rows of `position_embeddings` stand for."""
+    gh, gw = config.grid
+    side = int((gh * gw) ** 0.5)
+    if config.compat == "transformers" and side * side == gh * gw:
+        return side, side  # transformers takes every table for a square one
+    return gh, gw
+
+
+def resize_positions(
+    ops: Any, table: Array, old: tuple[int, int], new: tuple[int, int]
+) -> Array:  # (1, P + 1, D) -> (1, P' + 1, D)
+    """Absolute positions for another grid: bicubic between the patches' rows, the CLS token's row unchanged."""
+    if old == new:
+        return table
+    D = table.shape[-1]
+    maps = table[:, 1:].reshape(1, *old, D).transpose(0, 3, 1, 2)  # (1, D, gh, gw)
+    rows = ops.resize_bicubic(maps, new).transpose(0, 2, 3, 1).reshape(1, -1, D)
+    return ops.concatenate([table[:, :1], rows], axis=1)

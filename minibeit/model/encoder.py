@@ -1,0 +1,54 @@
+"""The whole encoder: embeddings, L blocks, final norm, pooling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import BeitConfig
+from ..params import Beit
+from ..trace import SILENT, Scope
+from .block import block
+from .embeddings import embed
+from .position_bias import PositionBias
+
+Array = Any
+
+
+def encode(
+    ops: Any,
+    p: Beit,
+    pixel_values: Array,
+    biases: tuple[PositionBias | None, ...],
+    config: BeitConfig,
+    collect: tuple[int, ...] = (),
+    depth: int | None = None,
+    bool_masked_pos: Array | None = None,
+    rng: Any | None = None,
+    trace: Scope = SILENT,
+) -> tuple[Array, list[Array]]:  # (B, C, height, width) -> (B, N, D), hidden states
+    """Last hidden state, and the hidden states that `collect` asks for.
+
+    `depth` is the number of blocks to run, all of them by default; a head that reads earlier states needs no more.
+    Hidden state 0 is the embeddings, i the output of block i - 1, none of them normalised.  The last hidden state is
+    normalised only without mean pooling.  The rate of stochastic depth rises linearly from 0 in the first block.
+    """
+    x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
+    trace.record("embeddings", x)
+    states = {0: x}
+    for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
+        rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
+        x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
+        if i + 1 in collect:
+            states[i + 1] = x
+    if p.norm is not None:
+        x = ops.layer_norm(x, p.norm, config.layer_norm_eps)
+        trace.record("norm", x)
+    return x, [states[i] for i in collect]
+
+
+def pool(ops: Any, p: Beit, x: Array, config: BeitConfig) -> Array:  # (B, N, D) -> (B, D)
+    """The image as one vector: layer norm of the mean over patch tokens, CLS left out; or the CLS token itself."""
+    if not config.use_mean_pooling:
+        return x[:, 0]
+    mean = ops.asarray(x[:, 1:].mean(1, dtype="float64"), x.dtype)  # a float32 sum over tokens would lose two bits
+    return ops.layer_norm(mean, p.pooler, config.layer_norm_eps)

@@ -1,0 +1,200 @@
+"""What all five tasks share: making, loading and saving a model, checking its input, running the encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.save import save_checkpoint
+from ..config import BeitConfig
+from ..model.encoder import encode
+from ..model.position_bias import PositionBias, position_biases
+from ..ops import get_ops
+from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
+from ..trace import Scope, Trace
+
+Array = Any
+Self = TypeVar("Self", bound="BeitPreTrainedModel")
+
+GRIDS_KEPT = 4  # position biases are kept for the last few grids only
+
+
+class BeitPreTrainedModel:
+    """A BEiT with the head of one task: config, parameters and the ops that compute with them.
+
+    `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64";
+    `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ones.
+    """
+
+    task: ClassVar[str]
+
+    def __init__(
+        self,
+        config: BeitConfig,
+        *,
+        seed: int | None = 0,
+        dtype: str = "float32",
+        backend: str | None = None,
+        only: Any | None = None,
+        arrays: Mapping[str, Array] | None = None,
+    ) -> None:
+        if not isinstance(config, BeitConfig):
+            raise TypeError(f"config: expected a BeitConfig, found {type(config).__name__}; see BeitConfig.from_dict")
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype: expected 'float32' or 'float64', found {dtype!r}")
+        self.config = config
+        self.dtype = dtype
+        self.ops = get_ops(backend, only)
+        self._check_config()
+        if arrays is None:
+            arrays = random_arrays(config, param_shapes(config, self.task), seed, dtype)
+        self.arrays = arrays  # as loaded: what `save_pretrained` writes; a memory-mapped file costs no memory here
+        self.params = self.ops.prepare(unflatten(shapes(config, self.task), arrays))
+        self._biases: dict[tuple[int, int], tuple[PositionBias | None, ...]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self],
+        path: str | os.PathLike[str],
+        *,
+        dtype: str = "float32",
+        backend: str | None = None,
+        only: Any | None = None,
+        seed: int | None = 0,
+        **config_overrides: Any,
+    ) -> Self:
+        """The model of a checkpoint: a folder as on the Hub, or one file with its `config.json` beside it.
+
+        Other keywords replace fields of the config.  Tensors that the checkpoint lacks because it was made for another
+        task are drawn at random from `seed`, with a warning that lists them.  Raises FileNotFoundError or
+        CheckpointError, one sentence that names the file and the tensor.
+        """
+        config, arrays = load_checkpoint(path, cls.task, dtype, seed, config_overrides)
+        return cls(config, dtype=dtype, backend=backend, only=only, arrays=arrays)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
+        """Writes `config.json` and `model.safetensors` with the Hub's names, so that transformers loads them too.
+
+        `dtype` of the file: "float32", "float16" or "bfloat16".
+        """
+        config = self.config.replace(architectures=(type(self).__name__,))
+        save_checkpoint(folder, config, self.task, self.arrays, dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has learned; running statistics of batch norms are not learned."""
+        return count_parameters(self.config, self.task)
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, {c.num_attention_heads} heads, "
+            f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend})"
+        )
+
+    # For the tasks -------------------------------------------------------------------------------------------------
+
+    def _check_config(self) -> None:
+        """Raises ValueError if the config does not suit the task."""
+
+    def _pixels(self, pixel_values: Any) -> Array:  # -> (B, C, height, width)
+        """`pixel_values` in the model's dtype, checked.  Raises ValueError."""
+        try:
+            x = self.ops.asarray(pixel_values, self.dtype)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"pixel_values: expected numbers of shape (B, C, height, width): {error}") from error
+        C, (ph, pw) = self.config.num_channels, self.config.patch_shape
+        if x.ndim != 4:
+            raise ValueError(
+                f"pixel_values: expected shape (B, C, height, width), found {tuple(x.shape)}; "
+                "BeitImageProcessor makes such arrays from images"
+            )
+        if x.shape[1] != C:
+            raise ValueError(f"pixel_values: expected {C} channels as in the config, found shape {tuple(x.shape)}")
+        height, width = x.shape[2:]
+        if x.shape[0] == 0 or height < ph or width < pw or height % ph or width % pw:
+            raise ValueError(
+                f"pixel_values: expected at least one image, height and width multiples of the patch size {ph}x{pw}, "
+                f"found shape {tuple(x.shape)}"
+            )
+        if not self.ops.all_finite(x):
+            raise ValueError("pixel_values: found NaN or infinite values; check the image and its normalisation")
+        return x
+
+    def _mask(self, bool_masked_pos: Any, grid: tuple[int, int], batch: int) -> Array | None:  # -> (B, P)
+        """The mask, checked.  Raises ValueError for a wrong shape or a model without mask token."""
+        if bool_masked_pos is None:
+            return None
+        if self.params.beit.embeddings.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos: this model has no mask token; it needs use_mask_token=True in its config"
+            )
+        mask = self.ops.asarray(bool_masked_pos, "bool")
+        P = grid[0] * grid[1]
+        if mask.shape != (batch, P):
+            raise ValueError(
+                f"bool_masked_pos: expected shape (B, P) = ({batch}, {P}), one flag per patch, "
+                f"found {tuple(mask.shape)}"
+            )
+        return mask
+
+    def _grid(self, pixels: Array) -> tuple[int, int]:
+        """(gh, gw) of checked pixels."""
+        ph, pw = self.config.patch_shape
+        return pixels.shape[2] // ph, pixels.shape[3] // pw
+
+    def _position_biases(self, grid: tuple[int, int]) -> tuple[PositionBias | None, ...]:
+        """The bias of every block for a grid, made when a grid is first met."""
+        if grid not in self._biases:
+            p, c = self.params.beit, self.config
+            tables = [block.bias_table for block in p.encoder]
+            made = position_biases(self.ops, p.shared_bias_table, tables, c.grid, grid, c.compat)
+            while len(self._biases) >= GRIDS_KEPT:
+                self._biases.pop(next(iter(self._biases)), None)
+            self._biases[grid] = made
+            return made
+        return self._biases[grid]
+
+    def _encode(
+        self,
+        pixels: Array,
+        scope: Scope,
+        mask: Array | None = None,
+        rng: Any | None = None,
+        collect: tuple[int, ...] = (),
+        depth: int | None = None,
+    ) -> tuple[Array, list[Array]]:
+        biases = self._position_biases(self._grid(pixels))
+        return encode(self.ops, self.params.beit, pixels, biases, self.config, collect, depth, mask, rng, scope)
+
+
+class Capture:
+    """The intermediates a call asked for: hidden states, attention maps, and whatever the caller's own trace wants."""
+
+    def __init__(self, model: BeitPreTrainedModel, states: bool, attentions: bool, trace: Trace | None) -> None:
+        self._model = model
+        self._states = Trace(("embeddings", "encoder.*.output") if states else ())
+        self._attentions = Trace(("encoder.*.attention.probs",) if attentions else ())
+        self._wanted = states, attentions
+        sinks = (self._states, self._attentions, trace)
+        self.scope = Scope(tuple(sink for sink in sinks if sink is not None and sink.select))
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was asked for, so that work which no output needs may be left out."""
+        return self.scope.silent
+
+    @property
+    def hidden_states(self) -> tuple[Array, ...] | None:
+        """L + 1 of (B, N, D): the embeddings, then the output of every block."""
+        return self._host(self._states) if self._wanted[0] else None
+
+    @property
+    def attentions(self) -> tuple[Array, ...] | None:
+        """L of (B, H, N, N): the probabilities of every block."""
+        return self._host(self._attentions) if self._wanted[1] else None
+
+    def _host(self, trace: Trace) -> tuple[Array, ...]:
+        return tuple(self._model.ops.to_host(array) for array in trace.values())
