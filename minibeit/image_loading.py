@@ -1,0 +1,271 @@
+"""From anything a user calls a picture to an array (H, W, C), and from anything he calls a label map to one (H, W)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import ImageError
+
+CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+
+
+def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any]]:
+    """The pictures of a picture, a batch array (`ndim` + 1 axes) or nested lists, each with a name for error messages.
+
+    Raises ImageError when there is none.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def visit(item: Any, name: str) -> None:
+        if isinstance(item, (list, tuple)):
+            for index, inner in enumerate(item):
+                visit(inner, f"{name}[{index}]")
+        elif isinstance(item, (str, os.PathLike, Image.Image)):
+            found.append((name, item))
+        else:
+            array = _as_array(item, name)
+            if array.ndim == ndim + 1:
+                found.extend((f"{name}[{index}]", inner) for index, inner in enumerate(array))
+            else:
+                found.append((name, array))
+
+    visit(images, argument)
+    if not found:
+        raise ImageError(f"{argument}: expected at least one picture, found none")
+    return found
+
+
+def load_image(
+    item: Any,
+    name: str = "image",
+    channels: int | None = 3,
+    apply_exif_orientation: bool = True,
+    input_data_format: str | None = None,
+) -> np.ndarray:
+    """The pixels (H, W, C) of a path, PIL image or array (H, W), (H, W, C) or (C, H, W), converted to `channels`.
+
+    `channels` is 1, 3 or 4, or None to leave a picture as it is.  Pictures and uint8 arrays give uint8; other arrays
+    keep their type and range.  Transparency is laid on white, as transformers does when asked to convert; 16-bit values
+    are divided by 257, rounded; an animation gives its first frame.
+    Raises ImageError, naming file or argument, for what cannot be read or shown in that many channels.
+    Source: PilBackend.process_image and image_transforms.convert_to_rgb of transformers 5.
+    """
+    if isinstance(item, (str, os.PathLike)):
+        name, item = str(item), read_picture(item, apply_exif_orientation)
+    elif isinstance(item, Image.Image):
+        name, item = _loaded(item, name, apply_exif_orientation)
+    if isinstance(item, Image.Image):
+        with _reading(name):
+            item = np.asarray(item if channels is None else _convert_picture(item, channels, name))
+        input_data_format = CHANNELS_LAST
+    pixels = _channels_last(_checked_numbers(_as_array(item, name), name), channels, input_data_format, name)
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8) * np.uint8(255)  # what PIL's mode "1" becomes
+    return pixels if channels is None else _convert_channels(pixels, channels, name)
+
+
+def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orientation: bool = True) -> np.ndarray:
+    """The class ids (H, W), int64, of a path, PIL image (grayscale, 16-bit or palette: its indices) or array (H, W).
+
+    Raises ImageError for anything that is not one whole number per pixel.
+    """
+    if isinstance(item, (str, os.PathLike)):
+        name, item = str(item), read_picture(item, apply_exif_orientation)
+    elif isinstance(item, Image.Image):
+        name, item = _loaded(item, name, apply_exif_orientation)
+    if isinstance(item, Image.Image):
+        if item.mode not in _LABEL_MODES:
+            raise ImageError(
+                f"{name}: a segmentation map holds one class id per pixel, expected a grayscale or palette picture, "
+                f"found mode {item.mode}"
+            )
+        item = np.asarray(item)
+    labels = _checked_numbers(_as_array(item, name), name)
+    if labels.ndim != 2:
+        raise ImageError(f"{name}: expected a segmentation map of shape (H, W), found {labels.shape}")
+    if labels.dtype.kind == "f" and not np.array_equal(labels, np.trunc(labels)):
+        raise ImageError(f"{name}: expected whole class ids, found fractions")
+    return labels.astype(np.int64)
+
+
+def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = True) -> Image.Image:
+    """The decoded picture of a file (of an animation the first frame), turned upright if its EXIF data say how.
+
+    Raises ImageError, naming the file, when it is missing, empty, truncated, no picture, or a decompression bomb:
+    more pixels than Pillow allows, twice `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    name, file = str(path), Path(path)
+    if name.startswith(("http://", "https://")):
+        raise ImageError(f"{name}: expected a picture on this machine, found an address; download it first")
+    with _reading(name):
+        if not file.exists():
+            raise ImageError(f"{name}: there is no such file")
+        if not file.is_file():
+            kind = "a folder" if file.is_dir() else "something that is not a regular file"
+            raise ImageError(f"{name}: expected a picture, found {kind}")
+        if file.stat().st_size == 0:
+            raise ImageError(f"{name}: expected a picture, found an empty file")
+        with Image.open(file) as image:
+            image.load()
+            return _upright(image) if apply_exif_orientation else image
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it stands for half of the limit
+            yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ImageError(
+            f"{name}: expected at most {limit} pixels, found more, which looks like a decompression bomb; "
+            "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: expected a picture in a format that Pillow reads, found something else") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
+        if isinstance(error, OSError) and error.errno:  # the file system's complaint, not Pillow's
+            raise ImageError(f"{name}: the file cannot be read ({error.strerror})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name}: the picture cannot be read, it seems damaged or unsupported ({reason})") from error
+
+
+def _loaded(image: Image.Image, name: str, apply_exif_orientation: bool) -> tuple[str, Image.Image]:
+    if getattr(image, "filename", ""):
+        name = f"{name} ({image.filename})"  # type: ignore[attr-defined]
+    if not (image.width and image.height):
+        raise ImageError(f"{name}: expected at least one pixel, found a picture of {image.width} x {image.height}")
+    with _reading(name):
+        image.load()
+        return name, _upright(image) if apply_exif_orientation else image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with suppress(Exception):  # unreadable EXIF data say nothing about the pixels
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    return image
+
+
+def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(image, name))
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL converts to nothing else
+        image = image.convert(image.mode.upper())
+    transparent = image.getbands()[-1] == "A" or image.info.get("transparency") is not None
+    if transparent and channels < 4:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return image.convert(MODES[channels])
+
+
+def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
+    values = _checked_numbers(np.asarray(image), name)
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        if low < 0 or high > 255:
+            raise ImageError(f"{name}: expected floats within 0..1 or 0..255, found {low:g}..{high:g}")
+        return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
+    if low < 0 or high > 65535:
+        raise ImageError(f"{name}: expected 16-bit pixels, found values {low}..{high}")
+    # Mode "I" is 32 bits wide and does not say how many are used; older Pillows open 16-bit PNGs so.
+    if image.mode == "I" and image.format != "PNG" and high <= 255:
+        return values.astype(np.uint8)
+    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
+def _as_array(item: Any, name: str) -> np.ndarray:
+    if isinstance(item, np.ndarray):
+        return item
+    if not hasattr(item, "__array__"):
+        raise TypeError(f"{name}: expected a path, a PIL image or an array, found {type(item).__name__}")
+    try:
+        return np.asarray(item)
+    except Exception as error:  # a tensor on another device, one with gradients, ...
+        raise TypeError(f"{name}: {type(item).__name__} cannot become a NumPy array ({error})") from error
+
+
+def _checked_numbers(array: np.ndarray, name: str) -> np.ndarray:
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"{name}: expected numbers (integers or floats), found dtype {array.dtype}")
+    if array.size == 0:
+        raise ImageError(f"{name}: expected at least one pixel, found an array of shape {array.shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ImageError(f"{name}: expected finite pixels, found NaN or infinity")
+    return array
+
+
+def _channels_last(array: np.ndarray, channels: int | None, data_format: str | None, name: str) -> np.ndarray:
+    if data_format not in (None, CHANNELS_FIRST, CHANNELS_LAST):
+        raise ValueError(f"input_data_format: expected {CHANNELS_FIRST!r} or {CHANNELS_LAST!r}, found {data_format!r}")
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim != 3:
+        raise ImageError(
+            f"{name}: expected shape (H, W), (H, W, C) or (C, H, W), or a batch of such pictures, found {array.shape}"
+        )
+    if data_format is not None:
+        axis = 0 if data_format == CHANNELS_FIRST else 2
+    else:
+        axis = _channel_axis(array.shape, channels, name)
+    return np.moveaxis(array, axis, -1)
+
+
+def _channel_axis(shape: tuple[int, ...], channels: int | None, name: str) -> int:
+    candidates = [axis for axis in (0, 2) if shape[axis] in MODES]
+    if not candidates:
+        raise ImageError(f"{name}: expected 1, 3 or 4 channels as first or last axis, found shape {shape}")
+    if len(candidates) == 2:
+        candidates = [axis for axis in candidates if shape[axis] == channels] or candidates
+    if len(candidates) == 2:
+        warnings.warn(
+            f"{name}: shape {shape} may have its channels first or last; taken as first, say input_data_format=...",
+            stacklevel=2,
+        )
+    return candidates[0]
+
+
+def _convert_channels(pixels: np.ndarray, channels: int, name: str) -> np.ndarray:
+    found = pixels.shape[-1]
+    if found == channels:
+        return pixels
+    if found not in MODES or channels == 4:
+        wanted = "4" if channels == 4 else "1, 3 or 4"
+        raise ImageError(f"{name}: expected {wanted} channels, found {found}")
+    if found == 1:
+        return np.repeat(pixels, channels, axis=-1)
+    rgb = _on_white(pixels, name) if found == 4 else pixels
+    return rgb if channels == 3 else _luma(rgb)
+
+
+def _on_white(pixels: np.ndarray, name: str) -> np.ndarray:
+    integers = pixels.dtype.kind in "iu"
+    white = 255 if integers else 1.0
+    if pixels.min() < 0 or pixels.max() > white:
+        raise ImageError(f"{name}: expected RGBA values within 0..{white:g}, found {pixels.min()}..{pixels.max()}")
+    alpha = pixels[..., 3:] / white
+    mixed = alpha * pixels[..., :3] + (1 - alpha) * white
+    return (np.round(mixed) if integers else mixed).astype(pixels.dtype)
+
+
+def _luma(rgb: np.ndarray) -> np.ndarray:
+    """ITU-R 601 luma (H, W, 1); for integers in 16-bit fixed point, to equal PIL's conversion to "L" bit for bit."""
+    if rgb.dtype.kind in "iu":
+        weighted = rgb.astype(np.int64) @ np.array([19595, 38470, 7471])
+        return ((weighted + (1 << 15)) >> 16).astype(rgb.dtype)[..., None]
+    return (rgb @ np.array([0.299, 0.587, 0.114], dtype=rgb.dtype))[..., None]

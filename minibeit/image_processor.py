@@ -1,0 +1,331 @@
+"""Pictures in, `pixel_values` (B, C, H, W) out; label maps to `labels`; segmentation logits back to label maps."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .errors import CheckpointError, ImageError
+from .files import atomic_write
+from .image_loading import flatten_images, load_image, load_label_map
+from .image_settings import SETTINGS, ImageSettings
+from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
+
+PROCESSOR_NAME = "preprocessor_config.json"
+IGNORED_LABEL = 255
+_RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
+_TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
+_OLD_DEFAULTS = {"size": 256, "crop_size": 224, "do_center_crop": True}  # of BeitFeatureExtractor, transformers 4
+
+
+class BatchFeature(dict[str, Any]):
+    """A dictionary whose entries are attributes as well: `batch["pixel_values"]` is `batch.pixel_values`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has {', '.join(self)}, but no {name!r}") from None
+
+
+class SemanticSegmentationPostProcessorOutput(BatchFeature):
+    """`segmentation` (H, W) class ids and `segmentation_scores` (K, H, W) the resized logits of one picture."""
+
+
+class BeitImageProcessor:
+    """Turns pictures into the `pixel_values` of a BEiT, as `preprocessor_config.json` says.
+
+    Each picture is made upright (`apply_exif_orientation`) and converted to the channels of `image_mean`
+    (`do_convert_rgb`: three by default; transparency is laid on white), then resized with Pillow to `size`, cropped
+    around the centre to `crop_size` (zeros where the picture is smaller), multiplied by `rescale_factor` and
+    normalised: (x - image_mean) / image_std.  On RGB pictures every value equals that of BeitImageProcessorPil of
+    transformers 5 with the same Pillow (version 13 resizes some shapes otherwise than 12, by a few levels of 255).
+
+    `size` is an int (square), a (height, width) pair, or a dictionary with height and width, or shortest_edge (and
+    longest_edge), or max_height and max_width, which keep the proportions; `crop_size` has height and width.
+    `resample` is Pillow's number of a filter (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming).
+    `do_reduce_labels` turns class 0 of label maps into 255, which losses ignore, and every other class k into k - 1.
+
+    Label maps are resized by nearest neighbour and padded with 255.  `compat="transformers"` resizes them with the
+    filter of the pictures, which invents class ids at borders, and pads with 0, as the originals do.
+    Raises ValueError, naming the argument, for settings that cannot be.
+    Source: BeitImageProcessorPil of transformers 5; Bao et al. 2021, appendix for the 0.5 means.
+    """
+
+    do_reduce_labels: bool
+    apply_exif_orientation: bool
+    do_convert_rgb: bool
+    do_resize: bool
+    size: dict[str, int]
+    resample: int
+    do_center_crop: bool
+    crop_size: dict[str, int]
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: float | list[float]
+    image_std: float | list[float]
+    compat: str | None
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, *, extra: dict[str, Any] | None = None, **settings: Any) -> None:
+        """`settings` are the fields of `ImageSettings`; `extra` is kept and written back by `save_pretrained`."""
+        checked = _settings({}, settings)
+        for name in SETTINGS:
+            setattr(self, name, getattr(checked, name))
+        self.extra: dict[str, Any] = copy.deepcopy(extra or {})
+
+    def __call__(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, segmentation_maps, **kwargs)
+
+    def preprocess(
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
+        """`pixel_values` (B, C, H, W), float32, and with maps `labels` (B, H, W), int64, of pictures and label maps.
+
+        A picture is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
+        of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
+        settles arrays that can be read both ways.  `overrides` replace settings for this call.
+        The result is always one array per entry (the originals give lists unless `return_tensors` is set).
+        Raises ImageError, naming file or argument, for pictures that cannot be read or do not fit together.
+        """
+        if return_tensors not in (None, "np"):
+            raise ValueError(
+                f"return_tensors: minibeit gives NumPy arrays, expected 'np' or None, found {return_tensors!r}"
+                + ("; use torch.from_numpy on the result" if return_tensors == "pt" else "")
+            )
+        settings = _settings({name: getattr(self, name) for name in SETTINGS}, overrides)
+        pictures = flatten_images(images, "images", ndim=3)
+        batch = BatchFeature()
+        values = [_pixel_values(item, name, settings, input_data_format) for name, item in pictures]
+        batch["pixel_values"] = _stacked(values, [name for name, _ in pictures])
+        if segmentation_maps is not None:
+            maps = flatten_images(segmentation_maps, "segmentation_maps", ndim=2)
+            if len(maps) != len(pictures):
+                raise ImageError(f"segmentation_maps: expected {len(pictures)}, one per picture, found {len(maps)}")
+            labels = [_labels(item, name, settings) for name, item in maps]
+            batch["labels"] = _stacked(labels, [name for name, _ in maps])
+        return batch
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
+    ) -> list[Any]:
+        """The class ids (height, width), int64, of each picture: the largest of `outputs.logits` (B, K, h, w).
+
+        `target_sizes`, B pairs (height, width), first resizes the logits bilinearly (align_corners False, no
+        antialiasing).  With `return_segmentation_scores` each item has `segmentation` and `segmentation_scores`, the
+        (resized) logits (K, height, width).  Raises ValueError for logits or sizes of another shape.
+        Source: BeitImageProcessorPil.post_process_semantic_segmentation of transformers 5.
+        """
+        logits = np.asarray(getattr(outputs, "logits", None))
+        if logits.ndim != 4 or logits.dtype.kind != "f" or 0 in logits.shape:
+            raise ValueError(f"outputs: expected logits of shape (B, K, h, w), found {logits.shape} {logits.dtype}")
+        scores = list(logits) if target_sizes is None else _resized_logits(logits, target_sizes)
+        maps = [score.argmax(axis=0) for score in scores]
+        if not return_segmentation_scores:
+            return maps
+        return [
+            SemanticSegmentationPostProcessorOutput(segmentation=segmentation, segmentation_scores=score)
+            for segmentation, score in zip(maps, scores)
+        ]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitImageProcessor:
+        """The processor of a dictionary as it stands in `preprocessor_config.json`, of any age.
+
+        A dictionary that names its `feature_extractor_type` is read as at its time: absent keys mean a size of 256 and
+        a centre crop of 224, and pairs are (width, height).  Unknown keys are kept in `extra`.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a mapping of settings, found {type(values).__name__}")
+        values = {k: v for k, v in values.items() if v is not None}
+        if "feature_extractor_type" in values:
+            values = {**_OLD_DEFAULTS, **values}
+            for name in ("size", "crop_size"):
+                values[name] = _width_first(values[name])
+        kind = str(values.get("image_processor_type", "Beit"))
+        if not kind.startswith("Beit"):
+            warnings.warn(f"settings of a {kind} are read as those of a BeitImageProcessor", stacklevel=2)
+        for old, new in _RENAMED.items():
+            if old in values:
+                values.setdefault(new, values.pop(old))
+        known = {k: v for k, v in values.items() if k in SETTINGS}
+        extra = {k: v for k, v in values.items() if k not in SETTINGS and k not in _TYPE_KEYS}
+        return cls(**{**known, **overrides}, extra=extra)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitImageProcessor:
+        """Reads `preprocessor_config.json`, given the file or its folder.
+
+        Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / PROCESSOR_NAME
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: there is no {PROCESSOR_NAME} here; give the folder of a checkpoint")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            processor = cls.from_dict(values)
+        except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
+            raise CheckpointError(f"{file}: {error}") from error
+        return cls.from_dict(values, **overrides) if overrides else processor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dictionary that `save_pretrained` writes; transformers reads it too."""
+        values = {name: copy.deepcopy(getattr(self, name)) for name in SETTINGS}
+        for name, default in (("apply_exif_orientation", True), ("compat", None)):  # keys that only minibeit knows
+            if values[name] == default:
+                del values[name]
+        return {**copy.deepcopy(self.extra), **values, "image_processor_type": "BeitImageProcessor"}
+
+    def to_json_string(self) -> str:
+        """`to_dict()` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json_string()` to a file."""
+        with atomic_write(path) as file:
+            file.write(self.to_json_string().encode())
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `preprocessor_config.json` into `folder`, making the folder if need be."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: expected a folder to save into, found a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / PROCESSOR_NAME)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string().rstrip()}"
+
+
+class BeitFeatureExtractor(BeitImageProcessor):
+    """The name and the calling convention of BeitImageProcessor before transformers 4.26.
+
+    Defaults are those of its time, a size of 256 and a centre crop of 224; pairs are (width, height); `reduce_labels`
+    is the old name of `do_reduce_labels`.  What it saves is a BeitImageProcessor.
+    """
+
+    def __init__(
+        self,
+        do_resize: bool = True,
+        size: Any = 256,
+        resample: int = Image.Resampling.BICUBIC,
+        do_center_crop: bool = True,
+        crop_size: Any = 224,
+        do_normalize: bool = True,
+        image_mean: Any = None,
+        image_std: Any = None,
+        reduce_labels: bool = False,
+        **settings: Any,
+    ) -> None:
+        settings.setdefault("do_reduce_labels", reduce_labels)
+        super().__init__(
+            do_resize=do_resize,
+            size=_width_first(size),
+            resample=resample,
+            do_center_crop=do_center_crop,
+            crop_size=_width_first(crop_size),
+            do_normalize=do_normalize,
+            image_mean=image_mean,
+            image_std=image_std,
+            **settings,
+        )
+
+    @property
+    def reduce_labels(self) -> bool:
+        """The old name of `do_reduce_labels`."""
+        return self.do_reduce_labels
+
+
+def _settings(values: dict[str, Any], overrides: dict[str, Any]) -> ImageSettings:
+    overrides = {_RENAMED.get(k, k): v for k, v in overrides.items()}
+    unknown = [k for k in overrides if k not in SETTINGS]
+    if unknown:
+        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(SETTINGS)}")
+    return ImageSettings(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def _width_first(size: Any) -> Any:
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return {"height": size[1], "width": size[0]}
+    return size
+
+
+def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_format: str | None) -> np.ndarray:
+    channels = (settings.channels or 3) if settings.do_convert_rgb else None
+    pixels = load_image(item, name, channels, settings.apply_exif_orientation, input_data_format)
+    found = pixels.shape[-1]
+    if settings.do_normalize and settings.channels not in (None, found):
+        raise ImageError(
+            f"{name}: expected {settings.channels} channels, one per number of image_mean, found {found}; "
+            "do_convert_rgb=True converts pictures"
+        )
+    if settings.do_rescale and pixels.dtype.kind == "f" and 0 < pixels.max() <= 1:
+        warnings.warn(
+            f"{name}: the floats are within 0..1 and will be rescaled once more; pass do_rescale=False", stacklevel=4
+        )
+    if settings.do_resize:
+        pixels = resize(pixels, settings.size, settings.resample, name)
+    if settings.do_center_crop:
+        pixels = center_crop(pixels, settings.crop_size)
+    mean, std = (
+        ([value] * found if isinstance(value, float) else value) if settings.do_normalize else None
+        for value in (settings.image_mean, settings.image_std)
+    )
+    return to_pixel_values(pixels, settings.rescale_factor if settings.do_rescale else None, mean, std)
+
+
+def _labels(item: Any, name: str, settings: ImageSettings) -> np.ndarray:
+    labels = load_label_map(item, name, settings.apply_exif_orientation)
+    if settings.do_reduce_labels:
+        if labels.min() < 0:
+            raise ImageError(f"{name}: do_reduce_labels expects class ids from 0 up, found {labels.min()}")
+        labels = reduce_labels(labels)
+    as_originals = settings.compat == "transformers"
+    if settings.do_resize and as_originals:
+        labels = resize(labels[..., None], settings.size, settings.resample, name)[..., 0]
+    elif settings.do_resize:
+        labels = resize_labels(labels, resized_shape(labels.shape, settings.size))
+    if settings.do_center_crop:
+        labels = center_crop(labels, settings.crop_size, fill=0 if as_originals else IGNORED_LABEL)
+    return labels.astype(np.int64)
+
+
+def _stacked(arrays: list[np.ndarray], names: list[str]) -> np.ndarray:
+    for array, name in zip(arrays, names):
+        if array.shape != arrays[0].shape:
+            raise ImageError(
+                f"{name}: expected shape {arrays[0].shape} as of {names[0]}, found {array.shape}; "
+                "resize all pictures to one height and width, or process them one by one"
+            )
+    return np.stack(arrays)
+
+
+def _resized_logits(logits: np.ndarray, target_sizes: Any) -> list[np.ndarray]:
+    from .ops.reference import resize_bilinear
+
+    try:
+        sizes = np.asarray(target_sizes)
+    except ValueError:  # pairs of unequal length
+        sizes = np.empty(0)
+    if sizes.shape != (len(logits), 2) or sizes.dtype.kind not in "iu" or sizes.min() < 1:
+        raise ValueError(
+            f"target_sizes: expected {len(logits)} pairs (height, width) of positive whole numbers, one per picture, "
+            f"found {target_sizes!r}"
+        )
+    return [resize_bilinear(logit[None], (int(h), int(w)))[0] for logit, (h, w) in zip(logits, sizes)]

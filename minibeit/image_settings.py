@@ -1,0 +1,120 @@
+"""What the image processor can be told, checked when told."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .image_loading import MODES
+
+_SIZE_KEYS = (
+    {"height", "width"},
+    {"shortest_edge"},
+    {"shortest_edge", "longest_edge"},
+    {"max_height", "max_width"},
+)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What a `BeitImageProcessor` does, step by step in this order; see there.  Checks itself when made."""
+
+    do_reduce_labels: bool = False
+    apply_exif_orientation: bool = True
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    size: Any = 224
+    resample: int = Image.Resampling.BICUBIC
+    do_center_crop: bool = False
+    crop_size: Any = 224
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Any = (0.5, 0.5, 0.5)
+    image_std: Any = (0.5, 0.5, 0.5)
+    compat: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, (bool, np.bool_)):
+                raise ValueError(f"{field.name}: expected true or false, found {value!r}")
+        if self.compat not in (None, "transformers"):
+            raise ValueError(f"compat: expected None or 'transformers', found {self.compat!r}")
+        self._set("size", size_dict(self.size, "size"))
+        self._set("crop_size", size_dict(self.crop_size, "crop_size"))
+        if set(self.crop_size) != _SIZE_KEYS[0]:
+            raise ValueError(f"crop_size: expected the keys height and width, found {', '.join(self.crop_size)}")
+        self._set("resample", _resample(self.resample))
+        self._set("rescale_factor", _number(self.rescale_factor, "rescale_factor"))
+        self._set("image_mean", _per_channel(self.image_mean, "image_mean"))
+        self._set("image_std", _per_channel(self.image_std, "image_std"))
+        if np.any(np.asarray(self.image_std) <= 0):
+            raise ValueError(f"image_std: expected numbers above 0, found {self.image_std}")
+        lengths = {len(v) for v in (self.image_mean, self.image_std) if isinstance(v, list)}
+        if len(lengths) == 2:
+            raise ValueError(
+                "image_mean and image_std: expected one number per channel in each, "
+                f"found {len(self.image_mean)} and {len(self.image_std)} numbers"
+            )
+        if not lengths <= set(MODES):
+            raise ValueError(f"image_mean and image_std: expected 1, 3 or 4 numbers, found {lengths.pop()}")
+
+    @property
+    def channels(self) -> int | None:
+        """C of the model, told by the lengths of mean and standard deviation; None if one number serves them all."""
+        lengths = [len(v) for v in (self.image_mean, self.image_std) if isinstance(v, list)]
+        return lengths[0] if lengths else None
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone but its own checks
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(ImageSettings))
+
+
+def size_dict(value: Any, name: str) -> dict[str, int]:
+    """`size` as a dictionary: an int is a square, a pair (height, width); keys and values are checked."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    elif not hasattr(value, "keys"):
+        value = {"height": value, "width": value}
+    sizes = {str(k): v for k, v in dict(value).items() if v is not None}
+    if set(sizes) not in _SIZE_KEYS:
+        allowed = "; ".join(" and ".join(sorted(keys)) for keys in _SIZE_KEYS)
+        raise ValueError(f"{name}: expected the keys {allowed}; found {', '.join(sizes) or 'none'}")
+    for key, number in sizes.items():
+        try:
+            sizes[key] = operator.index(number)
+        except TypeError:
+            sizes[key] = 0
+        if sizes[key] < 1 or isinstance(number, bool):
+            raise ValueError(f"{name}: expected whole numbers of pixels, at least 1, found {key} {number!r}")
+    return sizes
+
+
+def _resample(value: Any) -> int:
+    try:
+        return int(Image.Resampling(value))
+    except ValueError:
+        known = ", ".join(f"{filter.value} {filter.name.lower()}" for filter in Image.Resampling)
+        raise ValueError(
+            f"resample: expected the number of one of Pillow's filters ({known}), found {value!r}"
+        ) from None
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, (bool, str)) or not np.isscalar(value) or not np.isreal(value) or not np.isfinite(value):
+        raise ValueError(f"{name}: expected a number, found {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _per_channel(value: Any, name: str) -> float | list[float]:
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_number(v, name) for v in value]
+    return _number(value, name)

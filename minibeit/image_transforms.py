@@ -1,0 +1,121 @@
+"""The steps of the image processor on plain arrays: pictures (H, W, C) and label maps (H, W)."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageError
+
+
+def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
+    """Pixels (H, W, C) resized by Pillow, antialiased when they shrink; `size` as in `BeitImageProcessor`.
+
+    Pillow works on bytes: whole numbers 0..255 come back as uint8, other floats must lie in 0..1, pass through 256
+    levels and come back as float32 in 0..1.  Raises ImageError for other values.
+    Source: image_transforms.resize of transformers 5, equal to it in every bit.
+    """
+    height, width = resized_shape(pixels.shape[:2], size)
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # the limit of Pillow for what it opens
+    if 0 < limit < height * width:
+        raise ImageError(f"{name}: resizing by {size} gives {height} x {width}, more than {limit} pixels")
+    levels, in_unit_range = _to_bytes(pixels, name)
+    picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
+    if resized.ndim == 2:
+        resized = resized[..., None]
+    return _multiplied(resized, 1 / 255) if in_unit_range else resized
+
+
+def resized_shape(shape: tuple[int, ...], size: dict[str, int]) -> tuple[int, int]:
+    """The (height, width) that `size` asks for, given the (H, W) of a picture; proportions are rounded down.
+
+    shortest_edge s: the shorter edge becomes s.  With longest_edge l, s shrinks until the longer edge fits l.
+    max_height, max_width: the largest picture that fits (small ones grow).
+    """
+    height, width = shape
+    if "height" in size:
+        return size["height"], size["width"]
+    if "max_height" in size:
+        scale = min(size["max_height"] / height, size["max_width"] / width)
+        return max(1, int(height * scale)), max(1, int(width * scale))
+    short, long = min(height, width), max(height, width)
+    new_short = size["shortest_edge"]
+    exact: float = new_short  # transformers takes the longer edge from the unrounded shorter one
+    if "longest_edge" in size and long / short * new_short > size["longest_edge"]:
+        exact = size["longest_edge"] * short / long
+        new_short = max(1, round(exact))
+    if short == new_short and "longest_edge" in size:
+        return height, width
+    new_long = max(1, int(exact * long / short))
+    return (new_long, new_short) if width <= height else (new_short, new_long)
+
+
+def center_crop(array: np.ndarray, size: dict[str, int], fill: int = 0) -> np.ndarray:
+    """The central `size` of (H, W, ...), of which `fill` surrounds what is smaller.
+
+    Offsets are (H - height) // 2, rounded towards the upper left also when negative, as in transformers.
+    """
+    shape = (size["height"], size["width"])
+    offsets = [(have - want) // 2 for have, want in zip(array.shape, shape)]
+    source = tuple(slice(max(o, 0), max(o, 0) + want) for o, want in zip(offsets, shape))
+    inner = array[source]
+    if inner.shape[:2] == shape:
+        return inner
+    cropped = np.full_like(array, fill, shape=shape + array.shape[2:])
+    cropped[tuple(slice(max(-o, 0), max(-o, 0) + have) for o, have in zip(offsets, inner.shape))] = inner
+    return cropped
+
+
+def to_pixel_values(
+    pixels: np.ndarray, factor: float | None, mean: list[float] | None, std: list[float] | None
+) -> np.ndarray:
+    """(x * factor - mean) / std of pixels (H, W, C) as float32 (C, H, W); None leaves a step out.
+
+    The product is made in float64 and rounded to float32, the rest is float32: equal to transformers in every bit.
+    """
+    if pixels.dtype != np.uint8:
+        return np.ascontiguousarray(np.moveaxis(_scaled(pixels, factor, mean, std), -1, 0), dtype=np.float32)
+    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], pixels.shape[-1], axis=1)
+    table = _scaled(levels, factor, mean, std).astype(np.float32)  # a byte has 256 values: look them up
+    return np.stack([table[pixels[..., channel], channel] for channel in range(pixels.shape[-1])])
+
+
+def reduce_labels(labels: np.ndarray) -> np.ndarray:
+    """Class 0 (background) becomes 255, every other class k becomes k - 1, and 255 stays; a new array."""
+    return np.where((labels == 0) | (labels == 255), 255, labels - 1)
+
+
+def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Labels (H, W) at the nearest neighbour of each pixel of `shape`: floor((i + 1/2) H / height)."""
+    rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(labels.shape, shape))
+    return labels[rows[:, None], columns]
+
+
+def _to_bytes(pixels: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
+    if pixels.dtype == np.uint8:
+        return pixels, False
+    low, high = pixels.min(), pixels.max()
+    whole = pixels.dtype.kind in "iu" or np.allclose(pixels, np.trunc(pixels))
+    if low < 0 or high > (255 if whole else 1):
+        raise ImageError(
+            f"{name}: expected {'whole numbers within 0..255' if whole else 'floats within 0..1'} ({pixels.dtype}), "
+            f"found {low:g}..{high:g}; rescale the array first"
+        )
+    if whole:
+        return pixels.astype(np.uint8), False
+    return _multiplied(pixels, 255).astype(np.uint8), True
+
+
+def _multiplied(pixels: np.ndarray, factor: float) -> np.ndarray:
+    return (pixels.astype(np.float64) * factor).astype(np.float32)
+
+
+def _scaled(pixels: np.ndarray, factor: float | None, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
+    if factor is not None:
+        pixels = _multiplied(pixels, factor)
+    if mean is None or std is None:
+        return pixels
+    if pixels.dtype.kind != "f":
+        pixels = pixels.astype(np.float32)
+    return (pixels - np.array(mean, pixels.dtype)) / np.array(std, pixels.dtype)
