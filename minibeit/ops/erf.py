@@ -83,6 +83,7 @@ ERFCX64_TAIL = (
 )
 # fmt: on
 
+Row = np.ndarray  # one block of elements, in a kernel
 _SQRT_HALF = 0.7071067811865476
 _ERFC_ZERO = 28.0  # erfc(28) < 2^-1075: zero in float64
 _GELU_ZERO = 39.0  # so is 39 Phi(-39)
@@ -182,7 +183,7 @@ def _times_exp(y: np.ndarray, z: np.ndarray, scale: float, h: np.ndarray, d: np.
     np.add(y, e, out=y)
 
 
-def _gelu32(x, out, wide, a, z, t, y) -> None:
+def _gelu32(x: Row, out: Row, wide: Row, a: Row, z: Row, t: Row, y: Row) -> None:
     np.copyto(wide, x)
     np.absolute(wide, out=a)
     np.minimum(a, _GELU_ZERO, out=a)  # not inf: inf * 0 is NaN
@@ -199,7 +200,7 @@ def _gelu32(x, out, wide, a, z, t, y) -> None:
     np.copyto(out, wide, casting="same_kind")
 
 
-def _gelu64(x, out, a, y, h, d, e) -> None:
+def _gelu64(x: Row, out: Row, a: Row, y: Row, h: Row, d: Row, e: Row) -> None:
     np.absolute(x, out=a)
     np.minimum(a, _GELU_ZERO, out=a)
     np.multiply(a, _SQRT_HALF, out=h)
@@ -211,7 +212,7 @@ def _gelu64(x, out, a, y, h, d, e) -> None:
     np.subtract(out, y, out=out)
 
 
-def _erf32(x, out, wide, s, y, *_) -> None:
+def _erf32(x: Row, out: Row, wide: Row, s: Row, y: Row, *_: Row) -> None:
     np.copyto(wide, x)
     np.maximum(wide, -4.0, out=wide)  # erf(4) rounds to 1
     np.minimum(wide, 4.0, out=wide)
@@ -223,7 +224,7 @@ def _erf32(x, out, wide, s, y, *_) -> None:
     np.copyto(out, y, casting="same_kind")
 
 
-def _erfc32(x, out, wide, z, t, y, e) -> None:
+def _erfc32(x: Row, out: Row, wide: Row, z: Row, t: Row, y: Row, e: Row) -> None:
     np.copyto(wide, x)
     np.absolute(wide, out=z)
     np.minimum(z, _ERFC_ZERO, out=z)
@@ -236,7 +237,7 @@ def _erfc32(x, out, wide, z, t, y, e) -> None:
     np.copyto(out, y, casting="same_kind")
 
 
-def _erf64(x, out, z, y, h, d, e) -> None:
+def _erf64(x: Row, out: Row, z: Row, y: Row, h: Row, d: Row, e: Row) -> None:
     np.absolute(x, out=z)
     near = z < 1
     _erfc64_far(z, y, h, d, e)
@@ -247,7 +248,7 @@ def _erf64(x, out, z, y, h, d, e) -> None:
     np.copyto(out, y)
 
 
-def _erfc64(x, out, z, y, h, d, e) -> None:
+def _erfc64(x: Row, out: Row, z: Row, y: Row, h: Row, d: Row, e: Row) -> None:
     np.absolute(x, out=z)
     near = z < 0.5
     _erfc64_far(z, y, h, d, e)
