@@ -1,0 +1,160 @@
+"""Checkpoint files of every format, told apart by their first bytes: one call gives their named tensors.
+
+No format runs code of the file, and no reader copies more of it than is asked for. Whatever is wrong with a file is a
+`CheckpointError` that names it; a file that is not there is a FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minibeit.checkpoint.msgpack_file import read_msgpack
+from minibeit.checkpoint.npz_file import read_npz
+from minibeit.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from minibeit.checkpoint.source import Source, file_in_folder, open_source, parse_json, shown
+from minibeit.checkpoint.tensors import Stored, TensorInfo, Tensors, gather
+from minibeit.checkpoint.torch_file import pickle_entry, read_torch_legacy, read_torch_zip
+from minibeit.checkpoint.tree import FLAX_WRAPPERS, TORCH_WRAPPERS, split
+from minibeit.checkpoint.zip_file import read_zip
+from minibeit.errors import CheckpointError
+
+__all__ = ["FOLDER_FILES", "Loaded", "TensorInfo", "Tensors", "load_file", "read_tensors", "write_safetensors"]
+
+# In a folder, the first of these that is there is read.
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "flax_model.msgpack",
+)
+MAX_SHARDS = 1000
+STRANGERS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
+    b"<!DOCTYPE": "is a web page, not a checkpoint; download the file itself",
+    b"<html": "is a web page, not a checkpoint; download the file itself",
+    b"\x89HDF": "is a Keras/TensorFlow HDF5 file, which is not read; convert it to safetensors",
+    b"\x93NUMPY": "is a single .npy array without a name; save the tensors with numpy.savez",
+    b"\x1f\x8b": "is compressed with gzip; unpack it first",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as its file holds it, with the file's own names.
+
+    `tensors` are those of the state dict; `wrapper` is the key it was found under ("model", "module", "state_dict",
+    "params", or several joined by dots; None when it was at the top), and `extra` everything beside it as dicts, lists,
+    texts and numbers (tensors there are only described, by a TensorInfo). `metadata` holds the texts of a safetensors
+    header, or the `metadata` of an index file; `files` are the paths that were read.
+    """
+
+    tensors: Tensors
+    format: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    extra: dict[Any, Any] = field(default_factory=dict)
+    wrapper: str | None = None
+    files: tuple[Path, ...] = ()
+
+
+def read_tensors(path: str | os.PathLike[str] | bytes) -> Tensors:
+    """The named tensors of a checkpoint file, index file or folder, each read when asked for (see `load_file`)."""
+    return load_file(path).tensors
+
+
+def load_file(path: str | os.PathLike[str] | bytes, name: str | None = None) -> Loaded:
+    """Opens a checkpoint: a file of any format, the index file of a sharded one, or a folder that holds either.
+
+    Bytes are taken as the content of a file, called `name` in errors. Formats: "safetensors", "torch", "torch-legacy",
+    "flax", "npz". Nothing but headers and pickles is read until a tensor is asked for; the file must stay as it is as
+    long as its tensors are in use.
+    Raises CheckpointError for a file that cannot be used and FileNotFoundError for one that is not there.
+    """
+    if isinstance(path, (bytes, bytearray, memoryview)):
+        return _load(open_source(path, name))
+    path = Path(path)
+    if _is_folder(path):
+        path = _choose(path)
+    source = open_source(path, name)
+    loaded = _load_sharded(path, source) if source.data[:1] == b"{" else _load(source)
+    return Loaded(loaded.tensors, loaded.format, loaded.metadata, loaded.extra, loaded.wrapper, loaded.files or (path,))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(str(path))}: cannot be opened ({error})") from None
+
+
+def _choose(folder: Path) -> Path:
+    for name in FOLDER_FILES:
+        if os.path.lexists(folder / name):
+            return file_in_folder(folder, name, str(folder))
+    raise FileNotFoundError(
+        f"{folder}: the folder has no checkpoint; looked for {', '.join(FOLDER_FILES)} (give another by its path)"
+    )
+
+
+def _load(source: Source) -> Loaded:
+    start = bytes(source.data[:32])
+    for magic, message in STRANGERS.items():
+        if start.startswith(magic):
+            raise source.error(message)
+    if start[:4] == b"PK\3\4":
+        return _load_zip(source)
+    if start[8:9] == b"{":
+        tensors, metadata = read_safetensors(source)
+        return Loaded(tensors, "safetensors", metadata)
+    if start[:1] == b"\x80":
+        return _split(source, read_torch_legacy(source), "torch-legacy", TORCH_WRAPPERS, ".")
+    if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
+        return _split(source, read_msgpack(source), "flax", FLAX_WRAPPERS, "/")
+    raise source.error("is not a safetensors, torch, Flax or npz file, or its beginning is damaged")
+
+
+def _load_zip(source: Source) -> Loaded:
+    entries = read_zip(source)
+    if pickle_entry(entries):
+        return _split(source, read_torch_zip(source, entries), "torch", TORCH_WRAPPERS, ".")
+    if any(name.endswith(".npy") for name in entries):
+        return Loaded(gather(source, read_npz(source, entries)), "npz")
+    raise source.error("is a zip archive, but neither torch.save (data.pkl) nor numpy.savez (*.npy) wrote it")
+
+
+def _split(source: Source, root: Any, format: str, wrappers: tuple[str, ...], joint: str) -> Loaded:
+    stored, extra, wrapper = split(source, root, wrappers, joint)
+    return Loaded(gather(source, stored), format, {}, extra, wrapper)
+
+
+def _load_sharded(path: Path, index: Source) -> Loaded:
+    """All shards that an index file lists; its map from tensors to files must be exactly what the files hold."""
+    content = parse_json(index, index.data, "the index")
+    places = content.get("weight_map")
+    metadata = content.get("metadata", {})
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise index.error("is JSON without a weight_map from tensor names to file names")
+    shards = sorted(set(places.values()))
+    if len(shards) > MAX_SHARDS:
+        raise index.error(f"lists {len(shards):,} shards, more than the {MAX_SHARDS:,} that are read")
+    files = [file_in_folder(path.parent, shard, index.name) for shard in shards]
+    stored: dict[str, Stored] = {}
+    formats = set()
+    for shard, file in zip(shards, files):
+        loaded = _load(open_source(file))
+        formats.add(loaded.format)
+        for name, tensor in loaded.tensors.stored().items():
+            if places.get(name) != shard:
+                raise index.error(
+                    f"says that tensor {shown(name)} is in {shown(places.get(name))}, not in {shown(shard)}"
+                )
+            stored[name] = tensor
+    missing = next((name for name in places if name not in stored), None)
+    if missing is not None:
+        raise index.error(f"lists tensor {shown(missing)}, which {shown(places[missing])} does not hold")
+    return Loaded(
+        Tensors(stored), "+".join(sorted(formats)), metadata if isinstance(metadata, dict) else {}, files=(path, *files)
+    )

@@ -1,0 +1,64 @@
+"""NumPy .npz archives, without NumPy's reader, since that one may run pickles and trusts sizes.
+
+Format: numpy/lib/format.py, versions 1 to 3.
+"""
+
+from __future__ import annotations
+
+import re
+
+from minibeit.checkpoint.source import Source, shown
+from minibeit.checkpoint.tensors import ITEMSIZE, STORED, Stored, TensorInfo, checked_shape
+from minibeit.checkpoint.zip_file import Entry, packed_reader
+
+MAX_HEADER = 10_000
+HEADER = re.compile(
+    r"\{'descr': '([<>|=]?[A-Za-z]\d*)', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,400})\),? *\}\s*"
+)
+DTYPES = {code.lstrip("<|"): name for name, code in STORED.items() if name not in ("bfloat16", "bool")} | {"b1": "bool"}
+
+
+def read_npz(source: Source, entries: dict[str, Entry]) -> dict[str, Stored]:
+    """The arrays of an archive by name: views of the file, or unpacked one at a time when it was compressed."""
+    stored = {}
+    for name, entry in entries.items():
+        if not name.endswith(".npy"):
+            raise source.error(f"holds the entry {shown(name)}, which is no .npy array")
+        stored[name[: -len(".npy")]] = _array(source, entry)
+    return stored
+
+
+def _array(source: Source, entry: Entry) -> Stored:
+    head = bytes(entry.head(12 + MAX_HEADER))
+    if len(head) < 12 or head[:6] != b"\x93NUMPY" or head[6] not in (1, 2, 3):
+        raise source.error(f"the entry {shown(entry.name)} is no .npy array of version 1 to 3")
+    start = 10 if head[6] == 1 else 12
+    length = int.from_bytes(head[8:start], "little")
+    match = HEADER.fullmatch(head[start : start + length].decode("latin-1"))
+    if length > MAX_HEADER or match is None:
+        raise source.error(f"the header of {shown(entry.name)} is not that of a plain array")
+    descr, fortran, sizes = match.groups()
+    dtype = DTYPES.get(descr.lstrip("<|="))
+    if dtype is None:
+        raise source.error(
+            f"{shown(entry.name)} has the NumPy dtype {shown(descr)}; Python objects, texts and big-endian are not read"
+        )
+    lengths = [size.strip() for size in sizes.split(",") if size.strip()]
+    if any(len(size) > 18 or not size.isdigit() for size in lengths):
+        raise source.error(f"the shape in {shown(entry.name)} is not a list of sizes")
+    shape = checked_shape(source, entry.name, [int(size) for size in lengths])
+    offset = start + length
+    if entry.size - offset != TensorInfo(dtype, shape).nbytes:
+        raise source.error(
+            f"{shown(entry.name)} of shape {list(shape)} and dtype {dtype} takes {TensorInfo(dtype, shape).nbytes:,} "
+            f"bytes, but has {entry.size - offset:,}"
+        )
+    return Stored(dtype, shape, packed_reader(entry), offset, _fortran(dtype, shape) if fortran == "True" else None)
+
+
+def _fortran(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, stride = [], ITEMSIZE[dtype]
+    for length in shape:
+        strides.append(stride)
+        stride *= length
+    return tuple(strides)
