@@ -13,10 +13,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
     from .outputs import (
         BackboneOutput,
         BeitModelOutputWithPooling,
+        FlaxBeitModelOutputWithPooling,
+        FlaxMaskedLMOutput,
+        FlaxSequenceClassifierOutput,
         ImageClassifierOutput,
         MaskedLMOutput,
         SemanticSegmenterOutput,
@@ -38,6 +42,12 @@ _HOMES = {
     "BeitForImageClassification": "tasks.image_classification",
     "BeitForSemanticSegmentation": "tasks.semantic_segmentation",
     "BeitBackbone": "tasks.backbone",
+    "FlaxBeitModel": "flax",
+    "FlaxBeitForMaskedImageModeling": "flax",
+    "FlaxBeitForImageClassification": "flax",
+    "FlaxBeitModelOutputWithPooling": "outputs",
+    "FlaxMaskedLMOutput": "outputs",
+    "FlaxSequenceClassifierOutput": "outputs",
     "BeitModelOutputWithPooling": "outputs",
     "MaskedLMOutput": "outputs",
     "ImageClassifierOutput": "outputs",
@@ -60,6 +70,12 @@ __all__ = [
     "BeitModel",
     "BeitModelOutputWithPooling",
     "CheckpointError",
+    "FlaxBeitForImageClassification",
+    "FlaxBeitForMaskedImageModeling",
+    "FlaxBeitModel",
+    "FlaxBeitModelOutputWithPooling",
+    "FlaxMaskedLMOutput",
+    "FlaxSequenceClassifierOutput",
     "ImageClassifierOutput",
     "ImageError",
     "MaskedLMOutput",

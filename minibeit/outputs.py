@@ -93,3 +93,18 @@ class BackboneOutput(ModelOutput):
     feature_maps: tuple[Array, ...] | None = None  # (B, D, h, w) each, or (B, N, D) without reshape_hidden_states
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
+
+
+@dataclass
+class FlaxBeitModelOutputWithPooling(BeitModelOutputWithPooling):
+    """The output of FlaxBeitModel."""
+
+
+@dataclass
+class FlaxMaskedLMOutput(MaskedLMOutput):
+    """The output of FlaxBeitForMaskedImageModeling; never a loss."""
+
+
+@dataclass
+class FlaxSequenceClassifierOutput(ImageClassifierOutput):
+    """The output of FlaxBeitForImageClassification; never a loss."""
