@@ -58,10 +58,11 @@ def assert_cheap(function) -> None:
     if status.exists():
         megabytes = memory(status, "VmHWM") - before
         assert megabytes < 200, f"took {megabytes} MB"
-    if seconds >= 1:  # a busy neighbour makes the processor itself slower: once more
-        start = time.thread_time()
-        function()
-        seconds = time.thread_time() - start
+    for _ in range(3):  # a busy neighbour makes the processor itself slower
+        if seconds >= 1:
+            start = time.thread_time()
+            function()
+            seconds = min(seconds, time.thread_time() - start)
     assert seconds < 1, f"took {seconds:.2f} s"
 
 

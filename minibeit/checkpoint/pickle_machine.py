@@ -15,7 +15,7 @@ from typing import Any
 
 from minibeit.checkpoint.source import Source, shown
 
-MAX_STEPS = 200_000  # a checkpoint of large with its optimizer and an average of its weights takes 90,000
+MAX_STEPS = 150_000  # a checkpoint of large with its optimizer and an average of its weights takes 90,000
 MAX_PICKLE = 32 << 20
 MAX_INTEGER = 128
 KEYS = (str, int, float, bool, bytes, type(None))

@@ -12,7 +12,7 @@ from typing import Any
 
 from minibeit.errors import CheckpointError
 
-MAX_JSON = 4 << 20  # the header of BEiT-large takes 60 KB; parsing may take 24 times the text in memory
+MAX_JSON = 2 << 20  # the header of BEiT-large takes 60 KB; parsing may take 24 times the text in memory
 MAX_NAME = 1000
 
 
