@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..config import BeitConfig
+from .. import labels
+from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from ..params import TASKS, param_shapes, random_arrays
-from .formats import load_file
-from .names import IGNORED, hub_names
+from .formats import Loaded, load_file
+from .hub import resolve
+from .infer import infer_config
+from .names import IGNORED, Naming, Place, recognise
+from .tensors import FLOATS
 
 SHOWN = 8  # how many names an error or a warning lists
 
 # What a model may lack when the checkpoint was made for another task: its head, and norms that serve a head.
 HEADS = ("classifier", "lm_head", "norm", "fpn", "decode_head", "auxiliary_head", "beit.pooler", "beit.norm")
 
+# Keywords of from_pretrained that say how to load rather than what to change in the config.
+OPTIONS = ("dialect", "ignore_mismatched_sizes", "revision", "token")
+
 
 @dataclass(frozen=True)
 class Match:
     """What a model needs held against what a file has."""
 
-    found: dict[str, str]  # canonical name -> name in the file
+    found: dict[str, Place]  # canonical name -> where it lies in the file
     missing: dict[str, str]  # canonical name -> name it would have in the file
-    mismatched: dict[str, str]  # canonical name -> "expected (2, 3), found (3, 2)"
+    mismatched: dict[str, str]  # canonical name -> "name: expected shape (2, 3), found (3, 2)"
     unexpected: list[str]  # names in the file that this model has no place for
 
     @property
@@ -38,26 +46,48 @@ class Match:
         return not (self.missing or self.mismatched or self.unexpected)
 
 
-def match_names(tensors: Any, config: BeitConfig, task: str) -> Match:
-    """Finds the tensor of every parameter of `task` by its Hub name, with or without the prefix of the encoder."""
-    shapes = param_shapes(config, task)
-    prefixed = hub_names(shapes, config.model_type)
-    bare = hub_names(shapes, bare=True)
-    token = hub_names(["beit.embeddings.cls_token"], config.model_type).popitem()[1]
-    names = prefixed if token in tensors else bare
-    found, missing, mismatched = {}, {}, {}
-    for name, shape in shapes.items():
-        # transformers 5 saves a backbone's shared table with the prefix that all its other tensors lack
-        file_name = next((n for n in (names[name], prefixed[name]) if n in tensors), None)
-        if file_name is None:
-            missing[name] = names[name]
-        elif tensors.info(file_name).shape != shape:
-            mismatched[name] = f"{file_name}: expected shape {shape}, found {tensors.info(file_name).shape}"
-        else:
-            found[name] = file_name
-    used = set(found.values()) | {text.split(":")[0] for text in mismatched.values()}
-    unexpected = [name for name in tensors if name not in used and not IGNORED.match(name)]
-    return Match(found, missing, mismatched, unexpected)
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its tensors, how they are named, its config, and what of that was assumed."""
+
+    path: Path
+    loaded: Loaded
+    naming: Naming
+    config: BeitConfig
+    task: str | None  # what it was made for, as far as config and tensors tell
+    assumed: list[str] = field(default_factory=list)  # one entry per setting that neither config nor shapes say
+
+    @property
+    def tensors(self) -> Any:
+        return self.loaded.tensors
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    config_overrides: Mapping[str, Any] | None = None,
+    dialect: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Checkpoint:
+    """Opens a folder, a file of any format, or an id on the Hub; reads no tensor yet.
+
+    The config is the `config.json` of the folder.  Where there is none (unilm, timm, plain state dicts) it is inferred
+    from the shapes.  Raises FileNotFoundError or CheckpointError.
+    """
+    source = resolve(path, revision, token)
+    loaded = load_file(source)
+    try:
+        naming = recognise(loaded.tensors, dialect)
+        file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+        values = _config_values(file) if file.is_file() else None
+        if values is None:
+            inferred = infer_config(loaded.tensors, naming, **(config_overrides or {}))
+            config, named = _name_classes(inferred.config, inferred.task, loaded.extra)
+            return Checkpoint(source, loaded, naming, config, inferred.task, [*inferred.assumed, *named])
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    config = labels.with_names(_config(file, values, config_overrides or {}), str(path))
+    return Checkpoint(source, loaded, naming, config, task_of(config, loaded.tensors, naming))
 
 
 def load_checkpoint(
@@ -69,46 +99,159 @@ def load_checkpoint(
 ) -> tuple[BeitConfig, dict[str, np.ndarray]]:
     """The config of a checkpoint and {canonical name: array of `dtype`} for `task`.
 
-    `path` is a folder or a file with `config.json` beside it.  A head that the checkpoint does not have is drawn from
-    `seed`, one that the model does not have is left out, both with a warning that lists the tensors; anything else that
-    is missing, left over or of another shape raises CheckpointError.
+    `path` is a folder, a file (with `config.json` beside it or none) or an id on the Hub such as
+    "microsoft/beit-base-patch16-224".  Beside fields of the config, `config_overrides` takes `dialect` (overrides how
+    the names are understood), `ignore_mismatched_sizes` (a tensor of another shape is drawn anew instead of refused),
+    `revision` and `token` (for the Hub).
+    A head that the checkpoint does not have is drawn from `seed`, one that the model does not have is left out, both
+    with a warning that lists the tensors; anything else that is missing, left over or of another shape raises
+    CheckpointError.  float32 tensors of mapped files are views of the file, not copies.
     """
-    path = Path(path)
-    config = BeitConfig.from_pretrained(path if path.is_dir() else path.parent, **(config_overrides or {}))
-    loaded = load_file(path)
-    match = match_names(loaded.tensors, config, task)
-    _check(match, path, config)
-    arrays = {name: _array(loaded.tensors, file_name, dtype, path) for name, file_name in match.found.items()}
+    options = dict(config_overrides or {})
+    chosen = {name: options.pop(name, None) for name in OPTIONS}
+    checkpoint = open_checkpoint(path, options, chosen["dialect"], chosen["revision"], chosen["token"])
+    if checkpoint.assumed:
+        warnings.warn(
+            f"{checkpoint.path} has no {CONFIG_NAME} of a BEiT: the config was inferred from the tensors, and assumed "
+            f"were {'; '.join(checkpoint.assumed)}",
+            stacklevel=3,
+        )
+    match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
+    redrawn = dict(match.missing)
+    if chosen["ignore_mismatched_sizes"]:
+        match, redrawn = _give_up_mismatched(match, checkpoint.path)
+    check_match(match, checkpoint)
+    shapes = param_shapes(checkpoint.config, task)
+    arrays = read_arrays(checkpoint, match.found, dtype)
+    arrays.update(random_arrays(checkpoint.config, {name: shapes[name] for name in redrawn}, seed, dtype))
+    return checkpoint.config, {name: arrays[name] for name in shapes}
+
+
+def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | None = None) -> Match:
+    """Finds the tensor of every parameter of `task`; `naming` defaults to what the tensors' names show."""
+    naming = naming or recognise(tensors)
     shapes = param_shapes(config, task)
-    arrays.update(random_arrays(config, {name: shapes[name] for name in match.missing}, seed, dtype))
-    return config, arrays
+    found, missing, mismatched, used = {}, {}, {}, set()
+    for name, place in naming.places(shapes, tensors).items():
+        if place is None or place.name not in tensors:
+            missing[name] = place.name if place else name
+            continue
+        used.add(place.name)
+        expected, shape = place.stored_shape(shapes[name]), tensors.info(place.name).shape
+        if shape == expected:
+            found[name] = place
+        else:
+            mismatched[name] = f"{place.name}: expected shape {expected}, found {shape}"
+    unexpected = [name for name in tensors if name not in used and not IGNORED.match(name)]
+    return Match(found, missing, mismatched, unexpected)
 
 
-def _check(match: Match, path: Path, config: BeitConfig) -> None:
-    """Raises for a checkpoint that is damaged; warns about heads that were made for another task."""
+def read_arrays(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: str = "float32") -> dict[str, np.ndarray]:
+    """{canonical name: array of `dtype`}; parts and transposes of a tensor are views of it."""
+    arrays = {}
+    last, array = "", np.zeros(0)
+    for name, place in places.items():
+        if place.name != last:  # query, key and value of unilm lie in one tensor, which is read once
+            last, array = place.name, _array(checkpoint, place.name, dtype)
+        arrays[name] = _laid_out(array, place.how)
+    return arrays
+
+
+def task_of(config: BeitConfig, tensors: Any, naming: Naming) -> str | None:
+    """The task a checkpoint was made for: that of its architecture if the config names one, else that of its head."""
+    names = {"BeitModel": "model", "Data2VecVisionModel": "model", "BeitBackbone": "backbone"}
+    for ending, task in (
+        ("ForMaskedImageModeling", "masked_image_modeling"),
+        ("ForImageClassification", "image_classification"),
+        ("ForSemanticSegmentation", "semantic_segmentation"),
+    ):
+        names.update({prefix + ending: task for prefix in ("Beit", "Data2VecVision", "FlaxBeit")})
+    for architecture in config.architectures or ():
+        if architecture in names:
+            return names[architecture]
+    for task in ("masked_image_modeling", "semantic_segmentation", "image_classification", "model"):
+        match = match_names(tensors, config, task, naming)
+        heads_alone = task == "model" and all(name.startswith(HEADS) for name in match.missing)
+        if (heads_alone or not match.missing) and not match.mismatched:
+            return task
+    return None
+
+
+def _config_values(file: Path) -> dict[str, Any] | None:
+    """The content of a config.json; None when it is not a transformers one (timm's repositories have their own)."""
+    try:
+        if file.stat().st_size > 64 << 20:
+            raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} cannot be read: {error}") from None
+    if isinstance(values, dict) and "architecture" in values and "hidden_size" not in values:
+        return None
+    return values
+
+
+def _config(file: Path, values: dict[str, Any], overrides: Mapping[str, Any]) -> BeitConfig:
+    try:
+        return BeitConfig.from_dict(values, **overrides)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _name_classes(config: BeitConfig, task: str, extra: Mapping[Any, Any]) -> tuple[BeitConfig, list[str]]:
+    """Names for the classes of an inferred config: those the file carries (mmseg), else those of its data set."""
+    if task not in ("image_classification", "semantic_segmentation"):
+        return config, []
+    meta = extra.get("meta")
+    own = meta.get("CLASSES") if isinstance(meta, Mapping) else None
+    if isinstance(own, (list, tuple)) and len(own) == config.num_labels and all(isinstance(n, str) for n in own):
+        return config.replace(id2label={i: name.strip() for i, name in enumerate(own)}, label2id=None), []
+    source = labels.source_of(task, config.num_labels)
+    if source is None or not labels.unnamed(config):
+        return config, []
+    return labels.named(config, source), [f"class names of {source}"]
+
+
+def _give_up_mismatched(match: Match, path: Path) -> tuple[Match, dict[str, str]]:
+    """The match without its mismatched tensors, and all parameters that start anew."""
     if match.mismatched:
-        raise CheckpointError(f"{path}: {_listed(match.mismatched.values())}; does config.json belong to this file?")
+        warnings.warn(
+            f"{path}: {len(match.mismatched)} tensors of another shape are not used, their parameters start with "
+            f"random values: {listed(match.mismatched.values())}",
+            stacklevel=4,
+        )
+    return Match(match.found, match.missing, {}, match.unexpected), {**match.missing, **match.mismatched}
+
+
+def check_match(match: Match, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a checkpoint that is damaged; warns about heads that were made for another task."""
+    path, naming, config = checkpoint.path, checkpoint.naming, checkpoint.config
+    if match.mismatched:
+        raise CheckpointError(
+            f"{path}: {listed(match.mismatched.values())}; does {CONFIG_NAME} belong to this file? "
+            "(`ignore_mismatched_sizes=True` draws such tensors anew, `minibeit convert` changes the image size)"
+        )
     lost = [name for key, name in match.missing.items() if not key.startswith(HEADS) or _group_found(key, match)]
     if lost or not match.found:
         raise CheckpointError(
             f"{path}: {len(lost or match.missing)} tensors that the config asks for are missing: "
-            f"{_listed(lost or match.missing.values())}; `minibeit inspect` shows what is there"
+            f"{listed(lost or match.missing.values())}; `minibeit inspect` shows what is there"
         )
-    heads = _names_of_other_heads(config)
-    stray = [name for name in match.unexpected if name not in heads]
-    if stray:
-        raise CheckpointError(
-            f"{path}: {len(stray)} tensors have no place in the model that config.json describes: {_listed(stray)}"
-        )
+    if match.unexpected:
+        heads = _names_of_other_heads(config, naming, checkpoint.tensors)
+        stray = [name for name in match.unexpected if name not in heads]
+        if stray:
+            raise CheckpointError(
+                f"{path}: {len(stray)} tensors have no place in the model that the config describes: {listed(stray)}"
+            )
     if match.missing:
         warnings.warn(
             f"{path} was made for another task: {len(match.missing)} tensors start with random values and need "
-            f"training: {_listed(match.missing.values())}",
+            f"training: {listed(match.missing.values())}",
             stacklevel=4,
         )
     if match.unexpected:
         warnings.warn(
-            f"{path}: {len(match.unexpected)} tensors of another task's head are not used: {_listed(match.unexpected)}",
+            f"{path}: {len(match.unexpected)} tensors of another task's head are not used: {listed(match.unexpected)}",
             stacklevel=4,
         )
 
@@ -119,27 +262,41 @@ def _group_found(name: str, match: Match) -> bool:
     return any(found.startswith(head + ".") for found in match.found)
 
 
-def _names_of_other_heads(config: BeitConfig) -> set[str]:
-    """Hub names of everything any task may have beside the encoder's blocks, under both prefixes."""
+def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> set[str]:
+    """Names in the file of everything any task may have beside the encoder's blocks."""
     changed = config.replace(use_mean_pooling=not config.use_mean_pooling)
-    names = {
-        name
-        for variant in (config, changed)
-        for task in TASKS
-        for name in param_shapes(variant, task)
-        if name.startswith(HEADS)
-    }
-    return {*hub_names(names, config.model_type).values(), *hub_names(names, bare=True).values()}
+    names: set[str] = set()
+    for variant in (config, changed):
+        for task in TASKS:
+            heads = [name for name in param_shapes(variant, task) if name.startswith(HEADS)]
+            names.update(place.name for place in naming.places(heads, present).values() if place)
+    return names
 
 
-def _array(tensors: Any, name: str, dtype: str, path: Path) -> np.ndarray:
-    stored = tensors.info(name).dtype
-    if stored not in ("float16", "bfloat16", "float32", "float64"):
-        raise CheckpointError(f"{path}: tensor {name} has dtype {stored}, expected floating-point weights")
-    return np.asarray(tensors[name], dtype)
+def _array(checkpoint: Checkpoint, name: str, dtype: str) -> np.ndarray:
+    stored = checkpoint.tensors.info(name).dtype
+    if stored not in FLOATS:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} has dtype {stored}, expected floating-point weights")
+    try:
+        return checkpoint.tensors.read(name, dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
-def _listed(names: Any) -> str:
+def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
+    """The parameter in our layout: a view."""
+    if how == "same":
+        return array
+    if how == "transpose":
+        return array.T
+    if how == "hwio":
+        return array.transpose(3, 2, 0, 1)
+    third, rows = int(how[0]), array.shape[0] // 3
+    return array[third * rows : (third + 1) * rows]
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of `names` and how many more there are."""
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

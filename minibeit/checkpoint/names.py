@@ -1,36 +1,71 @@
 """What the tensors of a checkpoint are called: one table per dialect, from our canonical names to the file's.
 
-A rule is a pair of templates; `{i}` stands for a number and `{leaf}` for the last word.  Every canonical name that a
-model needs is translated and looked up, so nothing is guessed from the names that happen to be in a file.
+`{e}` stands for the prefix of the encoder, `{i}` for a number and `{leaf}` for the last word.  Every canonical name
+that a model needs is translated and looked up, so nothing is guessed from the names that happen to be in a file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in a file: the tensor's name and how it is laid out there.
+
+    `how` is "same", "transpose" (in, out), "hwio" (kh, kw, in, out), or "0/3", "1/3", "2/3": that third of the rows.
+    """
+
+    name: str
+    how: str = "same"
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a parameter that has `shape` here."""
+        if self.how == "transpose":
+            return shape[::-1]
+        if self.how == "hwio":
+            return shape[2], shape[3], shape[1], shape[0]
+        return shape if self.how == "same" else (3 * shape[0], *shape[1:])
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way of naming the tensors of a BEiT.  `encoders` are the usual prefixes of the encoder, the first written."""
+
+    name: str
+    software: str
+    rules: dict[str, str | Place]
+    encoders: tuple[str, ...]
+    layer_norm_eps: float  # of the software's models; no file says it
+    mark: str = ""  # a tensor that tells the dialect from another with the same encoder
+
 
 # Names in files on the Hub: those of transformers 4, under which transformers 5 saves too.
-HUB = {
-    "beit.embeddings.cls_token": "beit.embeddings.cls_token",
-    "beit.embeddings.mask_token": "beit.embeddings.mask_token",
-    "beit.embeddings.position_embeddings": "beit.embeddings.position_embeddings",
-    "beit.embeddings.patch.{leaf}": "beit.embeddings.patch_embeddings.projection.{leaf}",
-    "beit.shared_bias_table": "beit.encoder.relative_position_bias.relative_position_bias_table",
-    "beit.encoder.{i}.norm1.{leaf}": "beit.encoder.layer.{i}.layernorm_before.{leaf}",
-    "beit.encoder.{i}.attention.query.{leaf}": "beit.encoder.layer.{i}.attention.attention.query.{leaf}",
-    "beit.encoder.{i}.attention.key.{leaf}": "beit.encoder.layer.{i}.attention.attention.key.{leaf}",
-    "beit.encoder.{i}.attention.value.{leaf}": "beit.encoder.layer.{i}.attention.attention.value.{leaf}",
-    "beit.encoder.{i}.attention.output.{leaf}": "beit.encoder.layer.{i}.attention.output.dense.{leaf}",
+HUB: dict[str, str | Place] = {
+    "beit.embeddings.cls_token": "{e}embeddings.cls_token",
+    "beit.embeddings.mask_token": "{e}embeddings.mask_token",
+    "beit.embeddings.position_embeddings": "{e}embeddings.position_embeddings",
+    "beit.embeddings.patch.{leaf}": "{e}embeddings.patch_embeddings.projection.{leaf}",
+    "beit.shared_bias_table": "{e}encoder.relative_position_bias.relative_position_bias_table",
+    "beit.encoder.{i}.norm1.{leaf}": "{e}encoder.layer.{i}.layernorm_before.{leaf}",
+    "beit.encoder.{i}.attention.query.{leaf}": "{e}encoder.layer.{i}.attention.attention.query.{leaf}",
+    "beit.encoder.{i}.attention.key.{leaf}": "{e}encoder.layer.{i}.attention.attention.key.{leaf}",
+    "beit.encoder.{i}.attention.value.{leaf}": "{e}encoder.layer.{i}.attention.attention.value.{leaf}",
+    "beit.encoder.{i}.attention.output.{leaf}": "{e}encoder.layer.{i}.attention.output.dense.{leaf}",
     "beit.encoder.{i}.bias_table": (
-        "beit.encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
+        "{e}encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
     ),
-    "beit.encoder.{i}.lambda_1": "beit.encoder.layer.{i}.lambda_1",
-    "beit.encoder.{i}.norm2.{leaf}": "beit.encoder.layer.{i}.layernorm_after.{leaf}",
-    "beit.encoder.{i}.fc1.{leaf}": "beit.encoder.layer.{i}.intermediate.dense.{leaf}",
-    "beit.encoder.{i}.fc2.{leaf}": "beit.encoder.layer.{i}.output.dense.{leaf}",
-    "beit.encoder.{i}.lambda_2": "beit.encoder.layer.{i}.lambda_2",
-    "beit.norm.{leaf}": "beit.layernorm.{leaf}",
-    "beit.pooler.{leaf}": "beit.pooler.layernorm.{leaf}",
+    "beit.encoder.{i}.lambda_1": "{e}encoder.layer.{i}.lambda_1",
+    "beit.encoder.{i}.norm2.{leaf}": "{e}encoder.layer.{i}.layernorm_after.{leaf}",
+    "beit.encoder.{i}.fc1.{leaf}": "{e}encoder.layer.{i}.intermediate.dense.{leaf}",
+    "beit.encoder.{i}.fc2.{leaf}": "{e}encoder.layer.{i}.output.dense.{leaf}",
+    "beit.encoder.{i}.lambda_2": "{e}encoder.layer.{i}.lambda_2",
+    "beit.norm.{leaf}": "{e}layernorm.{leaf}",
+    "beit.pooler.{leaf}": "{e}pooler.layernorm.{leaf}",
     "norm.{leaf}": "layernorm.{leaf}",
     "lm_head.{leaf}": "lm_head.{leaf}",
     "classifier.{leaf}": "classifier.{leaf}",
@@ -56,20 +91,206 @@ HUB = {
     "auxiliary_head.classifier.{leaf}": "auxiliary_head.classifier.{leaf}",
 }
 
+# Names that transformers 5 has in memory (`model.state_dict()`), which a plain torch.save writes.
+TRANSFORMERS5: dict[str, str | Place] = {
+    **HUB,
+    "beit.shared_bias_table": "{e}shared_position_bias.relative_position_bias_table",
+    "beit.encoder.{i}.norm1.{leaf}": "{e}layers.{i}.layernorm_before.{leaf}",
+    "beit.encoder.{i}.attention.query.{leaf}": "{e}layers.{i}.attention.q_proj.{leaf}",
+    "beit.encoder.{i}.attention.key.{leaf}": "{e}layers.{i}.attention.k_proj.{leaf}",
+    "beit.encoder.{i}.attention.value.{leaf}": "{e}layers.{i}.attention.v_proj.{leaf}",
+    "beit.encoder.{i}.attention.output.{leaf}": "{e}layers.{i}.attention.o_proj.{leaf}",
+    "beit.encoder.{i}.bias_table": "{e}layers.{i}.relative_position_bias.relative_position_bias_table",
+    "beit.encoder.{i}.lambda_1": "{e}layers.{i}.lambda_1",
+    "beit.encoder.{i}.norm2.{leaf}": "{e}layers.{i}.layernorm_after.{leaf}",
+    "beit.encoder.{i}.fc1.{leaf}": "{e}layers.{i}.mlp.fc1.{leaf}",
+    "beit.encoder.{i}.fc2.{leaf}": "{e}layers.{i}.mlp.fc2.{leaf}",
+    "beit.encoder.{i}.lambda_2": "{e}layers.{i}.lambda_2",
+    "fpn.deconv1.{leaf}": "fpn.fpn1.conv_transpose1.{leaf}",
+    "fpn.bn.{leaf}": "fpn.fpn1.normalization.{leaf}",
+    "fpn.deconv2.{leaf}": "fpn.fpn1.conv_transpose2.{leaf}",
+    "fpn.deconv3.{leaf}": "fpn.fpn2.{leaf}",
+    "decode_head.psp_modules.{i}.conv.{leaf}": "decode_head.psp_modules.blocks.{i}.conv.convolution.{leaf}",
+    "decode_head.psp_modules.{i}.bn.{leaf}": "decode_head.psp_modules.blocks.{i}.conv.normalization.{leaf}",
+    "decode_head.psp_bottleneck.conv.{leaf}": "decode_head.psp_bottleneck.convolution.{leaf}",
+    "decode_head.psp_bottleneck.bn.{leaf}": "decode_head.psp_bottleneck.normalization.{leaf}",
+    "decode_head.lateral_convs.{i}.conv.{leaf}": "decode_head.lateral_convs.{i}.convolution.{leaf}",
+    "decode_head.lateral_convs.{i}.bn.{leaf}": "decode_head.lateral_convs.{i}.normalization.{leaf}",
+    "decode_head.fpn_convs.{i}.conv.{leaf}": "decode_head.fpn_convs.{i}.convolution.{leaf}",
+    "decode_head.fpn_convs.{i}.bn.{leaf}": "decode_head.fpn_convs.{i}.normalization.{leaf}",
+    "decode_head.fpn_bottleneck.conv.{leaf}": "decode_head.fpn_bottleneck.convolution.{leaf}",
+    "decode_head.fpn_bottleneck.bn.{leaf}": "decode_head.fpn_bottleneck.normalization.{leaf}",
+    "auxiliary_head.convs.{i}.conv.{leaf}": "auxiliary_head.convs.{i}.convolution.{leaf}",
+    "auxiliary_head.convs.{i}.bn.{leaf}": "auxiliary_head.convs.{i}.normalization.{leaf}",
+    "auxiliary_head.conv_cat.conv.{leaf}": "auxiliary_head.conv_cat.convolution.{leaf}",
+    "auxiliary_head.conv_cat.bn.{leaf}": "auxiliary_head.conv_cat.normalization.{leaf}",
+}
+
+# transformers 5 saves Data2Vec-Vision with the encoder's names in files and the heads' names in memory.
+MIXED: dict[str, str | Place] = {
+    **HUB,
+    **{ours: theirs for ours, theirs in TRANSFORMERS5.items() if ours.startswith(("decode_head", "auxiliary_head"))},
+}
+
+# microsoft/unilm: classification, pre-training, and the ADE20K models of mmseg (encoder under `backbone.`); also timm.
+UNILM: dict[str, str | Place] = {
+    **{ours: theirs for ours, theirs in HUB.items() if ours.startswith(("decode_head", "auxiliary_head"))},
+    "decode_head.classifier.{leaf}": "decode_head.conv_seg.{leaf}",
+    "auxiliary_head.classifier.{leaf}": "auxiliary_head.conv_seg.{leaf}",
+    "beit.embeddings.cls_token": "{e}cls_token",
+    "beit.embeddings.mask_token": "{e}mask_token",
+    "beit.embeddings.position_embeddings": "{e}pos_embed",
+    "beit.embeddings.patch.{leaf}": "{e}patch_embed.proj.{leaf}",
+    "beit.shared_bias_table": "{e}rel_pos_bias.relative_position_bias_table",
+    "beit.encoder.{i}.norm1.{leaf}": "{e}blocks.{i}.norm1.{leaf}",
+    "beit.encoder.{i}.attention.query.weight": Place("{e}blocks.{i}.attn.qkv.weight", "0/3"),
+    "beit.encoder.{i}.attention.query.bias": "{e}blocks.{i}.attn.q_bias",
+    "beit.encoder.{i}.attention.key.weight": Place("{e}blocks.{i}.attn.qkv.weight", "1/3"),
+    "beit.encoder.{i}.attention.value.weight": Place("{e}blocks.{i}.attn.qkv.weight", "2/3"),
+    "beit.encoder.{i}.attention.value.bias": "{e}blocks.{i}.attn.v_bias",
+    "beit.encoder.{i}.attention.output.{leaf}": "{e}blocks.{i}.attn.proj.{leaf}",
+    "beit.encoder.{i}.bias_table": "{e}blocks.{i}.attn.relative_position_bias_table",
+    "beit.encoder.{i}.lambda_1": "{e}blocks.{i}.gamma_1",
+    "beit.encoder.{i}.norm2.{leaf}": "{e}blocks.{i}.norm2.{leaf}",
+    "beit.encoder.{i}.fc1.{leaf}": "{e}blocks.{i}.mlp.fc1.{leaf}",
+    "beit.encoder.{i}.fc2.{leaf}": "{e}blocks.{i}.mlp.fc2.{leaf}",
+    "beit.encoder.{i}.lambda_2": "{e}blocks.{i}.gamma_2",
+    "beit.norm.{leaf}": "{e}norm.{leaf}",
+    "beit.pooler.{leaf}": "{e}fc_norm.{leaf}",
+    "norm.{leaf}": "{e}norm.{leaf}",
+    "lm_head.{leaf}": "lm_head.{leaf}",
+    "classifier.{leaf}": "head.{leaf}",
+    "fpn.deconv1.{leaf}": "{e}fpn1.0.{leaf}",
+    "fpn.bn.{leaf}": "{e}fpn1.1.{leaf}",
+    "fpn.deconv2.{leaf}": "{e}fpn1.3.{leaf}",
+    "fpn.deconv3.{leaf}": "{e}fpn2.0.{leaf}",
+}
+
+
+def _flax() -> dict[str, str | Place]:
+    """Flax's names: HUB's with slashes; `kernel` for matrices, transposed, and `scale` for the weight of a norm."""
+    rules: dict[str, str | Place] = {}
+    for ours, theirs in HUB.items():
+        if ours.startswith(("fpn", "decode_head", "auxiliary_head")):
+            continue  # Flax has no segmentation
+        stem, path = ours.removesuffix("{leaf}"), str(theirs).replace(".", "/").removesuffix("{leaf}")
+        if stem == ours:
+            rules[ours] = path
+        elif "norm" in ours or "pooler" in ours:
+            rules[stem + "weight"], rules[stem + "bias"] = path + "scale", path + "bias"
+        else:
+            how = "hwio" if "patch" in ours else "transpose"
+            rules[stem + "weight"], rules[stem + "bias"] = Place(path + "kernel", how), path + "bias"
+    return rules
+
+
+DIALECTS = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect(
+            "data2vec5",
+            "transformers 5 (Data2Vec segmentation)",
+            MIXED,
+            ("data2vec_vision.", "beit.", ""),
+            1e-12,
+            "decode_head.psp_bottleneck.convolution.weight",
+        ),
+        Dialect("hub", "transformers (Hub files; BEiT, DiT, Data2Vec)", HUB, ("beit.", "data2vec_vision.", ""), 1e-12),
+        Dialect("transformers5", "transformers 5 in memory", TRANSFORMERS5, ("beit.", ""), 1e-12),
+        Dialect("flax", "Flax", _flax(), ("beit/", ""), 1e-12),
+        Dialect("unilm", "microsoft/unilm or timm", UNILM, ("", "backbone."), 1e-6),
+    )
+}
+ALIASES = {"timm": "unilm", "mmseg": "unilm", "dit": "hub", "data2vec": "hub", "transformers": "hub"}
+
 # Buffers that carry no learned number: index tables that follow from the grid, and a counter of training steps.
 IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked)$")
 
 
-def translate(name: str, rules: dict[str, str]) -> str:
+@dataclass(frozen=True)
+class Naming:
+    """A dialect as one file speaks it: `encoder` is what stands before the encoder's names, `outer` before all."""
+
+    dialect: Dialect
+    encoder: str
+    outer: str = ""
+
+    def place(self, name: str) -> Place:
+        """Where the parameter with a canonical name lies.  Raises KeyError for one that the dialect cannot hold."""
+        found = translate(name, self.dialect.rules, self.encoder)
+        return Place(self.outer + found.name, found.how)
+
+    def places(self, names: Iterable[str], present: Collection[str]) -> dict[str, Place | None]:
+        """The place of each of `names` in a file that has the tensors `present`; None where there cannot be one.
+
+        `norm` (of masked image modelling) and `beit.norm` share one name in files of unilm and in files without the
+        prefix of the encoder.  In the latter it is the encoder's, unless the head of masked image modelling is there.
+        """
+        places: dict[str, Place | None] = {}
+        for name in names:
+            try:
+                places[name] = self.place(name)
+            except KeyError:
+                places[name] = None
+        head = self.place("lm_head.weight").name in present
+        for leaf in ("weight", "bias"):
+            ours, encoders = f"norm.{leaf}", f"beit.norm.{leaf}"
+            if self.place(ours) == self.place(encoders):
+                places.update({loser: None for loser in [encoders if head else ours] if loser in places})
+        shared = places.get("beit.shared_bias_table")
+        if shared and shared.name not in present:  # transformers 5 saves that of a backbone with a prefix all lack
+            other = Naming(self.dialect, self.dialect.encoders[0], self.outer).place("beit.shared_bias_table")
+            places["beit.shared_bias_table"] = other if other.name in present else shared
+        return places
+
+
+def translate(name: str, rules: dict[str, str | Place], encoder: str) -> Place:
     """`name` in the words of the table's right side.  Raises KeyError for a name that no rule knows."""
     words = name.split(".")
     number = next((word for word in words if word.isdigit()), "")
-    for leaf in (words[-1], None):
-        key = ".".join("{i}" if word.isdigit() else word for word in (words if leaf is None else words[:-1]))
-        key = key if leaf is None else f"{key}.{{leaf}}"
-        if key in rules:
-            return rules[key].format(i=number, leaf=leaf)
-    raise KeyError(name)
+    key = ".".join("{i}" if word.isdigit() else word for word in words)
+    rule = rules[key] if key in rules else rules[key.rpartition(".")[0] + ".{leaf}"]
+    place = rule if isinstance(rule, Place) else Place(rule)
+    return Place(place.name.format(e=encoder, i=number, leaf=words[-1]), place.how)
+
+
+def recognise(names: Collection[str], dialect: str | None = None) -> Naming:
+    """The naming of a file that holds tensors `names`; `dialect` (a key of DIALECTS or ALIASES) overrides the guess.
+
+    Raises CheckpointError when the tensors are not a BEiT's, ValueError for a dialect that does not exist.
+    """
+    for candidate in _candidates(dialect):
+        patch = translate("beit.embeddings.patch.weight", candidate.rules, "").name
+        block = translate("beit.encoder.0.norm1.weight", candidate.rules, "").name
+        for name in names:
+            prefix = name.removesuffix(patch)
+            if prefix == name or prefix + block not in names:
+                continue
+            encoder = max((e for e in candidate.encoders if prefix.endswith(e)), key=len)
+            outer = prefix.removesuffix(encoder)
+            if not candidate.mark or outer + candidate.mark in names:
+                return Naming(candidate, encoder, outer)
+    some = ", ".join(list(names)[:3])
+    speech = "of any known dialect" if dialect is None else f"of dialect {dialect!r}"
+    raise CheckpointError(
+        f"no patch embedding and first block {speech} among its {len(names)} tensors ({some}, ...); "
+        "known are files of transformers, unilm, timm and Flax"
+    )
+
+
+def _candidates(dialect: str | None) -> list[Dialect]:
+    if dialect is None:
+        return list(DIALECTS.values())
+    name = ALIASES.get(dialect, dialect)
+    if name not in DIALECTS:
+        raise ValueError(f"dialect: expected one of {', '.join([*DIALECTS, *ALIASES])}, found {dialect!r}")
+    return [DIALECTS[name]]
+
+
+def hub_naming(model_type: str = "beit", bare: bool = False) -> Naming:
+    """How transformers names a model's tensors in files it writes; `bare` for the encoder alone and for backbones."""
+    dialect = DIALECTS["data2vec5" if model_type == "data2vec-vision" else "hub"]  # differ in segmentation heads only
+    return Naming(dialect, "" if bare else model_type.replace("-", "_") + ".")
 
 
 def hub_names(names: Iterable[str], model_type: str = "beit", bare: bool = False) -> dict[str, str]:
@@ -78,5 +299,5 @@ def hub_names(names: Iterable[str], model_type: str = "beit", bare: bool = False
     `bare` files, those of the encoder alone and of backbones, have no `beit.` in front; Data2Vec-Vision writes
     `data2vec_vision.` instead.
     """
-    prefix = "" if bare else model_type.replace("-", "_") + "."
-    return {name: re.sub(r"^beit\.", prefix, translate(name, HUB)) for name in names}
+    naming = hub_naming(model_type, bare)
+    return {name: naming.place(name).name for name in names}

@@ -14,6 +14,7 @@ from .names import hub_names
 
 WEIGHTS_NAME = "model.safetensors"
 BARE_TASKS = ("model", "backbone")  # their files have no `beit.` in front of the names
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def save_checkpoint(
@@ -22,17 +23,23 @@ def save_checkpoint(
     task: str,
     arrays: Mapping[str, np.ndarray],
     dtype: str = "float32",
+    counters: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes `arrays` ({canonical name: array}) and `config` into `folder`; each file appears only when complete.
 
-    `dtype` of the file: "float32", "float16" or "bfloat16".
+    `dtype` of the file: "float32", "float16" or "bfloat16".  PyTorch's batch norms count the steps they were trained
+    for, which no computation of BEiT reads: the counters are 0 unless `counters` has them ({canonical name of a
+    running variance: counter}).
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = hub_names(arrays, config.model_type, bare=task in BARE_TASKS)
     tensors = {names[name]: array for name, array in arrays.items()}
-    for name in list(tensors):  # PyTorch's batch norms count the steps they were trained for
+    for name in arrays:
         if name.endswith(".running_var"):
-            tensors[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
+            counter = np.asarray((counters or {}).get(name, 0), np.int64)
+            tensors[names[name].replace("running_var", "num_batches_tracked")] = counter
     write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"}, dtype=dtype)
     config.save_pretrained(folder)

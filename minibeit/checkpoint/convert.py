@@ -1,0 +1,218 @@
+"""Any checkpoint becomes a folder in the Hub's layout, which minibeit and transformers read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import labels
+from ..config import CONFIG_NAME, BeitConfig
+from ..errors import CheckpointError
+from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
+from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
+from .names import IGNORED
+from .resize import resize_arrays, share_to_blocks
+from .save import DTYPES, WEIGHTS_NAME, save_checkpoint
+
+PROCESSOR_NAME = "preprocessor_config.json"
+CLASSES = {
+    "model": "Model",
+    "masked_image_modeling": "ForMaskedImageModeling",
+    "image_classification": "ForImageClassification",
+    "semantic_segmentation": "ForSemanticSegmentation",
+    "backbone": "Backbone",
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written and what had to be decided on the way."""
+
+    folder: Path
+    config: BeitConfig
+    task: str
+    notes: list[str] = field(default_factory=list)  # one sentence each
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    dialect: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    resize_method: str = "unilm",
+    dtype: str = "float32",
+    force: bool = False,
+    seed: int = 0,
+    **config_overrides: Any,
+) -> Conversion:
+    """Writes the checkpoint `source` (file, folder or Hub id) to the folder `destination`: config, weights, processor.
+
+    `task` defaults to the one the checkpoint was made for, and what that lacks is left out; for another one the
+    missing head is drawn from `seed`, and a bias table shared by all blocks is copied to each, as fine-tuning starts.
+    `image_size` resizes position bias tables and position embeddings (see `resize.resize_arrays`).  The folder appears
+    only when it is complete.
+    Raises FileExistsError for a destination that is not empty unless `force`, FileNotFoundError, CheckpointError and
+    ValueError.
+    """
+    destination = Path(destination)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}")
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination}: is a file; give a folder to write to")
+    if destination.exists() and any(destination.iterdir()) and not force:
+        raise FileExistsError(f"{destination}: the folder is not empty; give another one, or --force to write into it")
+    checkpoint = open_checkpoint(source, config_overrides, dialect)
+    task = task or checkpoint.task
+    if task is None:
+        raise CheckpointError(f"{checkpoint.path}: neither config nor tensors tell its task; give --task")
+    notes = _found(checkpoint)
+    match = _match(checkpoint, task, notes)
+    config, arrays = checkpoint.config, read_arrays(checkpoint, match.found)
+    if match.missing and task != checkpoint.task:
+        notes.append(f"{len(match.missing)} tensors start with random values: {listed(match.missing)}")
+        shapes = param_shapes(config, task)
+        arrays.update(random_arrays(config, {name: shapes[name] for name in match.missing}, seed, "float32"))
+    fine_tuned = task in ("image_classification", "semantic_segmentation") and checkpoint.task != task
+    if fine_tuned and config.use_shared_relative_position_bias:
+        config, arrays = share_to_blocks(arrays, config)
+        notes.append(f"the shared position bias table was copied to each of the {config.num_hidden_layers} blocks")
+    old = config.image_shape
+    if image_size is not None:
+        config, arrays = resize_arrays(arrays, config, image_size, resize_method)
+        notes.append(f"resized from {_by(old)} to {_by(config.image_shape)} pixels by method {resize_method}")
+    prefix = "Data2VecVision" if config.model_type == "data2vec-vision" else "Beit"
+    config = config.replace(architectures=(prefix + CLASSES[task],))
+    if config.add_fpn and "batch_norm_eps" not in config.extra:
+        config = config.replace(batch_norm_eps=BATCH_NORM_EPS)  # transformers 4 reads it and has no default
+    if config.feature_convention == "unilm":
+        notes.append(
+            'config: feature_convention is "unilm", the blocks it was trained with; transformers, which does not know '
+            "the setting, takes others and scores lower"
+        )
+    processor = _processor(checkpoint, str(source), old, config.image_shape, notes)
+    arrays = {name: arrays[name] for name in param_shapes(config, task) if name in arrays}
+    _write(destination, config, task, arrays, dtype, _counters(checkpoint, match), processor)
+    notes.append(f"wrote {count_parameters(config, task):,} parameters as {dtype}")
+    return Conversion(destination, config, task, notes)
+
+
+def _found(checkpoint: Checkpoint) -> list[str]:
+    naming, config = checkpoint.naming, checkpoint.config
+    wrapper = f", under the key {checkpoint.loaded.wrapper!r}" if checkpoint.loaded.wrapper else ""
+    notes = [
+        f"found {len(checkpoint.tensors)} tensors ({checkpoint.loaded.format}{wrapper}) named as by "
+        f"{naming.dialect.software}",
+        f"found {config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"{_by(config.image_shape)} pixels, made for {checkpoint.task or 'no task that is known'}",
+    ]
+    if checkpoint.assumed:
+        notes.append(f"there is no config; inferred from the tensors, and assumed: {'; '.join(checkpoint.assumed)}")
+    return notes
+
+
+def _match(checkpoint: Checkpoint, task: str, notes: list[str]) -> Match:
+    """The match with `task`, checked; what is unused or new is noted instead of warned about."""
+    match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check_match(match, checkpoint)
+    if match.missing and task == checkpoint.task:
+        notes.append(f"{len(match.missing)} tensors are missing and were left out: {listed(match.missing)}")
+    ignored = sum(IGNORED.match(name) is not None for name in checkpoint.tensors)
+    if ignored:
+        notes.append(f"{ignored} tensors are index tables or step counters, which carry no learned number")
+    if match.unexpected:
+        notes.append(f"{len(match.unexpected)} tensors of another head are not used: {listed(match.unexpected)}")
+    return match
+
+
+def _counters(checkpoint: Checkpoint, match: Match) -> dict[str, np.ndarray]:
+    """The step counters of PyTorch's batch norms, by the canonical name of the running variance."""
+    found = {}
+    for name, place in match.found.items():
+        counter = place.name.replace("running_var", "num_batches_tracked")
+        if name.endswith(".running_var") and counter in checkpoint.tensors:
+            found[name] = checkpoint.tensors[counter]
+    return found
+
+
+def _processor(
+    checkpoint: Checkpoint, source: str, old: tuple[int, int], new: tuple[int, int], notes: list[str]
+) -> dict[str, Any] | None:
+    """The image processor's settings, for the new image size: of the source's folder, else of the manifest."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    file = folder / PROCESSOR_NAME
+    known = labels.manifest()
+    entry = known.get(source) or known.get(Path(source).stem) or known.get(f"timm/{Path(source).stem}")
+    if file.is_file():
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"{file}: expected a mapping of settings, found {type(settings).__name__}")
+    elif entry is not None:
+        settings = {"image_processor_type": "BeitImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255}
+        settings.update(entry["preprocessing"])
+        notes.append(f"{PROCESSOR_NAME} is that of the manifest")
+    else:
+        notes.append(f"no {PROCESSOR_NAME} was written: nothing tells how images were prepared")
+        return None
+    if old != new:
+        settings = {
+            **settings,
+            **{key: _scaled(settings[key], old, new) for key in ("size", "crop_size") if key in settings},
+        }
+    return settings
+
+
+def _scaled(size: Any, old: tuple[int, int], new: tuple[int, int]) -> Any:
+    """A size of the image processor, larger by as much as the model's images are."""
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return {"height": round(size["height"] * new[0] / old[0]), "width": round(size["width"] * new[1] / old[1])}
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return {"shortest_edge": round(size["shortest_edge"] * min(new) / min(old))}
+    if isinstance(size, int) and new[0] == new[1]:
+        return round(size * new[0] / old[0])
+    return {"height": new[0], "width": new[1]}
+
+
+def _write(
+    destination: Path,
+    config: BeitConfig,
+    task: str,
+    arrays: Mapping[str, np.ndarray],
+    dtype: str,
+    counters: Mapping[str, np.ndarray],
+    processor: dict[str, Any] | None,
+) -> None:
+    """Fills a folder beside `destination` and moves it, or for an existing one its files, into place."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as temporary:
+        made = Path(temporary) / "made"
+        save_checkpoint(made, config, task, arrays, dtype, counters)
+        if processor is not None:
+            (made / PROCESSOR_NAME).write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not destination.exists():
+            shutil.move(made, destination)
+            return
+        for name in (WEIGHTS_NAME, PROCESSOR_NAME, CONFIG_NAME):
+            if (made / name).exists():
+                os.replace(made / name, destination / name)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

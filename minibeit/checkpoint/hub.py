@@ -1,0 +1,180 @@
+"""Checkpoints by their id on the Hugging Face Hub, fetched by huggingface_hub (extra `hub`) into its cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .. import labels
+from ..errors import CheckpointError
+from .formats import FOLDER_FILES
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+FILE_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz", ".json", ".pkl")
+SETTINGS = ("config.json", "preprocessor_config.json")
+TRUE = ("1", "on", "true", "yes")
+
+
+def resolve(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, token: str | None = None, weights: bool = True
+) -> Path:
+    """The local path of a checkpoint: `path_or_id` itself if it exists, else the folder its files were downloaded to.
+
+    `weights=False` fetches the config and the settings of the image processor only.  Environment: HF_HOME,
+    HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+    Raises FileNotFoundError for what is neither here nor there and CheckpointError when a download fails.
+    """
+    if os.path.exists(path_or_id):
+        return Path(path_or_id)
+    if is_hub_id(path_or_id):
+        return download(str(path_or_id), revision, token, weights=weights)
+    entry = labels.manifest().get(str(path_or_id), {})
+    if "file" in entry:
+        raise FileNotFoundError(f"{path_or_id}: is published as {entry['file']}; download that file and give its path")
+    raise FileNotFoundError(f"{path_or_id}: there is no such file or folder, and an id on the Hub is like owner/name")
+
+
+def is_hub_id(path: Any) -> bool:
+    """Whether a text looks like owner/name rather than like the path of a file."""
+    return isinstance(path, str) and ID.fullmatch(path) is not None and not path.lower().endswith(FILE_ENDINGS)
+
+
+def download(
+    id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    weights: bool = True,
+) -> Path:
+    """Fetches config, processor settings and weights of `id`, with a progress bar; gives the folder they are in.
+
+    Of the weights the first kind that the repository has is taken: safetensors, PyTorch's .bin, Flax.  What is there
+    already is not fetched again; a broken download goes on where it stopped.  `output` is a folder to use instead of
+    the cache.  Raises FileNotFoundError or CheckpointError.
+    """
+    fetch = _Fetch(id, revision, token, output)
+    found = [fetch(name) for name in SETTINGS]
+    if weights:
+        main = next((file for file in map(fetch, FOLDER_FILES) if file is not None), None)
+        if main is None:
+            raise FileNotFoundError(
+                f"{id}: {fetch.where} holds none of {', '.join(FOLDER_FILES)}{fetch.offline_hint()}"
+            )
+        for shard in _shards(main):
+            if fetch(shard) is None:
+                raise CheckpointError(f"{id}: {main.name} lists {shard}, which {fetch.where} does not hold")
+        found.append(main)
+    folder = next((file.parent for file in found if file is not None), None)
+    if folder is None:
+        raise FileNotFoundError(f"{id}: {fetch.where} holds neither {' nor '.join(SETTINGS)}{fetch.offline_hint()}")
+    return folder
+
+
+class _Fetch:
+    """Fetches files of one repository, all of the same commit."""
+
+    def __init__(self, id: str, revision: str | None, token: str | None, output: str | os.PathLike[str] | None) -> None:
+        self.hub, self.errors = _library(id)
+        self.id, self.revision, self.token = id, revision, token
+        self.output = None if output is None else Path(output)
+        self.offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+        self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+        home = os.environ.get("HF_HOME")
+        self.cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
+        self.unreachable: str | None = None  # why the Hub did not answer for some file
+
+    @property
+    def where(self) -> str:
+        """What was searched, for messages."""
+        return "the cache" if self.offline or self.unreachable else "the repository on the Hub"
+
+    def offline_hint(self) -> str:
+        if not (self.offline or self.unreachable):
+            return ""
+        why = "HF_HUB_OFFLINE is set" if self.offline else f"the Hub could not be reached ({self.unreachable})"
+        return f", and {why}; {_by_hand(self.id)}"
+
+    def __call__(self, name: str) -> Path | None:
+        """The local path of a file; None when the repository (or, without a network, the cache) does not have it."""
+        try:
+            file = Path(
+                self.hub.hf_hub_download(
+                    self.id,
+                    name,
+                    revision=self.revision,
+                    token=self.token,
+                    cache_dir=self.cache,
+                    local_dir=self.output,
+                    endpoint=self.endpoint,
+                    local_files_only=self.offline or self.unreachable is not None,  # its retries take half a minute
+                    library_name="minibeit",
+                )
+            )
+        except self.errors.LocalEntryNotFoundError as error:
+            if not self.offline and self.unreachable is None:
+                self.unreachable = _sentence(error.__cause__ or error)
+            return None
+        except self.errors.EntryNotFoundError:
+            return None
+        except self.errors.RevisionNotFoundError:
+            raise FileNotFoundError(f"{self.id}: has no revision {self.revision!r} on the Hub") from None
+        except self.errors.GatedRepoError:
+            raise FileNotFoundError(
+                f"{self.id}: is gated; accept its terms on the Hub and give token= or set HF_TOKEN"
+            ) from None
+        except self.errors.RepositoryNotFoundError:
+            raise FileNotFoundError(
+                f"{self.id}: is no file or folder here and no repository on the Hub; if it is private, "
+                "give token= or set HF_TOKEN"
+            ) from None
+        except Exception as error:  # huggingface_hub lets those of its HTTP library through, which differ by version
+            raise CheckpointError(
+                f"{self.id}: the download of {name} failed ({_sentence(error)}); run again to go on where it stopped, "
+                f"or {_by_hand(self.id)}"
+            ) from error
+        if self.output is None and re.fullmatch(r"[0-9a-f]{40}", file.parent.name):
+            self.revision = file.parent.name  # the other files of the same commit, even if the branch moves meanwhile
+        return file
+
+
+def _library(id: str) -> tuple[Any, Any]:
+    """huggingface_hub, and the module that has had its errors in every version."""
+    try:
+        import huggingface_hub
+        import huggingface_hub.utils as errors
+    except ImportError:
+        raise FileNotFoundError(
+            f"{id}: is no file or folder here, and to download it from the Hub huggingface_hub is missing; "
+            f'pip install "minibeit[hub]", or {_by_hand(id)}'
+        ) from None
+    return huggingface_hub, errors
+
+
+def _by_hand(id: str) -> str:
+    return (
+        f"put config.json, preprocessor_config.json and model.safetensors (or pytorch_model.bin) of "
+        f"https://huggingface.co/{id}/tree/main into a folder and give its path"
+    )
+
+
+def _shards(main: Path) -> list[str]:
+    """The files that an index lists; each must be a plain name in the same folder."""
+    if not main.name.endswith(".index.json"):
+        return []
+    try:
+        names = sorted(set(json.loads(main.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{main}: is no index of shards ({_sentence(error)})") from None
+    if not plain:
+        raise CheckpointError(f"{main}: lists shards outside its folder")
+    return names
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error's message, with its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:")[:200] if lines else type(error).__name__

@@ -1,0 +1,126 @@
+"""`minibeit classify`: the most probable labels of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from .inputs import Found, Result, add_image_arguments, find_images, run_batches
+from .loading import add_model_arguments, load_model, load_processor, shipped_checkpoint
+from .terminal import one_line, out, positive, print_json_list
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..config import BeitConfig
+
+HELP = "say what is on pictures"
+DESCRIPTION = """\
+Says what is on pictures: the labels with the highest scores, in the order of the pictures.
+
+The score is a probability (softmax over the classes; for multi-label models each class's own, by the sigmoid; for
+regression the number itself).  A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+"""
+COLUMNS = ("file", "rank", "label", "index", "score", "logit")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
+    add_model_arguments(
+        parser, "a checkpoint fine-tuned for classification (default: the shipped model of handwritten digits)"
+    )
+    parser.add_argument("-k", "--top-k", type=positive, default=5, metavar="K", help="labels per picture (default 5)")
+    parser.add_argument(
+        "-b", "--batch-size", type=positive, default=8, metavar="B", help="pictures at once (default 8)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions} with every digit")
+    form.add_argument("--csv", action="store_true", help=f"a CSV table: {', '.join(COLUMNS)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..tasks.image_classification import BeitForImageClassification
+
+    args.model = str(shipped_checkpoint()) if args.model is None else args.model
+    found = find_images(args.images, args.recursive)
+    model = load_model(BeitForImageClassification, args)
+    processor = load_processor(args.model, model.config, args.quiet)
+    results = run_batches(found, processor, lambda pixels: model(pixels).logits, args.batch_size, args.quiet)
+    errors: list[str] = []
+    rows = (_row(result, model.config, args.top_k, errors) for result in results)
+    if args.json:
+        print_json_list(rows)
+    elif args.csv:
+        _print_csv(rows)
+    else:
+        _print_table(rows, found, model.config)
+    return 1 if errors else 0
+
+
+def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K,) float64
+    """What a user takes logits for: probabilities, or for regression the numbers themselves.
+
+    Without a `problem_type` one output means regression, as in the model's loss, and several single-label.
+    """
+    import numpy as np
+
+    x = np.asarray(logits, np.float64)
+    if problem == "regression" or (problem is None and len(x) == 1):
+        return x
+    if problem == "multi_label_classification":
+        return 0.5 * (1 + np.tanh(0.5 * x))  # the sigmoid, without overflow
+    powers = np.exp(x - x.max())
+    return powers / powers.sum()
+
+
+def _row(result: Result, config: BeitConfig, top_k: int, errors: list[str]) -> dict[str, Any]:
+    import numpy as np
+
+    if result.error is not None:
+        errors.append(result.error)
+        return {"file": result.file, "error": result.error}
+    values = scores(result.value, config.problem_type)
+    best = np.argsort(-values, kind="stable")[:top_k]
+    predictions = [
+        {"label": config.id2label[int(i)], "index": int(i), "score": float(values[i]), "logit": float(result.value[i])}
+        for i in best
+    ]
+    return {"file": result.file, "predictions": predictions}
+
+
+def _print_csv(rows: Iterable[dict[str, Any]]) -> None:
+    def line(values: Iterable[Any]) -> str:
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="").writerow(values)
+        return buffer.getvalue()
+
+    out(line(COLUMNS))
+    for row in rows:
+        for rank, prediction in enumerate(row.get("predictions", ()), 1):
+            out(line((row["file"], rank, *prediction.values())))
+
+
+def _print_table(rows: Iterable[dict[str, Any]], found: list[Found], config: BeitConfig) -> None:
+    width = max(len("picture"), *(len(one_line(entry.file)) for entry in found if entry.error is None), 0)
+    regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    heading = f"{'picture':{width}}  {'value' if regression else 'probability':>11}  label"
+    for row in rows:
+        if heading and "error" not in row:
+            out(heading)
+            heading = ""
+        for name, score, label in _cells(row, regression):
+            out(f"{name:{width}}  {score:>11}  {label}")
+
+
+def _cells(row: dict[str, Any], regression: bool) -> Iterator[tuple[str, str, str]]:
+    """The lines of one picture: its name stands on the first only."""
+    for rank, prediction in enumerate(row.get("predictions", ())):
+        score = prediction["score"]
+        yield (
+            one_line(row["file"]) if rank == 0 else "",
+            f"{score:.6g}" if regression else f"{score:.2%}",
+            one_line(prediction["label"]),
+        )

@@ -1,0 +1,127 @@
+"""`minibeit features`: hidden states of pictures as arrays in a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .inputs import Result, add_image_arguments, check_output_folder, check_outputs, failed, find_images, run_batches
+from .loading import add_model_arguments, load_processor, shipped_checkpoint
+from .terminal import UsageError, note, out, positive
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "write hidden states of pictures to a file"
+DESCRIPTION = """\
+Writes what a layer of the encoder makes of pictures, for search, clustering or a classifier of your own.
+
+The file holds `features`, one row per picture in their order: (n, D), or with --pool none (n, N, D), the CLS token
+first.  An .npz file also has `files`, `layer`, `pool` and `model`; a .safetensors file has them as metadata, `files`
+as a JSON list.  A picture that cannot be read is named on stderr and has no row, the exit code is 1.
+"""
+POOLS = ("mean", "cls", "none")
+SUFFIXES = (".safetensors", ".npz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
+    add_model_arguments(parser, "a checkpoint of any task (default: the shipped model of handwritten digits)")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write: .safetensors or .npz")
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=-1,
+        metavar="I",
+        help="0 for the embeddings, i for the output of block i, negative from the end (default -1: the last); "
+        "hidden states are as the block leaves them, before any final norm",
+    )
+    parser.add_argument(
+        "--pool", choices=POOLS, default="mean", help="mean of the patches (default), CLS token, or all tokens"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=positive, default=8, metavar="B", help="pictures at once (default 8)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint.load import open_checkpoint
+    from ..tasks.backbone import BeitBackbone
+
+    output = Path(args.output)
+    if output.suffix not in SUFFIXES:
+        raise UsageError(f"--output: expected a file name ending in {' or '.join(SUFFIXES)}, found {args.output}")
+    args.model = str(shipped_checkpoint()) if args.model is None else args.model
+    found = find_images(args.images, args.recursive)
+    check_outputs([output], [entry.file for entry in found])
+    check_output_folder(output)
+    depth = open_checkpoint(args.model).config.num_hidden_layers
+    if not -depth - 1 <= args.layer <= depth:
+        raise UsageError(f"--layer: the model has hidden states 0 to {depth}, found {args.layer}")
+    layer = args.layer % (depth + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*another task's head are not used")  # features need no head
+        model = BeitBackbone.from_pretrained(
+            args.model,
+            dtype=args.dtype,
+            backend=args.backend,
+            out_indices=(layer,),
+            add_fpn=False,
+            reshape_hidden_states=False,
+        )
+    processor = load_processor(args.model, model.config, args.quiet)
+
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        (states,) = model(pixels).feature_maps or ()
+        return pooled(states, args.pool)
+
+    files, rows = _collect(run_batches(found, processor, compute, args.batch_size, args.quiet))
+    if not rows:
+        note(f"error: no picture could be used, {output} is not written")
+        return 1
+    _write(output, rows, files, {"layer": layer, "pool": args.pool, "model": args.model})
+    shape = (len(rows), *rows[0].shape)
+    out(f"{output}: features {shape}, hidden state {layer} of {depth}, pool {args.pool}")
+    return 0 if len(files) == len(found) else 1
+
+
+def _collect(results: Iterable[Result]) -> tuple[list[str], list[np.ndarray]]:
+    """The files that have features, and these; all of one shape."""
+    files: list[str] = []
+    rows: list[np.ndarray] = []
+    for result in results:
+        if result.error is not None:
+            continue
+        if rows and result.value.shape != rows[0].shape:
+            failed(result.file, f"its features have shape {result.value.shape}, those of {files[0]} {rows[0].shape}")
+            continue
+        files.append(result.file)
+        rows.append(result.value)
+    return files, rows
+
+
+def pooled(states: np.ndarray, pool: str) -> np.ndarray:  # (B, N, D) -> (B, D) or (B, N, D)
+    """One vector per picture, or all tokens with "none"."""
+    if pool == "cls":
+        return states[:, 0]
+    return states[:, 1:].mean(axis=1) if pool == "mean" else states
+
+
+def _write(output: Path, rows: list[np.ndarray], files: list[str], facts: dict[str, Any]) -> None:
+    import numpy as np
+
+    from ..checkpoint.formats import write_safetensors
+    from ..files import atomic_write
+
+    features = np.stack(rows)
+    if output.suffix == ".npz":
+        with atomic_write(output) as stream:
+            arrays: dict[str, Any] = {"features": features, "files": np.array(files), **facts}
+            np.savez(stream, **arrays)
+    else:
+        metadata = {"files": json.dumps(files), **{k: str(v) for k, v in facts.items()}}
+        write_safetensors(output, {"features": features}, metadata)

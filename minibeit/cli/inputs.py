@@ -1,0 +1,180 @@
+"""From the words on the command line to pictures, and from pictures to results in the same order."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .terminal import UsageError, note, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".pgm", ".ppm"),
+    *(".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file to read, or a word that led to none and why."""
+
+    file: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one file: a value, or the reason why there is none."""
+
+    file: str
+    value: Any = None
+    error: str | None = None
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """IMAGE..., --recursive and --quiet."""
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE|FOLDER|GLOB",
+        help="pictures; of a folder the pictures in it, by suffix and in natural order; a quoted pattern such as "
+        "'shots/**/*.png' is expanded",
+    )
+    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders within folders too")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
+    """The files that the words name, in their order; a word that names none is an entry with its reason."""
+    found: list[Found] = []
+    for word in words:
+        if os.path.lexists(word) or not glob.has_magic(word):
+            found += _expand(word, recursive)
+            continue
+        matches = sorted(glob.glob(word, recursive=True), key=_natural)
+        found += [entry for match in matches for entry in _expand(match, recursive)]
+        if not matches:
+            found.append(Found(word, f"{word}: no file matches this pattern"))
+    return found
+
+
+def _expand(word: str, recursive: bool) -> list[Found]:
+    folder = Path(word)
+    if not word:
+        return [Found(word, "an empty word on the command line, expected the name of a picture")]
+    try:
+        if not folder.is_dir():
+            return [Found(word)]
+        entries = folder.rglob("*") if recursive else folder.iterdir()
+        files = [str(path) for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+        files = [file for file in files if os.path.isfile(file)]
+    except OSError as error:
+        return [Found(word, f"{word}: the folder cannot be read ({error.strerror})")]
+    except ValueError as error:  # a NUL character, before Python 3.12
+        return [Found(word, f"{word}: {error}")]
+    if not files:
+        hint = "" if recursive else "; --recursive looks into the folders within"
+        return [Found(word, f"{word}: there is no picture in this folder (.png, .jpg, ...){hint}")]
+    return [Found(file) for file in sorted(files, key=_natural)]
+
+
+def _natural(name: str) -> list[tuple[int, Any]]:
+    """Sorts page2 before page10."""
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def run_batches(
+    found: list[Found],
+    processor: Any,
+    compute: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    quiet: bool = False,
+) -> Iterator[Result]:
+    """`compute` of pixel values (B, C, H, W), a value per picture, for all files in their order.
+
+    A picture that cannot be read or that the model refuses is named on stderr, and the others go on.  Pictures of
+    different shapes do not share a batch.
+    """
+    pending: list[tuple[Found, np.ndarray | None]] = []
+    for entry in progress(found, quiet):
+        entry, pixels = _read(entry, processor)
+        shapes = {p.shape for _, p in pending if p is not None}
+        if pixels is not None and shapes and pixels.shape not in shapes:
+            yield from _compute(pending, compute)
+            pending = []
+        pending.append((entry, pixels))
+        if sum(p is not None for _, p in pending) == batch_size:
+            yield from _compute(pending, compute)
+            pending = []
+    yield from _compute(pending, compute)
+
+
+def failed(file: str, error: Exception | str) -> Result:
+    """Names a file that could not be used, on stderr, and is its result."""
+    message = str(error)
+    if file not in message:
+        message = f"{file}: {message}"
+    note(message)
+    return Result(file, error=message)
+
+
+def _read(entry: Found, processor: Any) -> tuple[Found, np.ndarray | None]:
+    if entry.error is not None:
+        return entry, None
+    try:
+        return entry, processor(entry.file).pixel_values
+    except ValueError as error:
+        return Found(entry.file, str(error)), None
+
+
+def _compute(
+    pending: list[tuple[Found, np.ndarray | None]], compute: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[Result]:
+    import numpy as np
+
+    good = [pixels for _, pixels in pending if pixels is not None]
+    refused = None
+    values: Iterator[Any] = iter(())
+    if good:
+        try:
+            values = iter(check_finite(compute(np.concatenate(good))))
+        except ValueError as error:
+            refused = str(error)
+    for entry, pixels in pending:
+        reason = refused if pixels is not None else entry.error
+        yield Result(entry.file, next(values)) if reason is None else failed(entry.file, reason)
+
+
+def check_finite(values: np.ndarray) -> np.ndarray:
+    """`values`, what a model computed.  Raises CheckpointError if there are NaNs: pixels were checked before."""
+    import numpy as np
+
+    from ..errors import CheckpointError
+
+    if not np.isfinite(values).all():
+        raise CheckpointError("the model computes NaN or infinite values, so its checkpoint must be damaged")
+    return values
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+    """Raises UsageError when a file to write is one that is read, or is a folder."""
+    read = {os.path.realpath(file) for file in inputs}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise UsageError(f"{path}: this is an input, which is not overwritten; choose another --output")
+        if path.is_dir():
+            raise UsageError(f"{path}: expected the name of a file to write, found a folder")
+
+
+def check_output_folder(path: Path) -> None:
+    """Raises UsageError when there is no folder for a file to write."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: its folder does not exist; make it first")

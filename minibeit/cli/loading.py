@@ -1,0 +1,87 @@
+"""The options that choose a model, and the model and image processor they stand for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .terminal import note
+
+if TYPE_CHECKING:
+    from ..config import BeitConfig
+
+SHIPPED = "digits"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
+    """--model, --backend and --dtype; `what` says which checkpoints the command takes."""
+    from ..ops import BACKENDS, DEFAULT_BACKEND
+
+    parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
+    parser.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        help=f"what computes (default {DEFAULT_BACKEND}, or $MINIBEIT_BACKEND); numpy is the slower reference",
+    )
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="default float32")
+
+
+def shipped_checkpoint() -> Path:
+    """The folder of the checkpoint that comes with minibeit, installed or in a source tree."""
+    from ..labels import weights_folder
+
+    return weights_folder() / SHIPPED
+
+
+def load_model(model_class: Any, args: argparse.Namespace) -> Any:
+    """The model that the options choose.
+
+    Raises CheckpointError for a checkpoint without the head of the task: a random one would answer at random.
+    """
+    check_head(args.model, model_class.task)
+    return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend)
+
+
+def check_head(model: str, task: str) -> None:
+    """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
+    from ..checkpoint.load import listed, match_names, open_checkpoint
+    from ..errors import CheckpointError
+
+    checkpoint = open_checkpoint(model)
+    missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
+    if not missing:
+        return
+    if checkpoint.task not in (None, task):
+        raise CheckpointError(
+            f"{model}: this needs a checkpoint of {task_name(task)}, the given one was made for "
+            f"{task_name(str(checkpoint.task))}"
+        )
+    raise CheckpointError(
+        f"{model}: {len(missing)} tensors that {task_name(task)} needs are missing: {listed(missing.values())}; "
+        "`minibeit inspect` shows what is there"
+    )
+
+
+def task_name(task: str) -> str:
+    """A task in words."""
+    return {"model": "the bare encoder", "backbone": "feature maps"}.get(task, task.replace("_", " "))
+
+
+def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
+    """The image processor of a checkpoint; where it has none, a plain one, which a line on stderr describes."""
+    from ..checkpoint.hub import resolve
+    from ..image_processor import PROCESSOR_NAME, BeitImageProcessor
+
+    place = Path(resolve(model))
+    file = (place if place.is_dir() else place.parent) / PROCESSOR_NAME
+    if file.is_file():
+        return BeitImageProcessor.from_pretrained(file)
+    height, width = config.image_shape
+    if not quiet:
+        note(
+            f"{place} has no {PROCESSOR_NAME} beside it: pictures are resized to {height}x{width} (bilinear) and "
+            "normalised with mean 0.5 and standard deviation 0.5"
+        )
+    half = [0.5] * config.num_channels
+    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)

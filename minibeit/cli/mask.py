@@ -1,0 +1,114 @@
+"""`minibeit mask`: hide blocks of a picture and predict their visual tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .inputs import check_finite, check_output_folder, check_outputs
+from .loading import add_model_arguments, load_model, load_processor
+from .terminal import UsageError, one_line, out, print_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+HELP = "hide blocks of a picture and predict their visual tokens"
+DESCRIPTION = """\
+Hides blocks of patches of a picture, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
+
+Prints the tokens in the grid of the patches, a dot for each visible one; --output draws the picture beside what the
+model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    add_model_arguments(parser, "a checkpoint of masked image modelling")
+    parser.add_argument("--ratio", type=_ratio, default=0.4, help="share of the patches to hide (default 0.4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the blocks; the same seed hides the same (default 0)")
+    parser.add_argument("-o", "--output", metavar="PNG", help="draw the mask")
+    parser.add_argument("--json", action="store_true", help="print JSON: tokens with their probabilities")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no notes")
+
+
+def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
+    from ..errors import CheckpointError
+    from ..masking import block_mask
+    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
+
+    if args.seed < 0:
+        raise UsageError(f"--seed: expected a number from 0 up, found {args.seed}")
+    if args.output:
+        if Path(args.output).suffix.lower() != ".png":
+            raise UsageError(f"--output: expected a file name ending in .png, found {args.output}")
+        check_outputs([Path(args.output)], [args.image])
+        check_output_folder(Path(args.output))
+    if not args.model:
+        raise UsageError("mask needs a checkpoint of masked image modelling; give it with --model")
+    model = load_model(BeitForMaskedImageModeling, args)
+    if not model.config.use_mask_token:
+        raise CheckpointError(f"{args.model}: mask needs a model with a mask token, use_mask_token in its config")
+    processor = load_processor(args.model, model.config, args.quiet)
+    pixels = processor(args.image).pixel_values
+    grid = pixels.shape[2] // model.config.patch_shape[0], pixels.shape[3] // model.config.patch_shape[1]
+    count = round(args.ratio * grid[0] * grid[1])
+    mask = block_mask(grid, count, np.random.default_rng(args.seed))
+    logits = check_finite(model(pixels, bool_masked_pos=mask.reshape(1, -1)).logits[0])  # (P, V)
+    hidden = [_prediction(logits[r * grid[1] + c], int(r), int(c)) for r, c in np.argwhere(mask)]
+    if args.output:
+        from .pictures import masked, save_png
+
+        save_png(masked(_seen(pixels[0], processor), mask), Path(args.output))
+    if args.json:
+        facts = {"file": args.image, "grid": list(grid), "ratio": args.ratio, "seed": args.seed}
+        print_json({**facts, "hidden": len(hidden), "patches": mask.size, "tokens": hidden})
+    else:
+        _print_grid(args, mask, hidden)
+    return 0
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, found {text!r}")
+    return value
+
+
+def _prediction(logits: np.ndarray, row: int, column: int) -> dict[str, Any]:
+    import numpy as np
+
+    powers = np.exp(logits.astype(np.float64) - logits.max())
+    token = int(logits.argmax())
+    return {"row": row, "column": column, "token": token, "score": float(powers[token] / powers.sum())}
+
+
+def _seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (H, W, 3) uint8
+    """The pixels the model gets, undone to a picture."""
+    import numpy as np
+
+    x = pixels.transpose(1, 2, 0).astype(np.float64)
+    if processor.do_normalize:
+        x = x * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if not processor.do_rescale:
+        x = x / 255
+    x = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
+    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x[..., :3]
+
+
+def _print_grid(args: argparse.Namespace, mask: np.ndarray, hidden: list[dict[str, Any]]) -> None:
+    width = max([len(str(p["token"])) for p in hidden] + [1])
+    tokens = {(p["row"], p["column"]): str(p["token"]) for p in hidden}
+    sure = sum(p["score"] for p in hidden) / len(hidden) if hidden else 0.0
+    picture = f", drawn in {args.output}" if args.output else ""
+    out(
+        f"{one_line(args.image)}: {len(hidden)} of {mask.size} patches hidden (seed {args.seed}){one_line(picture)}; "
+        f"their visual tokens, with a mean probability of {sure:.2%}:"
+    )
+    for row in range(mask.shape[0]):
+        out("  " + " ".join(tokens.get((row, column), "·").rjust(width) for column in range(mask.shape[1])))

@@ -1,0 +1,108 @@
+"""The pictures that commands draw: colours for classes, overlays, legends, masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..files import atomic_write
+
+Colour = tuple[int, int, int]
+PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
+DARKEST, PALEST = 0.35, 0.95  # lightness in Oklab, 0 to 1
+OVERLAY = 0.55  # share of the class colour over the photo
+ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
+
+
+def distinct_colours(count: int) -> list[Colour]:
+    """`count` colours, always the same, neither dark nor pale, each as far as can be from those before it.
+
+    Farthest-point choice in the Oklab space (Ottosson 2020), in which distance is close to what eyes see.
+    """
+    levels = np.linspace(0, 255, 14).round()
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    places = _oklab(grid)
+    clear = (places[:, 0] > DARKEST) & (places[:, 0] < PALEST)
+    grid, places = grid[clear], places[clear]
+    nearest = np.full(len(grid), np.inf)
+    for taken in _oklab(np.array([[0.0, 0, 0], [255, 255, 255]])):
+        nearest = np.minimum(nearest, np.sum((places - taken) ** 2, axis=1))
+    colours = []
+    for _ in range(count):
+        best = int(nearest.argmax())
+        colours.append((int(grid[best, 0]), int(grid[best, 1]), int(grid[best, 2])))
+        nearest = np.minimum(nearest, np.sum((places - places[best]) ** 2, axis=1))
+    return colours
+
+
+def _oklab(rgb: np.ndarray) -> np.ndarray:  # (n, 3) 0..255 -> (n, 3)
+    x = rgb / 255
+    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    cones = np.array(
+        [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+         [0.0883024619, 0.2817188376, 0.6299787005]]
+    )  # fmt: skip
+    mixed = np.array(
+        [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+         [0.0259040371, 0.7827717662, -0.8086757660]]
+    )  # fmt: skip
+    return np.cbrt(linear @ cones.T) @ mixed.T
+
+
+def indexed(labels: np.ndarray, colours: list[Colour]) -> Image.Image:
+    """Class ids (H, W) as a palette picture whose pixel values are the ids; above 256 classes as 16-bit gray."""
+    if len(colours) > 256:
+        return Image.fromarray(labels.astype(np.uint16))
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette([level for colour in colours for level in colour])
+    return picture
+
+
+def overlay(photo: np.ndarray, labels: np.ndarray, colours: list[Colour]) -> Image.Image:
+    """The photo (H, W, 3) under the colours of its classes (H, W)."""
+    tint = np.array(colours, np.float32)[labels]
+    return Image.fromarray(np.rint((1 - OVERLAY) * photo + OVERLAY * tint).astype(np.uint8))
+
+
+def legend(rows: list[tuple[Colour, str, str]]) -> Image.Image:
+    """A swatch, a name and a number per row."""
+    font = ImageFont.load_default(size=TEXT)
+    names = max(font.getlength(name) for _, name, _ in rows)
+    numbers = max(font.getlength(number) for _, _, number in rows)
+    width = int(3 * MARGIN + SWATCH + names + 2 * MARGIN + numbers)
+    picture = Image.new("RGB", (width, 2 * MARGIN + ROW * len(rows)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, (colour, name, number) in enumerate(rows):
+        top, middle = MARGIN + ROW * i, MARGIN + ROW * i + ROW // 2
+        draw.rectangle((MARGIN, top + 3, MARGIN + SWATCH, top + ROW - 4), fill=colour, outline=EDGE)
+        draw.text((2 * MARGIN + SWATCH, middle), name, fill=INK, font=font, anchor="lm")
+        draw.text((width - MARGIN, middle), number, fill=INK, font=font, anchor="rm")
+    return picture
+
+
+def masked(photo: np.ndarray, mask: np.ndarray, least: int = 448) -> Image.Image:
+    """A photo (H, W, 3) and beside it the same with the patches of `mask` (gh, gw) covered.
+
+    Photos below `least` pixels are drawn enlarged by a whole number.
+    """
+    zoom = max(1, least // max(photo.shape[:2]))
+    left = Image.fromarray(photo).resize((photo.shape[1] * zoom, photo.shape[0] * zoom), Image.Resampling.NEAREST)
+    right = left.copy()
+    draw = ImageDraw.Draw(right)
+    height, width = left.height / mask.shape[0], left.width / mask.shape[1]
+    for row, column in np.argwhere(mask):
+        box = (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1)
+        draw.rectangle(box, fill=(128, 128, 128), outline=(96, 96, 96))
+    picture = Image.new("RGB", (2 * left.width + MARGIN, left.height), PAPER)
+    picture.paste(left, (0, 0))
+    picture.paste(right, (left.width + MARGIN, 0))
+    return picture
+
+
+def save_png(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Writes a PNG file that appears whole or not at all."""
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG", **options)

@@ -1,0 +1,221 @@
+"""`minibeit segment`: a class for every pixel of pictures, drawn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from .inputs import Found, add_image_arguments, check_finite, check_outputs, failed, find_images
+from .loading import add_model_arguments, load_model, load_processor
+from .terminal import UsageError, one_line, out, print_json_list, progress, table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .pictures import Colour
+
+HELP = "find the class of every pixel, as pictures"
+DESCRIPTION = """\
+Finds the class of every pixel.  For each picture NAME it writes into the output folder
+
+  NAME_labels.png    a palette picture of the original size whose pixel values are the class numbers
+  NAME_legend.png    the colours with the names of the classes and their shares of the area
+  NAME_overlay.png   with --overlay, the colours laid over the picture
+  NAME_scores.npz    with --scores, `logits` (K, h, w) as the model gives them, before they are resized
+
+and prints the shares.  A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+"""
+ROOM = 256 << 20  # bytes for scores in the size of the picture: 150 classes of a large photo would take gigabytes
+ADE20K_CLASSES = 150
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_image_arguments(parser)
+    add_model_arguments(
+        parser, "a checkpoint of semantic segmentation, such as microsoft/beit-base-finetuned-ade-640-640"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to, made if need be")
+    parser.add_argument(
+        "--palette",
+        choices=["auto", "ade20k"],
+        default="auto",
+        help="colours of the classes: those of ADE20K, or auto: ADE20K's for its 150 classes, others as distinct as "
+        "can be (default auto)",
+    )
+    parser.add_argument("--overlay", action="store_true", help="also lay the colours over the picture")
+    parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
+    parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
+
+    if not args.model:
+        raise UsageError("segment needs a checkpoint of semantic segmentation; give it with --model")
+    found = find_images(args.images, args.recursive)
+    folder = Path(args.output)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output: {folder} is a file, expected a folder")
+    outputs = _output_names(found, args)
+    check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found])
+    model = load_model(BeitForSemanticSegmentation, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = load_processor(args.model, model.config, args.quiet)
+    colours = palette(args.palette, model.config.num_labels)
+    errors: list[str] = []
+    rows = _segmented(list(zip(found, outputs)), model, processor, colours, args.quiet, errors)
+    if args.json:
+        print_json_list(rows)
+    else:
+        for row in rows:
+            _print_table(row)
+    return 1 if errors else 0
+
+
+def palette(name: str, count: int) -> list[Colour]:
+    """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
+    from ..labels import palette as known
+    from .pictures import distinct_colours
+
+    if name == "ade20k" and count > ADE20K_CLASSES:
+        raise UsageError(f"--palette ade20k has {ADE20K_CLASSES} colours, the model has {count} classes; leave it out")
+    if name == "ade20k" or count == ADE20K_CLASSES:
+        return known("ade20k")[:count]
+    return distinct_colours(count)
+
+
+def label_map(processor: Any, logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Class ids (H, W) of logits (1, K, h, w), by a few classes at a time; the same as by all at once."""
+    import numpy as np
+
+    classes = contenders(logits[0])
+    step = max(1, ROOM // (size[0] * size[1] * logits.itemsize))
+    labels, best = np.zeros(size, np.int64), np.full(size, -np.inf, logits.dtype)
+    for first in range(0, len(classes), step):
+        some = classes[first : first + step]
+        part = SimpleNamespace(logits=logits[:, some])
+        (here,) = processor.post_process_semantic_segmentation(part, [size], return_segmentation_scores=True)
+        top = here.segmentation_scores.max(axis=0)
+        better = top > best  # on a tie the lower class stays, as argmax has it
+        labels[better], best[better] = some[here.segmentation[better]], top[better]
+    return labels
+
+
+def contenders(logits: np.ndarray) -> np.ndarray:  # (K, h, w) -> (n,)
+    """The classes that can be the largest anywhere after a bilinear resize.
+
+    A resized value lies between the least and the greatest of four neighbours; a class whose greatest is below the
+    least of another in every such square is out.
+    """
+    import numpy as np
+
+    x = np.pad(logits, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    corners = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
+    least, greatest = np.minimum.reduce(corners), np.maximum.reduce(corners)
+    rounding = 1e-5 * np.abs(logits).max()
+    return np.flatnonzero((greatest + rounding >= least.max(axis=0)).any(axis=(1, 2)))
+
+
+def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
+    """The files to write for each input; inputs of one name in several folders get a number."""
+    kinds = {"labels": ".png", "legend": ".png"}
+    if args.overlay:
+        kinds["overlay"] = ".png"
+    if args.scores:
+        kinds["scores"] = ".npz"
+    taken: set[str] = set()
+    outputs = []
+    for entry in found:
+        stem, number = Path(entry.file).stem, 1
+        name = stem
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        outputs.append({kind: Path(args.output) / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
+    return outputs
+
+
+def _segmented(
+    work: list[tuple[Found, dict[str, Path]]],
+    model: Any,
+    processor: Any,
+    colours: list[Colour],
+    quiet: bool,
+    errors: list[str],
+) -> Iterator[dict[str, Any]]:
+    for entry, paths in progress(work, quiet):
+        try:
+            if entry.error is not None:
+                raise ValueError(entry.error)
+            yield _segment(entry.file, paths, model, processor, colours)
+        except ValueError as error:
+            result = failed(entry.file, error)
+            errors.append(str(result.error))
+            yield {"file": result.file, "error": result.error}
+
+
+def _segment(file: str, paths: dict[str, Path], model: Any, processor: Any, colours: list[Colour]) -> dict[str, Any]:
+    import numpy as np
+
+    from ..image_loading import load_image, read_picture
+    from . import pictures
+
+    picture = read_picture(file, processor.apply_exif_orientation)
+    outputs = model(processor(picture).pixel_values)
+    size = picture.height, picture.width
+    labels = label_map(processor, check_finite(outputs.logits), size)
+    classes = _shares(labels, model.config.id2label, colours)
+    pictures.save_png(pictures.indexed(labels, colours), paths["labels"])
+    legend = pictures.legend([(colours[c["index"]], one_line(c["label"]), _percent(c["share"])) for c in classes])
+    pictures.save_png(legend, paths["legend"])
+    if "overlay" in paths:
+        photo = load_image(picture, file, channels=3)
+        pictures.save_png(pictures.overlay(photo, labels, colours), paths["overlay"])
+    if "scores" in paths:
+        from ..files import atomic_write
+
+        with atomic_write(paths["scores"]) as stream:
+            np.savez(stream, logits=outputs.logits[0])
+    return {
+        "file": file,
+        "height": size[0],
+        "width": size[1],
+        **{kind: str(path) for kind, path in paths.items()},
+        "classes": classes,
+    }
+
+
+def _shares(labels: np.ndarray, names: dict[int, str], colours: list[Colour]) -> list[dict[str, Any]]:
+    """The classes that are there, the largest first."""
+    import numpy as np
+
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    return [
+        {
+            "index": int(i),
+            "label": names[int(i)],
+            "pixels": int(counts[i]),
+            "share": float(counts[i] / labels.size),
+            "color": list(colours[i]),
+        }
+        for i in np.argsort(-counts, kind="stable")
+        if counts[i]
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.0005 else "<0.1%"
+
+
+def _print_table(row: dict[str, Any]) -> None:
+    if "error" in row:
+        return
+    files = ", ".join(str(row[kind]) for kind in ("labels", "legend", "overlay", "scores") if kind in row)
+    out(f"{one_line(row['file'])} ({row['width']}x{row['height']}) -> {one_line(files)}")
+    rows = [(_percent(c["share"]), str(c["index"]), c["label"]) for c in row["classes"]]
+    for line in table([("area", "class", "name"), *rows], right=(0, 1)):
+        out("  " + line)
