@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import CheckpointError
 from .files import atomic_write
+from .labels import renumbered
 
 CONFIG_NAME = "config.json"
 MODEL_TYPES = ("beit", "data2vec-vision")
@@ -41,10 +42,11 @@ ACTIVATIONS = (
 )  # all of transformers' ACT2FN that have no learned parameters; defined in ops/activations.py
 COMPAT = (None, "transformers")
 FEATURE_CONVENTIONS = ("transformers", "unilm")
+FILLER_INDICES = (3, 5, 7, 11)  # written by Data2VecVisionConfig and by transformers before 4.36 at any depth
 LARGEST_COUNT = 1 << 20  # no size of a real model comes near; keeps a stranger's config from asking for terabytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class BeitConfig:
     """What a BEiT is made of: every field of the Hub's `config.json`, under the name it has there.
 
@@ -101,7 +103,16 @@ class BeitConfig:
     feature_convention: str = "transformers"
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __init__(self, **values: Any) -> None:
+        """Fields by name, and what `from_dict` takes: `num_labels`, `segmentation_indices`, keys to keep in `extra`."""
+        values = _normalised(values)
+        for f in dataclasses.fields(self):
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            self._set(f.name, values.pop(f.name, default))
+        self._set("extra", {**self.extra, **values})
+        self._check()
+
+    def _check(self) -> None:
         for name in _COUNTS:
             _check_count(name, getattr(self, name), least=1)
         for name in ("num_hidden_layers", "auxiliary_num_convs"):
@@ -119,6 +130,12 @@ class BeitConfig:
                 raise ValueError(
                     f"config: {name} must be one of {', '.join(map(str, allowed))}, found {getattr(self, name)!r}"
                 )
+        for name in ("out_features", "out_indices", "architectures"):
+            if not isinstance(getattr(self, name), (list, tuple, type(None))):
+                raise ValueError(f"config: {name} must be a list, found {getattr(self, name)!r}")
+        for name in ("id2label", "label2id"):
+            if not isinstance(getattr(self, name), dict) and (name != "label2id" or self.label2id is not None):
+                raise ValueError(f"config: {name} must be a mapping, found {getattr(self, name)!r}")
         self._set("image_size", _pair_or_int("image_size", self.image_size))
         self._set("patch_size", _pair_or_int("patch_size", self.patch_size))
         self._set("pool_scales", _counts("pool_scales", self.pool_scales))
@@ -185,33 +202,17 @@ class BeitConfig:
         for names in ("out_features", "out_indices"):  # the two say the same: overriding one replaces both
             if names in overrides:
                 values = {k: v for k, v in values.items() if k not in ("out_features", "out_indices")}
-        values = {**values, **overrides}
-        if "segmentation_indices" in values:
-            old = values.pop("segmentation_indices")
-            if values.get("out_indices") is None:
-                values["out_indices"] = old
-        values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
-        num_labels = values.pop("num_labels", None)
-        if num_labels is not None:
-            values.update(_labels_for(num_labels, values))
-        elif values.get("id2label") is None:
-            values.pop("id2label", None)
-        else:
-            values["id2label"] = _label_map(values["id2label"])
-        for name in ("pool_scales", "out_features", "out_indices", "architectures"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
-        extra = {**values.pop("extra", {}), **{k: v for k, v in values.items() if k not in known}}
-        return cls(**{k: v for k, v in values.items() if k in known}, extra=extra)
+        return cls(**{**renumbered(values), **overrides})
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitConfig:
-        """Reads `config.json`, given the file or its folder.
+        """Reads `config.json`, given the file, its folder, or an id on the Hub.
 
         Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
         """
-        file = Path(path)
+        from .checkpoint.hub import resolve
+
+        file = resolve(path, weights=False)
         if file.is_dir():
             file = file / CONFIG_NAME
         if not file.is_file():
@@ -268,6 +269,9 @@ class BeitConfig:
     def _align_stages(self) -> None:
         """`out_features` and `out_indices` name the same hidden states; each absent one follows from the other."""
         names = self.stage_names
+        if tuple(self.out_indices or ()) == FILLER_INDICES and FILLER_INDICES[-1] >= len(names):
+            self._set("out_indices", None)
+            self._set("out_features", None)
         if self.out_indices is not None:
             indices = _stage_indices(self.out_indices, len(names))
             if self.out_features is not None and tuple(self.out_features) != tuple(names[i] for i in indices):
@@ -288,8 +292,32 @@ class BeitConfig:
         self._set("out_indices", tuple(self.out_indices) if self.out_indices is not None else indices)
         if self.add_fpn and len(indices) != 4:
             raise ValueError(
-                f"config: add_fpn needs exactly 4 out_indices, found {list(indices)}; base-sized models use [3, 5, 7, 11]"
+                f"config: add_fpn needs exactly 4 out_indices, found {list(indices)}; "
+                "base-sized models use [3, 5, 7, 11]"
             )
+
+
+def _normalised(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` under today's names and types, however old the file is that they come from."""
+    values = dict(values)
+    if "segmentation_indices" in values:
+        old = values.pop("segmentation_indices")
+        if values.get("out_indices") is None:
+            values["out_indices"] = old
+    values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
+    num_labels = values.pop("num_labels", None)
+    if num_labels is not None:
+        values.update(_labels_for(num_labels, values))
+    elif values.get("id2label") is None:
+        values.pop("id2label", None)
+    else:
+        values["id2label"] = _label_map(values["id2label"])
+    for name in ("pool_scales", "out_features", "out_indices", "architectures"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    if not isinstance(values.get("extra", {}), dict):
+        raise ValueError(f"config: extra must be a mapping, found {values['extra']!r}")
+    return values
 
 
 _COUNTS = (

@@ -78,7 +78,9 @@ class FlaxBeitPreTrainedModel:
     def params(self) -> Params:
         """The weights that a call uses when it is given none.  Raises ValueError when there are none."""
         if self._params is None:
-            raise ValueError("params: this model was made with _do_init=False; give params= with the call or set params")
+            raise ValueError(
+                "params: this model was made with _do_init=False; give params= with the call or set params"
+            )
         return self._params
 
     @params.setter

@@ -168,11 +168,13 @@ class BeitImageProcessor:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitImageProcessor:
-        """Reads `preprocessor_config.json`, given the file or its folder.
+        """Reads `preprocessor_config.json`, given the file, its folder, or an id on the Hub.
 
         Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
         """
-        file = Path(path)
+        from .checkpoint.hub import resolve
+
+        file = resolve(path, weights=False)
         if file.is_dir():
             file = file / PROCESSOR_NAME
         if not file.is_file():

@@ -25,10 +25,14 @@ class Trace(Mapping[str, Any]):
         """Whether an array of that name would be kept, so that fused code knows what it may leave out."""
         return any(fnmatchcase(name, pattern) for pattern in self.select)
 
-    def record(self, name: str, array: Any) -> None:
-        """Keeps `array` if its name is wanted."""
+    def record(self, name: str, array: Any) -> Any:
+        """Keeps `array` if its name is wanted; gives back what the pass is to go on with, here `array` itself.
+
+        The verifier's traces give back another array: that of the implementation under test.
+        """
         if self.wants(name):
             self._arrays[name] = array
+        return array
 
     def __getitem__(self, name: str) -> Any:
         return self._arrays[name]
@@ -59,9 +63,11 @@ class Scope:
     def wants(self, name: str) -> bool:
         return any(sink.wants(self._prefix + name) for sink in self._sinks)
 
-    def record(self, name: str, array: Any) -> None:
+    def record(self, name: str, array: Any) -> Any:
+        """Hands `array` to every sink; gives back what the pass is to go on with."""
         for sink in self._sinks:
-            sink.record(self._prefix + name, array)
+            array = sink.record(self._prefix + name, array)
+        return array
 
 
 SILENT = Scope(())  # keeps nothing: the default everywhere

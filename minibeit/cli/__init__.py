@@ -19,7 +19,19 @@ from typing import Any
 from .terminal import UsageError, note, one_line
 
 # The modules of this folder that are commands, in the order of the help.
-COMMANDS = ("classify", "segment", "features", "mask", "inspect", "convert", "verify", "models", "download", "warmup")
+COMMANDS = (
+    "classify",
+    "segment",
+    "features",
+    "mask",
+    "inspect",
+    "convert",
+    "verify",
+    "models",
+    "download",
+    "bench",
+    "warmup",
+)
 
 DEBUG_HELP = "show the traceback of an error"
 DESCRIPTION = "BEiT on a CPU without a deep-learning framework: classify and segment pictures, look into checkpoints."

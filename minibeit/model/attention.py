@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..config import BeitConfig
@@ -26,7 +27,11 @@ def self_attention(
 
     Source: Vaswani et al. 2017; BEiT section 2.1 for the bias.
     """
-    q, k, v = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
+    if bias is not None:
+        table = trace.record("bias_table", bias.table)  # (R, H), for the grid at hand
+        bias = bias if table is bias.table else replace(bias, table=table)
+    qkv = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
+    q, k, v = (trace.record(name, array) for name, array in zip(("query", "key", "value"), qkv, strict=True))
     keep = None
     if rng is not None and config.attention_probs_dropout_prob > 0:
         B, H, N, _ = q.shape
@@ -36,6 +41,4 @@ def self_attention(
         trace.record("probs", probs if keep is None else probs * keep)  # (B, H, N, N)
     else:
         context = ops.attention(q, k, v, bias, keep=keep)  # (B, N, D)
-    for name, array in (("query", q), ("key", k), ("value", v), ("context", context)):
-        trace.record(name, array)
-    return context
+    return trace.record("context", context)

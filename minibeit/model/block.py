@@ -48,16 +48,12 @@ def block(
     Source: BEiT section 2.1; Touvron et al. 2021 (CaiT) for the layer scale lambda.
     """
     eps = config.layer_norm_eps
-    y = ops.layer_norm(x, p.norm1, eps)
-    trace.record("norm1", y)
+    y = trace.record("norm1", ops.layer_norm(x, p.norm1, eps))
     context = self_attention(ops, p.attention, y, bias, config, rng, trace.at("attention"))
     x = add_branch(ops, x, context, p.attention.output, p.lambda_1, config, drop_path_rate, rng)
-    trace.record("attention.residual", x)
+    x = trace.record("attention.residual", x)
 
-    y = ops.layer_norm(x, p.norm2, eps)
-    trace.record("norm2", y)
-    hidden = ops.linear_activation(y, p.fc1, config.hidden_act)  # (B, N, F)
-    trace.record("mlp.hidden", hidden)
+    y = trace.record("norm2", ops.layer_norm(x, p.norm2, eps))
+    hidden = trace.record("mlp.hidden", ops.linear_activation(y, p.fc1, config.hidden_act))  # (B, N, F)
     x = add_branch(ops, x, hidden, p.fc2, p.lambda_2, config, drop_path_rate, rng)
-    trace.record("output", x)
-    return x
+    return trace.record("output", x)

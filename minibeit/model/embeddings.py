@@ -38,8 +38,7 @@ def embed(
     front; absolute positions, if the model has them, are added last, so that masked tokens keep theirs.
     Source: BEiT sections 2.1 and 2.3; BeitEmbeddings of transformers 5.
     """
-    x = ops.linear(patchify(pixel_values, config.patch_shape), p.patch)  # (B, P, D)
-    trace.record("patches", x)
+    x = trace.record("patches", ops.linear(patchify(pixel_values, config.patch_shape), p.patch))  # (B, P, D)
     if bool_masked_pos is not None:
         w = ops.asarray(bool_masked_pos, x.dtype)[:, :, None]  # (B, P, 1)
         x = x * (1 - w) + p.mask_token * w

@@ -33,7 +33,7 @@ def encode(
     normalised only without mean pooling.  The rate of stochastic depth rises linearly from 0 in the first block.
     """
     x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
-    trace.record("embeddings", x)
+    x = trace.record("embeddings", x)
     states = {0: x}
     for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
         rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
@@ -41,8 +41,7 @@ def encode(
         if i + 1 in collect:
             states[i + 1] = x
     if p.norm is not None:
-        x = ops.layer_norm(x, p.norm, config.layer_norm_eps)
-        trace.record("norm", x)
+        x = trace.record("norm", ops.layer_norm(x, p.norm, config.layer_norm_eps))
     return x, [states[i] for i in collect]
 
 

@@ -42,7 +42,7 @@ class BeitBackbone(BeitPreTrainedModel):
         """Channels of every returned map."""
         return [self.config.hidden_size] * len(self.out_features)
 
-    def __call__(
+    def forward(
         self,
         pixel_values: Any,
         output_hidden_states: bool = False,
@@ -50,15 +50,23 @@ class BeitBackbone(BeitPreTrainedModel):
         rng: Any | None = None,
         trace: Trace | None = None,
     ) -> BackboneOutput:  # (B, C, height, width) -> maps (B, D, gh, gw)
-        """Feature maps of a batch of images, or (B, N, D) sequences without `reshape_hidden_states`."""
+        """Feature maps of a batch of images, or (B, N, D) sequences without `reshape_hidden_states`.
+
+        Raises ValueError for input that does not fit.
+        """
         pixels = self._pixels(pixel_values)
         grid = self._grid(pixels)
+        if self.params.fpn is not None and min(grid) < 2:
+            raise ValueError(
+                f"pixel_values: the feature pyramid needs at least 2x2 patches, found a grid of {grid[0]}x{grid[1]}"
+            )
         capture = Capture(self, output_hidden_states, output_attentions, trace)
         collect = self.out_indices
         depth = max(collect) if capture.empty else None
         _, maps = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
         if self.config.reshape_hidden_states:
             maps = [to_map(x, grid) for x in maps]
+        maps = [capture.scope.record(f"feature_maps.{i}", x) for i, x in enumerate(maps)]
         if self.params.fpn is not None:
             maps = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
         return BackboneOutput(

@@ -25,7 +25,8 @@ class BeitPreTrainedModel:
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64";
-    `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ones.
+    `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ones.  `num_threads` is how many
+    threads a call uses, by default MINIBEIT_NUM_THREADS or all cores.
     """
 
     task: ClassVar[str]
@@ -38,6 +39,7 @@ class BeitPreTrainedModel:
         dtype: str = "float32",
         backend: str | None = None,
         only: Any | None = None,
+        num_threads: int | None = None,
         arrays: Mapping[str, Array] | None = None,
     ) -> None:
         if not isinstance(config, BeitConfig):
@@ -46,6 +48,7 @@ class BeitPreTrainedModel:
             raise ValueError(f"dtype: expected 'float32' or 'float64', found {dtype!r}")
         self.config = config
         self.dtype = dtype
+        self.num_threads = num_threads
         self.ops = get_ops(backend, only)
         self._check_config()
         if arrays is None:
@@ -62,17 +65,39 @@ class BeitPreTrainedModel:
         dtype: str = "float32",
         backend: str | None = None,
         only: Any | None = None,
+        num_threads: int | None = None,
         seed: int | None = 0,
         **config_overrides: Any,
     ) -> Self:
-        """The model of a checkpoint: a folder as on the Hub, or one file with its `config.json` beside it.
+        """The model of a checkpoint: a folder as on the Hub, a file of any format, or an id on the Hub.
 
-        Other keywords replace fields of the config.  Tensors that the checkpoint lacks because it was made for another
+        `dialect=`, `ignore_mismatched_sizes=`, `revision=` and `token=` say how to load (see `load_checkpoint`); other
+        keywords replace fields of the config.  Tensors that the checkpoint lacks because it was made for another
         task are drawn at random from `seed`, with a warning that lists them.  Raises FileNotFoundError or
         CheckpointError, one sentence that names the file and the tensor.
         """
         config, arrays = load_checkpoint(path, cls.task, dtype, seed, config_overrides)
-        return cls(config, dtype=dtype, backend=backend, only=only, arrays=arrays)
+        return cls(config, dtype=dtype, backend=backend, only=only, num_threads=num_threads, arrays=arrays)
+
+    def __call__(
+        self,
+        pixel_values: Any,
+        *args: Any,
+        num_threads: int | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The output of `forward` for the same arguments, computed by `num_threads` threads.
+
+        `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
+        positions are always resized to the images at hand.
+        """
+        with self.ops.num_threads(num_threads or self.num_threads):
+            return self.forward(pixel_values, *args, **kwargs)
+
+    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+        """Computes the output; each task has its own."""
+        raise NotImplementedError
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
         """Writes `config.json` and `model.safetensors` with the Hub's names, so that transformers loads them too.
@@ -90,7 +115,8 @@ class BeitPreTrainedModel:
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, {c.num_attention_heads} heads, "
+            f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, "
+            f"{c.num_attention_heads} heads, "
             f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend})"
         )
 
@@ -139,6 +165,21 @@ class BeitPreTrainedModel:
                 f"found {tuple(mask.shape)}"
             )
         return mask
+
+    def _label_array(self, labels: Any, classes: bool) -> Array:
+        """`labels` as class numbers (int64), or in the model's dtype.  Raises ValueError for what is no number."""
+        try:
+            array = self.ops.asarray(labels, "float64")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"labels: expected an array of numbers: {error}") from error
+        if not self.ops.all_finite(array):
+            raise ValueError("labels: found NaN or infinite values")
+        if not classes:
+            return self.ops.asarray(array, self.dtype)
+        whole = self.ops.asarray(array, "int64")
+        if bool((whole != array).any()):
+            raise ValueError("labels: expected class numbers, which are integers, found fractions")
+        return whole
 
     def _grid(self, pixels: Array) -> tuple[int, int]:
         """(gh, gw) of checked pixels."""

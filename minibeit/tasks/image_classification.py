@@ -17,7 +17,7 @@ class BeitForImageClassification(BeitPreTrainedModel):
 
     task = "image_classification"
 
-    def __call__(
+    def forward(
         self,
         pixel_values: Any,
         labels: Any | None = None,
@@ -35,11 +35,10 @@ class BeitForImageClassification(BeitPreTrainedModel):
         pixels = self._pixels(pixel_values)
         capture = Capture(self, output_hidden_states, output_attentions, trace)
         x, _ = self._encode(pixels, capture.scope, rng=rng)
-        pooled = pool(self.ops, self.params.beit, x, self.config)  # (B, D)
-        capture.scope.record("pooler", pooled)
+        pooled = capture.scope.record("pooler", pool(self.ops, self.params.beit, x, self.config))  # (B, D)
         classifier = self.params.classifier
         logits = pooled if classifier is None else self.ops.linear(pooled, classifier)  # (B, K)
-        capture.scope.record("logits", logits)
+        logits = capture.scope.record("logits", logits)
         return ImageClassifierOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=self.ops.to_host(logits),
@@ -60,18 +59,18 @@ class BeitForImageClassification(BeitPreTrainedModel):
                 else "multi_label_classification"
             )
         if problem == "single_label_classification":
-            labels = self._labels(labels, "int64", (B,))
+            labels = self._labels(labels, True, (B,))
             loss = self.ops.cross_entropy(logits, labels, IGNORE_INDEX)
         elif problem == "regression":
             flat = K == 1
-            target = self._labels(labels, self.dtype, (B,) if flat else (B, K), or_shape=(B, K))
+            target = self._labels(labels, False, (B,) if flat else (B, K), or_shape=(B, K))
             loss = self.ops.mse_loss(logits.reshape(-1), target.reshape(-1))
         else:
-            loss = self.ops.bce_with_logits(logits, self._labels(labels, self.dtype, (B, K)))
+            loss = self.ops.bce_with_logits(logits, self._labels(labels, False, (B, K)))
         return self.ops.to_host(loss)
 
-    def _labels(self, labels: Any, dtype: str, shape: tuple[int, ...], or_shape: tuple[int, ...] = ()) -> Any:
-        array = self.ops.asarray(labels, dtype)
+    def _labels(self, labels: Any, classes: bool, shape: tuple[int, ...], or_shape: tuple[int, ...] = ()) -> Any:
+        array = self._label_array(labels, classes)
         if array.shape not in (shape, or_shape):
             raise ValueError(f"labels: expected shape {shape} for this batch, found {tuple(array.shape)}")
         return array

@@ -16,7 +16,7 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
 
     task = "masked_image_modeling"
 
-    def __call__(
+    def forward(
         self,
         pixel_values: Any,
         bool_masked_pos: Any | None = None,
@@ -36,9 +36,9 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         capture = Capture(self, output_hidden_states, output_attentions, trace)
         x, _ = self._encode(pixels, capture.scope, mask, rng)
         x = self.ops.layer_norm(x, self.params.norm, self.config.layer_norm_eps)  # (B, N, D)
-        capture.scope.record("layernorm", x)
+        x = capture.scope.record("layernorm", x)
         logits = self.ops.linear(x[:, 1:], self.params.lm_head)  # (B, P, V)
-        capture.scope.record("logits", logits)
+        logits = capture.scope.record("logits", logits)
         return MaskedLMOutput(
             loss=None if labels is None else self._loss(logits, mask, labels),
             logits=self.ops.to_host(logits),
@@ -49,10 +49,11 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
     def _loss(self, logits: Any, mask: Any | None, labels: Any) -> Any:  # (B, P, V), (B, P), (n,) -> ()
         if mask is None:
             raise ValueError("labels: a loss needs bool_masked_pos, since it counts masked patches only")
-        labels = self.ops.asarray(labels, "int64")
+        labels = self._label_array(labels, classes=True)
         masked = logits[mask]  # (n, V), batch-major
         if labels.shape != masked.shape[:1]:
             raise ValueError(
-                f"labels: expected one visual token per masked patch, shape ({len(masked)},), found {tuple(labels.shape)}"
+                f"labels: expected one visual token per masked patch, shape ({len(masked)},), "
+                f"found {tuple(labels.shape)}"
             )
         return self.ops.to_host(self.ops.cross_entropy(masked, labels, IGNORE_INDEX))

@@ -20,7 +20,7 @@ class BeitModel(BeitPreTrainedModel):
         super().__init__(config, **options)
         self.add_pooling_layer = add_pooling_layer
 
-    def __call__(
+    def forward(
         self,
         pixel_values: Any,
         bool_masked_pos: Any | None = None,
@@ -40,8 +40,7 @@ class BeitModel(BeitPreTrainedModel):
         x, _ = self._encode(pixels, capture.scope, mask, rng)
         pooled = None
         if self.add_pooling_layer:
-            pooled = pool(self.ops, self.params.beit, x, self.config)
-            capture.scope.record("pooler", pooled)
+            pooled = capture.scope.record("pooler", pool(self.ops, self.params.beit, x, self.config))
         return BeitModelOutputWithPooling(
             last_hidden_state=self.ops.to_host(x),
             pooler_output=None if pooled is None else self.ops.to_host(pooled),

@@ -21,16 +21,17 @@ def to_map(x: Array, grid: tuple[int, int]) -> Array:  # (B, N, D) -> (B, D, gh,
 
 
 def feature_pyramid(ops: Any, p: FeaturePyramid, maps: list[Array], trace: Scope = SILENT) -> list[Array]:
-    """Four maps (B, D, gh, gw) -> at 4, 2, 1 and 1/2 times the patch grid.  Source: unilm beit/semantic_segmentation."""
-    pyramid = [
-        ops.conv_transpose(ops.conv_transpose_bn_gelu(maps[0], p.deconv1, p.bn), p.deconv2),
-        ops.conv_transpose(maps[1], p.deconv3),
-        maps[2],
-        ops.max_pool2x2(maps[3]),
+    """Four maps (B, D, gh, gw) -> at 4, 2, 1 and 1/2 times the patch grid.
+
+    Source: unilm beit/semantic_segmentation.
+    """
+    hidden = trace.record("0.hidden", ops.conv_transpose_bn_gelu(maps[0], p.deconv1, p.bn))
+    return [
+        trace.record("0", ops.conv_transpose(hidden, p.deconv2)),
+        trace.record("1", ops.conv_transpose(maps[1], p.deconv3)),
+        trace.record("2", maps[2]),
+        trace.record("3", ops.max_pool2x2(maps[3])),
     ]
-    for i, level in enumerate(pyramid):
-        trace.record(str(i), level)
-    return pyramid
 
 
 def pyramid_pooling(ops: Any, p: UperHead, x: Array, config: BeitConfig, trace: Scope) -> Array:
@@ -40,28 +41,25 @@ def pyramid_pooling(ops: Any, p: UperHead, x: Array, config: BeitConfig, trace: 
     """
     maps = [x]
     for i, (scale, layer) in enumerate(zip(config.pool_scales, p.psp_modules, strict=True)):
-        maps.append(ops.conv_bn_relu(ops.adaptive_avg_pool(x, scale), layer))  # (B, D, scale, scale)
-        trace.record(f"psp_modules.{i}", maps[-1])
+        means = trace.record(f"psp_pools.{i}", ops.adaptive_avg_pool(x, scale))  # (B, D, scale, scale)
+        maps.append(trace.record(f"psp_modules.{i}", ops.conv_bn_relu(means, layer)))
     y = ops.conv_bn_relu_resized(maps, p.psp_bottleneck, tuple(x.shape[2:]))
-    trace.record("psp_bottleneck", y)
-    return y
+    return trace.record("psp_bottleneck", y)
 
 
 def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, trace: Scope = SILENT) -> Array:
     """Four maps, fine to coarse -> (B, K, h, w) at the finest.  Source: Xiao et al. 2018 (UPerNet)."""
-    laterals = [ops.conv_bn_relu(x, layer) for x, layer in zip(pyramid[:3], p.lateral_convs, strict=True)]
-    for i, x in enumerate(laterals):
-        trace.record(f"lateral_convs.{i}", x)
+    levels = enumerate(zip(pyramid[:3], p.lateral_convs, strict=True))
+    laterals = [trace.record(f"lateral_convs.{i}", ops.conv_bn_relu(x, layer)) for i, (x, layer) in levels]
     laterals.append(pyramid_pooling(ops, p, pyramid[3], config, trace))
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
-        laterals[i] = laterals[i] + ops.resize_bilinear(laterals[i + 1], tuple(laterals[i].shape[2:]))
-        trace.record(f"laterals.{i}", laterals[i])
-    outs = [ops.conv_bn_relu(x, layer) for x, layer in zip(laterals[:3], p.fpn_convs, strict=True)]
-    for i, x in enumerate(outs):
-        trace.record(f"fpn_convs.{i}", x)
+        y = laterals[i] + ops.resize_bilinear(laterals[i + 1], tuple(laterals[i].shape[2:]))
+        laterals[i] = trace.record(f"laterals.{i}", y)
+    levels = enumerate(zip(laterals[:3], p.fpn_convs, strict=True))
+    outs = [trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(x, layer)) for i, (x, layer) in levels]
     outs.append(laterals[3])
     y = ops.conv_bn_relu_resized(outs, p.fpn_bottleneck, tuple(outs[0].shape[2:]))
-    trace.record("fpn_bottleneck", y)
+    y = trace.record("fpn_bottleneck", y)
     return ops.conv2d(y, p.classifier)
 
 
@@ -69,11 +67,9 @@ def fcn_head(ops: Any, p: FcnHead, x: Array, trace: Scope = SILENT) -> Array:  #
     """A few convolutions and a classifier; used in training only.  Source: Long et al. 2015."""
     y = x
     for i, layer in enumerate(p.convs):
-        y = ops.conv_bn_relu(y, layer)
-        trace.record(f"convs.{i}", y)
+        y = trace.record(f"convs.{i}", ops.conv_bn_relu(y, layer))
     if p.conv_cat is not None:
-        y = ops.conv_bn_relu(ops.concatenate([x, y], axis=1), p.conv_cat)
-        trace.record("conv_cat", y)
+        y = trace.record("conv_cat", ops.conv_bn_relu(ops.concatenate([x, y], axis=1), p.conv_cat))
     return ops.conv2d(y, p.classifier)
 
 
@@ -94,7 +90,8 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
             )
         if self.config.feature_convention == "unilm" and max(self._feature_states()) > L:
             raise ValueError(
-                f"config: feature_convention 'unilm' takes the outputs of blocks {list(self.config.out_indices or ())}, "
+                "config: feature_convention 'unilm' takes the outputs of blocks "
+                f"{list(self.config.out_indices or ())}, "
                 f"but the blocks are 0 to {L - 1}"
             )
         c = self.config
@@ -112,7 +109,7 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
             return tuple(i + 1 for i in indices)
         return tuple((i - 1) % (L + 1) for i in indices)  # index 0 wraps to the last state, as hidden_states[-1]
 
-    def __call__(
+    def forward(
         self,
         pixel_values: Any,
         labels: Any | None = None,
@@ -140,16 +137,16 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         collect = self._feature_states()
         depth = max(collect) if capture.empty else None
         _, states = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
-        maps = [to_map(x, grid) for x in states]
+        maps = [capture.scope.record(f"feature_maps.{i}", to_map(x, grid)) for i, x in enumerate(states)]
         pyramid = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
         logits = uper_head(self.ops, self.params.decode_head, pyramid, self.config, capture.scope.at("decode_head"))
-        capture.scope.record("logits", logits)
+        logits = capture.scope.record("logits", logits)
         auxiliary_logits = None
         wanted = output_auxiliary_logits or labels is not None or capture.scope.wants("auxiliary_logits")
         if self.params.auxiliary_head is not None and wanted:
             head, scope = self.params.auxiliary_head, capture.scope.at("auxiliary_head")
             auxiliary_logits = fcn_head(self.ops, head, pyramid[AUXILIARY_INPUT], scope)
-            capture.scope.record("auxiliary_logits", auxiliary_logits)
+            auxiliary_logits = capture.scope.record("auxiliary_logits", auxiliary_logits)
         return SemanticSegmenterOutput(
             loss=None if labels is None else self._loss(logits, auxiliary_logits, labels),
             logits=self.ops.to_host(logits),
@@ -161,7 +158,7 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
     def _labels(self, labels: Any, batch: int) -> Array:  # -> (B, height', width')
         if self.config.num_labels == 1:
             raise ValueError("labels: a segmentation loss needs more than one class, the config has one")
-        array = self.ops.asarray(labels, "int64")
+        array = self._label_array(labels, classes=True)
         if array.ndim != 3 or array.shape[0] != batch:
             raise ValueError(f"labels: expected shape ({batch}, height, width), found {tuple(array.shape)}")
         return array

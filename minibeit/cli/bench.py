@@ -1,0 +1,172 @@
+"""`minibeit bench`: time, memory and cold start of minibeit beside the engines that people would pick instead."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .terminal import UsageError, note, out, positive, table
+
+if TYPE_CHECKING:
+    from ..bench.measure import Plan, Table
+    from ..bench.workloads import Workload
+
+HELP = "measure speed, memory and cold start, also of PyTorch, ONNX Runtime and OpenVINO"
+DESCRIPTION = """\
+Measures models of the published shapes with random weights: milliseconds (median and least), images per second,
+GFLOP/s, the share of what this CPU can multiply and add at all, the peak of the memory of a process that does nothing
+else, and the time from the start of such a process to its first output.
+
+All contestants get the same weights, float32 and the same number of threads, and take turns in one process.  Nothing is
+timed before their outputs have been found to agree.  Other work on the machine spoils the figures.
+"""
+TASK_NAMES = ("classification", "mim", "segmentation", "backbone")
+SIZE_NAMES = ("base", "large", "digits")
+# Rows of README's table: task, size, image size, batch size, contestants, fresh processes of each.
+SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] = {
+    "readme": (
+        ("classification", "base", 224, 1, ("numba", "numpy", "torch", "onnxruntime", "openvino"), 3),
+        ("classification", "base", 224, 8, ("numba", "torch", "onnxruntime", "openvino"), 0),
+        ("classification", "large", 224, 1, ("numba", "torch"), 1),
+        ("classification", "base", 384, 1, ("numba", "torch"), 0),
+        ("segmentation", "base", 640, 1, ("numba", "torch", "openvino"), 1),
+    )
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", choices=list(SUITES), help="a whole table at once, as markdown (some minutes)")
+    parser.add_argument("--task", choices=TASK_NAMES, default="classification", help="default classification")
+    parser.add_argument(
+        "--size", choices=SIZE_NAMES, default="base", help="shape of the model (default base; digits is tiny)"
+    )
+    parser.add_argument("--image-size", type=positive, metavar="PX", help="default 224, for segmentation 640")
+    parser.add_argument("-b", "--batch-size", type=positive, nargs="+", default=[1], metavar="B", help="default 1")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of every contestant (default: all cores)")
+    parser.add_argument(
+        "--backend", nargs="+", choices=["numba", "numpy"], default=["numba"], help="minibeit's own (default numba)"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="LIST",
+        help="torch,onnxruntime,openvino or none (default: those that are installed)",
+    )
+    parser.add_argument("--repeats", type=positive, metavar="N", help="rounds (default: some 20 s of them)")
+    parser.add_argument(
+        "--cold-start", action="store_true", help="five fresh processes of each contestant, in turns, instead of one"
+    )
+    parser.add_argument("--profile", action="store_true", help="also the time per op of every backend")
+    parser.add_argument("--json", metavar="FILE", help="write every single time")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw bars (extra tutorials)")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="keep checkpoints and exported models here for the next time (some gigabytes)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench import report
+    from ..bench.measure import load_average, machine, measure
+
+    if args.plot:
+        report.check_plot()  # before the minutes, not after them
+    races = _suite(args) if args.suite else _races(args)
+    facts, tables, before = machine(), [], load_average()
+    if isinstance(before, float) and before > 0.5:
+        note(f"the machine is not idle (load {before}): the figures will be too slow")
+    for _, group in itertools.groupby(races, lambda race: race[0].model):
+        with _folder(args.folder) as folder:  # of one model: all of a suite together would be many gigabytes
+            for workload, plan in group:
+                tables.append(measure(workload, plan, folder, note))
+                if not args.suite:
+                    _print(tables[-1])
+                if args.profile:
+                    _profile(workload, plan, folder)
+    facts["load_averages"] = [before, load_average()]
+    if args.suite:
+        out(report.markdown(facts, tables))
+    else:
+        for line in report.footer(facts, tables):
+            out(line)
+    if args.json:
+        report.write_json(args.json, facts, tables)
+    if args.plot:
+        report.write_plot(args.plot, facts, tables)
+    return 0
+
+
+@contextmanager
+def _folder(path: str | None) -> Iterator[Path]:
+    """The folder `path`, made if need be, or a temporary one."""
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="minibeit-bench-") as temporary:
+            yield Path(temporary)
+    else:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        yield Path(path)
+
+
+def _threads(args: argparse.Namespace) -> int:
+    if args.threads:
+        return args.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
+    """What the options ask for: a race for every batch size."""
+    from ..bench.measure import Plan, choose_peers
+    from ..bench.workloads import make
+
+    named = None
+    if args.against is not None:
+        named = [name.strip() for name in args.against.split(",") if name.strip() not in ("", "none")]
+    try:
+        workloads = [make(args.task, args.size, args.image_size, B) for B in args.batch_size]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    contestants = (*dict.fromkeys(args.backend), *choose_peers(named, note))
+    starts = 5 if args.cold_start else 1
+    plan = Plan(contestants, _threads(args), args.repeats, starts, explicit=named is not None)
+    return [(workload, plan) for workload in workloads]
+
+
+def _suite(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
+    from ..bench.contestants import BACKENDS
+    from ..bench.measure import Plan, choose_peers
+    from ..bench.workloads import make
+
+    peers = choose_peers(None, note)
+    races = []
+    for task, size, image, batch, names, starts in SUITES[args.suite]:
+        contestants = tuple(name for name in names if name in BACKENDS or name in peers)
+        races.append((make(task, size, image, batch), Plan(contestants, _threads(args), args.repeats, starts)))
+    return races
+
+
+def _print(measured: Table) -> None:
+    from ..bench import report
+
+    out(report.heading(measured))
+    for line in table([report.COLUMNS, *report.rows(measured)], right=range(1, len(report.COLUMNS))):
+        out(line)
+    out("")
+
+
+def _profile(workload: Workload, plan: Plan, folder: Path) -> None:
+    """Prints the time per op of minibeit's own contestants, measured in processes of their own."""
+    from ..bench.contestants import BACKENDS
+    from ..bench.measure import profile
+    from ..bench.report import profile_rows
+
+    for name in plan.contestants:
+        if name in BACKENDS:
+            entries, seconds = profile(name, workload, plan, folder)
+            out(f"{workload.name}, minibeit {name}: {1000 * seconds:.1f} ms, op by op")
+            for line in table(profile_rows(entries, seconds), right=range(2, 6)):
+                out(line)
+            out("")

@@ -1,0 +1,49 @@
+"""minibeit convert: any checkpoint becomes a folder in the Hub's layout."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "turn a checkpoint of any origin into a folder with config.json and model.safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..checkpoint.names import ALIASES, DIALECTS
+    from ..checkpoint.resize import METHODS
+    from ..checkpoint.save import DTYPES
+    from ..params import TASKS
+
+    parser.add_argument("source", help="a checkpoint file, a folder, or an id on the Hub")
+    parser.add_argument("destination", help="the folder to write; it must be empty or new")
+    parser.add_argument("--dialect", choices=[*DIALECTS, *ALIASES], help="whose tensor names they are, if not plain")
+    parser.add_argument("--task", choices=list(TASKS), help="make a model of this task (a missing head starts random)")
+    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="resize to SIZE, or HEIGHT WIDTH")
+    parser.add_argument("--resize-method", choices=METHODS, default="unilm", help="how (default: %(default)s)")
+    parser.add_argument("--num-labels", type=int, metavar="K", help="classes of a head that starts random")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..checkpoint.convert import convert
+
+    if args.image_size is not None and len(args.image_size) > 2:
+        raise ValueError(f"--image-size: expected one or two numbers, found {len(args.image_size)}")
+    image_size = args.image_size if args.image_size is None else args.image_size[0]
+    if args.image_size is not None and len(args.image_size) == 2:
+        image_size = tuple(args.image_size)
+    done = convert(
+        args.source,
+        args.destination,
+        task=args.task,
+        dialect=args.dialect,
+        image_size=image_size,
+        resize_method=args.resize_method,
+        dtype=args.dtype,
+        force=args.force,
+        **({} if args.num_labels is None else {"num_labels": args.num_labels}),
+    )
+    for note in done.notes:
+        print(note)
+    print(f"{done.folder}: {done.config.architectures[0] if done.config.architectures else done.task}")
+    return 0

@@ -1,0 +1,285 @@
+"""`minibeit verify`: layer by layer beside a float64 run and PyTorch, with an error budget."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .inputs import check_output_folder
+from .loading import add_model_arguments, load_processor, shipped_checkpoint
+from .terminal import UsageError, note, out
+
+if TYPE_CHECKING:
+    from ..verify.check import Job, Report
+    from ..verify.streams import RunSource, Source
+    from ..verify.trace_file import TraceFile
+
+HELP = "compare layer by layer with PyTorch, a trace from elsewhere, or float64"
+DESCRIPTION = """\
+Runs a model beside a float64 run of the reference and says, for every intermediate array, how far it is from the truth
+and how far PyTorch float32 (or NumPy float32) is.  The first array whose own error is out of budget is named, with what
+that usually means.  Exit code 0 only if everything is within budget.
+
+  minibeit verify --model DIR --against torch            the chosen backend beside PyTorch (extra "verify")
+  minibeit verify --model DIR                            the same without PyTorch; NumPy float32 is the yardstick
+  minibeit verify --model DIR --against THEIRS.safetensors   another implementation's trace, made anywhere
+  minibeit verify --list-names --model DIR               names and shapes such a trace has
+  minibeit verify --weights A B                          two checkpoints, tensor by tensor
+"""
+REPORTS = (".html", ".json", ".md")
+PROBS = "*.attention.probs"
+BLOCK = 0.4  # share of patches hidden when a model of masked image modelling gets a random input
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)")
+    parser.add_argument("--task", help="treat the checkpoint as a model of this task")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--image", metavar="FILE", help="a picture as input")
+    source.add_argument("--random-seed", type=int, metavar="N", help="random pixels as input (default: seed 0)")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="of random pixels (default: the model's own)")
+    parser.add_argument("--against", metavar="torch|timm|TRACE", help="PyTorch, or the trace that is to be verified")
+    parser.add_argument("--only", metavar="GLOB", action="append", help="judge only these arrays; may be repeated")
+    parser.add_argument("--attentions", action="store_true", help="judge attention maps too; unfuses fast attention")
+    parser.add_argument("--bisect", action="store_true", help="switch the fast ops on one at a time")
+    parser.add_argument("--report", metavar="FILE", action="append", default=[], help="write .html, .json or .md")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first array out of budget")
+    parser.add_argument(
+        "--save-trace", metavar="FILE", help="write the trace of --backend (or --against torch); no check"
+    )
+    parser.add_argument(
+        "--export-golden", metavar="DIR", help="write test vectors for another implementation; no check"
+    )
+    parser.add_argument("--list-names", action="store_true", help="print the names and shapes of all arrays")
+    parser.add_argument("--weights", nargs=2, metavar=("A", "B"), help="compare two checkpoints tensor by tensor")
+    parser.add_argument("--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the verdict alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_usage(args)
+    if args.weights:
+        return _weights(args)
+    if args.published:
+        return _published(args)
+    from ..verify.trace_file import TraceFile
+
+    args.model = args.model or str(shipped_checkpoint())
+    trace = None if args.against in (None, "torch", "timm") else TraceFile(args.against)
+    job = _job(args, trace)
+    if args.list_names:
+        from ..verify.names import describe
+
+        out(describe(job.shapes()))
+        return 0
+    if args.export_golden:
+        from ..verify.golden_pack import export_golden
+
+        out(f"wrote {export_golden(args.export_golden, job, args.model, tuple(args.only or ['*']))}")
+        return 0
+    if args.save_trace:
+        return _save_trace(args, job)
+    if args.bisect:
+        return _bisect(args, job)
+    return _verify(args, job, trace)
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    for path in args.report:
+        if Path(path).suffix.lower() not in REPORTS:
+            raise UsageError(f"--report: expected a file name ending in {', '.join(REPORTS)}, found {path}")
+    for path in [*args.report, *([args.save_trace] if args.save_trace else [])]:
+        check_output_folder(Path(path))
+    if args.size and args.image:
+        raise UsageError("--size goes with random pixels; a picture gets the size that the image processor gives it")
+
+
+def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
+    from ..checkpoint.load import load_checkpoint, open_checkpoint
+    from ..verify.check import Job
+    from ..verify.exact import CLASSES
+    from ..verify.trace_file import misfits
+
+    if args.task is not None and args.task not in CLASSES:
+        raise UsageError(f"--task: expected one of {', '.join(CLASSES)}, found {args.task}")
+    task = args.task or open_checkpoint(args.model).task or "model"
+    config, arrays = load_checkpoint(args.model, task)
+    inputs = {}
+    if trace is not None and args.image is None and args.random_seed is None and not args.size:
+        inputs = trace.inputs
+    job = Job(config, task, arrays, inputs or _inputs(args, config, task))
+    wrong = misfits(trace, job) if trace is not None else []
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return job
+
+
+def _inputs(args: argparse.Namespace, config: Any, task: str) -> dict[str, Any]:
+    import numpy as np
+
+    if args.image:
+        inputs = {"pixel_values": load_processor(args.model, config, args.quiet)(args.image).pixel_values}
+        rng = np.random.default_rng(0)
+    else:
+        rng = np.random.default_rng(args.random_seed or 0)
+        shape = (1, config.num_channels, *(args.size or config.image_shape))
+        inputs = {"pixel_values": rng.standard_normal(shape, dtype=np.float32)}
+    if task == "masked_image_modeling" and config.use_mask_token:
+        (height, width), (ph, pw) = inputs["pixel_values"].shape[2:], config.patch_shape
+        inputs["bool_masked_pos"] = rng.random((1, (height // ph) * (width // pw))) < BLOCK
+    return inputs
+
+
+def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
+    from ..verify.check import check
+    from ..verify.report_text import HEADER, line, verdict
+
+    candidate, origins, leave_out = _candidate(args, job, trace)
+    yardstick = None
+    if args.against in ("torch", "timm"):
+        yardstick = _pytorch(args.against, job, leave_out)
+    if not args.quiet:
+        out(HEADER)
+    report = check(
+        job,
+        candidate,
+        yardstick,
+        args.only or "*",
+        args.fail_fast,
+        heat=any(path.lower().endswith(".html") for path in args.report),
+        progress=None if args.quiet else lambda row: out(line(row)),
+        leave_out=leave_out,
+    )
+    report.origins = origins
+    if leave_out and not args.quiet:
+        note("attention maps were left out, since asking for them switches fused attention off; --attentions asks")
+    _write_reports(args, report)
+    out(verdict(report))
+    return 0 if report.ok else 1
+
+
+def _pytorch(library: str, job: Job, leave_out: tuple[str, ...] = ()) -> RunSource:
+    if library == "timm":
+        from ..verify.timm_runner import timm_source
+
+        return timm_source(job, leave_out)
+    from ..verify.torch_runner import torch_source
+
+    return torch_source(job, leave_out)
+
+
+def _candidate(
+    args: argparse.Namespace, job: Job, trace: TraceFile | None
+) -> tuple[Source, dict[str, str], tuple[str, ...]]:
+    """What is verified, the code behind its ops, and globs of names it does not have."""
+    from ..verify.check import model_source
+    from ..verify.exact import task_class
+
+    if trace is not None:
+        return trace.source(), {}, ()
+    model = task_class(job.task)(
+        job.config, arrays=_cast(job.arrays, args.dtype), dtype=args.dtype, backend=args.backend
+    )
+    fused = model.ops.origin["attention"] != "numpy" and not args.attentions
+    label = f"minibeit {model.ops.backend} {args.dtype}"
+    leave_out = (PROBS,) if fused else ()
+    return model_source(job, model, label, leave_out=leave_out), model.ops.origin, leave_out
+
+
+def _cast(arrays: Any, dtype: str) -> Any:
+    import numpy as np
+
+    return {name: np.asarray(array, dtype) for name, array in arrays.items()}
+
+
+def _bisect(args: argparse.Namespace, job: Job) -> int:
+    from ..ops import default_backend
+    from ..verify.bisect import bisect
+
+    def show(suspect: Any) -> None:
+        state = "ok" if suspect.report.ok else "GUILTY"
+        out(f"{suspect.op:24} at most {suspect.worst_ratio:.1f}x NumPy float32's own error  {state}")
+
+    leave_out = () if args.attentions else (PROBS,)
+    suspects = bisect(job, args.backend or default_backend(), leave_out, show)
+    guilty = [suspect.op for suspect in suspects if not suspect.report.ok]
+    out(f"FAIL: {', '.join(guilty)}" if guilty else f"OK: each of {len(suspects)} fast ops is within budget by itself")
+    return 1 if guilty or not suspects else 0
+
+
+def _save_trace(args: argparse.Namespace, job: Job) -> int:
+    from ..verify.exact import task_class
+    from ..verify.trace_file import save_trace
+
+    select = tuple(args.only or ["*"])
+    if args.against in ("torch", "timm"):
+        source = _pytorch(args.against, job)
+        save_trace(args.save_trace, job, source.run, source.label, select)
+    else:
+        model = task_class(job.task)(
+            job.config, arrays=_cast(job.arrays, args.dtype), dtype=args.dtype, backend=args.backend
+        )
+        label = f"minibeit {model.ops.backend} {args.dtype}"
+        save_trace(
+            args.save_trace,
+            job,
+            lambda trace: model(**job.inputs, trace=trace),
+            label,
+            select,
+            args.dtype,
+            model.ops.origin,
+        )
+    out(f"wrote {args.save_trace}")
+    return 0
+
+
+def _write_reports(args: argparse.Namespace, report: Report) -> None:
+    from ..files import atomic_write
+    from ..verify.report_text import as_json, markdown
+
+    for path in args.report:
+        suffix = Path(path).suffix.lower()
+        if suffix == ".html":
+            from ..verify.report_html import html
+
+            text = html(report)
+        else:
+            text = as_json(report) if suffix == ".json" else markdown(report)
+        with atomic_write(path) as file:
+            file.write(text.encode())
+        note(f"wrote {path}")
+
+
+def _weights(args: argparse.Namespace) -> int:
+    from ..verify.weights import compare_weights, describe
+
+    report = compare_weights(args.weights[0], args.weights[1], args.task)
+    out(describe(report))
+    return 0 if report.ok else 1
+
+
+def _published(args: argparse.Namespace) -> int:
+    from .. import labels
+    from ..verify.published import check_published
+
+    ids = [id for id, entry in labels.manifest().items() if entry.get("expected")]
+    outcomes = []
+    for id in ids if args.published == "all" else [args.published]:
+        for outcome in check_published(id, args.image, args.backend):
+            outcomes.append(outcome)
+            out(f"{outcome.id:48} {outcome.status:8} {outcome.image}: {outcome.text}")
+    checked = [outcome for outcome in outcomes if outcome.status != "skipped"]
+    wrong = [outcome for outcome in checked if outcome.status != "ok"]
+    if not checked:
+        out("FAIL: nothing was compared")
+    else:
+        out(f"{'FAIL' if wrong else 'OK'}: {len(checked) - len(wrong)} of {len(checked)} published outputs are met")
+    return 0 if checked and not wrong else 1
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, x, width = text.lower().partition("x")
+    if not (x and height.isdigit() and width.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected HEIGHTxWIDTH in pixels, found {text!r}")
+    return int(height), int(width)

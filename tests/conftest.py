@@ -1,0 +1,82 @@
+"""What the tests share: the backends at hand, random configs and weights, and how far an array is from the truth."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+os.environ.setdefault("MINIBEIT_BACKEND", "numpy")  # tests of a fast backend name it; the others test the model
+
+import numpy as np
+import pytest
+
+from minibeit import BeitConfig
+from minibeit.ops import BACKENDS, get_ops
+from minibeit.params import param_shapes
+
+
+def available_backends() -> list[str]:
+    """Every backend whose library is installed; one that is installed and does not import is an error, not a skip."""
+    return [name for name in BACKENDS if name == "numpy" or importlib.util.find_spec(name) is not None]
+
+
+@pytest.fixture(params=available_backends(), scope="session")
+def ops(request):
+    """The ops of each backend in turn."""
+    return get_ops(request.param)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def tiny_config(**changes) -> BeitConfig:
+    """A BEiT small enough for loops: 2 blocks, width 12, 3 heads, 3x2 patches."""
+    settings = dict(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        image_size=(12, 8),
+        patch_size=4,
+        vocab_size=10,
+        num_labels=5,
+        auxiliary_channels=6,
+        pool_scales=[1, 2, 3],
+    )
+    return BeitConfig.from_dict({**settings, **changes})
+
+
+def random_weights(config: BeitConfig, task: str, seed: int = 0, dtype: str = "float64") -> dict[str, np.ndarray]:
+    """{canonical name: array}: no zeros and no ones, which would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, shape in param_shapes(config, task).items():
+        noise = rng.standard_normal(shape)
+        if name.endswith("running_var"):
+            noise = 1 + 0.2 * np.abs(noise)
+        elif len(shape) == 1 and name.endswith("weight"):
+            noise = 1 + 0.2 * noise
+        else:
+            noise *= min(0.5, np.prod(shape[1:]) ** -0.5) if len(shape) > 1 and name.endswith("weight") else 0.3
+        arrays[name] = noise.astype(np.float32).astype(dtype)  # exact in float32, so both dtypes have the same weights
+    return arrays
+
+
+def make(model_class, config: BeitConfig, dtype: str = "float64", backend: str = "numpy", seed: int = 0):
+    """A model with `random_weights`."""
+    arrays = random_weights(config, model_class.task, seed, dtype)
+    return model_class(config, arrays=arrays, dtype=dtype, backend=backend)
+
+
+def rms(x) -> float:
+    x = np.asarray(x, np.float64)
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def distance(found, truth) -> float:
+    """Root mean square of the difference relative to that of the truth; shapes must agree."""
+    found, truth = np.asarray(found), np.asarray(truth)
+    assert found.shape == truth.shape, (found.shape, truth.shape)
+    return rms(np.asarray(found, np.float64) - truth) / max(rms(truth), 1e-300)

@@ -1,0 +1,183 @@
+"""The numba backend's machinery: threads, memory that is used again, compiled kernels on disk, other CPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from minibeit.ops import get_ops, numba_cpu
+from minibeit.ops.numba_cpu import memory, pack, pool
+from minibeit.params import Linear
+
+OPS = get_ops("numba")
+
+
+def layer_and_rows(rows=70, steps=96, out=130):
+    rng = np.random.default_rng(0)
+    layer = Linear(rng.standard_normal((out, steps), dtype=np.float32), None)
+    return OPS.prepare(layer), rng.standard_normal((rows, steps), dtype=np.float32)
+
+
+def test_the_same_bits_at_any_number_of_threads():
+    layer, x = layer_and_rows(400, 96, 400)
+    with numba_cpu.num_threads(1):
+        expected = OPS.linear(x, layer).copy()
+    for count in (2, 3, 5):
+        with numba_cpu.num_threads(count):
+            for _ in range(20):
+                assert np.array_equal(OPS.linear(x, layer), expected)
+    assert threading.active_count() >= 4  # the workers are there: the equality above was earned
+
+
+def test_many_python_threads_may_call_at_once():
+    layer, x = layer_and_rows(400, 96, 400)
+    expected, wrong = OPS.linear(x, layer).copy(), []
+
+    def call():
+        for _ in range(100):
+            if not np.array_equal(OPS.linear(x, layer), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=call) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_workers_of_its_own():
+    layer, x = layer_and_rows(400, 96, 400)
+    expected = OPS.linear(x, layer).copy()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(OPS.linear(x, layer), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_workers_sleep_and_wake():
+    layer, x = layer_and_rows(400, 96, 400)
+    with numba_cpu.num_threads(2):
+        expected = OPS.linear(x, layer).copy()
+        for pause in (0.0, 0.001, 0.05):
+            threading.Event().wait(pause)
+            assert np.array_equal(OPS.linear(x, layer), expected)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, "two"])
+def test_a_wrong_number_of_threads(count):
+    with pytest.raises(ValueError, match="num_threads must be"), numba_cpu.num_threads(count):
+        pass
+
+
+def test_the_environment_sets_the_number_of_threads(monkeypatch):
+    pool.default_num_threads.cache_clear()
+    monkeypatch.setenv("MINIBEIT_NUM_THREADS", "3")
+    assert pool.get_num_threads() == 3
+    pool.default_num_threads.cache_clear()
+    monkeypatch.setenv("MINIBEIT_NUM_THREADS", "none")
+    with pytest.raises(ValueError, match="MINIBEIT_NUM_THREADS"):
+        pool.get_num_threads()
+    monkeypatch.undo()
+    pool.default_num_threads.cache_clear()
+
+
+def test_a_result_is_never_overwritten_while_someone_holds_a_view_of_it():
+    layer, x = layer_and_rows()
+    kept = [OPS.linear(x * np.float32(i), layer)[3:5, 7:] for i in range(12)]
+    copies = [view.copy() for view in kept]
+    for i in range(30):
+        OPS.linear(x * np.float32(100 + i), layer)
+    assert all(np.array_equal(view, copy) for view, copy in zip(kept, copies))
+
+
+def test_memory_of_dropped_results_is_used_again():
+    first = memory.padded((1234, 567))  # a size that no other test uses
+    address = first.ctypes.data
+    other = memory.padded((1234, 567))
+    assert other.ctypes.data != address
+    del first
+    assert memory.padded((1234, 567)).ctypes.data == address
+
+
+def test_rows_lie_apart_so_that_they_do_not_share_cache_sets():
+    for width in (1, 16, 768, 1024, 3072):
+        x = memory.padded((4, width))
+        assert x.ctypes.data % 64 == 0 and x.strides[0] // 64 % 2 == 1
+
+
+def test_pages_of_a_mapped_file_are_released_and_come_back(tmp_path):
+    path = tmp_path / "weights"
+    np.arange(1_000_000, dtype=np.float32).tofile(path)
+    mapped = np.memmap(path, np.float32, "r").reshape(1000, 1000)
+    pack.release_pages(mapped[10:900])
+    assert np.array_equal(mapped.reshape(-1), np.arange(1_000_000, dtype=np.float32))
+    owned = np.ones((1000, 1000), np.float32)
+    pack.release_pages(owned)
+    assert (owned == 1).all()  # dropping pages that no file backs would lose them
+
+
+def test_packing_is_reversible_and_leaves_the_source_alone():
+    weight = np.random.default_rng(1).standard_normal((45, 20), dtype=np.float32)
+    weight.flags.writeable = False
+    layer = Linear(weight, None)
+    assert np.array_equal(OPS.prepare(layer).weight(), weight)
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+SMALL = """
+import numpy as np
+from minibeit.ops import get_ops, reference
+from minibeit.params import Linear
+ops = get_ops("numba")
+layer = Linear(np.random.default_rng(0).standard_normal((50, 30), dtype="f4"), None)
+x = np.random.default_rng(1).standard_normal((19, 30), dtype="f4")
+assert np.abs(ops.linear(x, ops.prepare(layer)) - reference.linear(x, layer)).max() < 1e-5
+"""
+
+
+def test_without_a_compiler_numpy_serves():
+    run_python(SMALL + "assert ops.linear is reference.linear", NUMBA_DISABLE_JIT="1")
+
+
+def test_kernels_are_compiled_once_and_kept_where_numba_is_told_to(tmp_path):
+    first = run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
+    assert first.stderr.count("compiling") == 1
+    assert list(tmp_path.glob("kernels-*/**/*.nbc"))
+    assert "compiling" not in run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    run_python(SMALL, NUMBA_CACHE_DIR=str(occupied / "below"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu, tile", [("haswell", "avx2"), ("nehalem", "portable")])
+def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile):
+    import platform
+
+    if platform.machine() != "x86_64":
+        pytest.skip("names of x86-64 CPUs")
+    check = f"from minibeit.ops.numba_cpu.vector import TILE; assert TILE.name == {tile!r}, TILE\n"
+    run_python(
+        check + "import pytest; raise SystemExit(pytest.main(['-q', '-x', 'tests/test_numba_ops.py']))",
+        NUMBA_CPU_NAME=cpu,
+    )

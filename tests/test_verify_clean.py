@@ -1,0 +1,117 @@
+"""No fault, no alarm: random models of every task, and how near to the budget they come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import random_weights
+from random_configs import draw
+from verify_plant import job, model_of
+
+from minibeit import BeitConfig
+from minibeit.verify import budget
+from minibeit.verify.check import Job, check, model_source
+from minibeit.verify.exact import task_class
+
+# The largest ratios to the yardstick that 300 random models showed: own 2.5 (numba beside NumPy, patch embedding),
+# total 3.2, peak 4.3; of Winograd convolutions 5.0, 3.0 and 9.9.  Factors: 4, 6 and 8, with 3 times more for those.
+SEEDS_QUICK, SEEDS_ALL = range(20), range(100)
+
+
+def drawn_job(seed: int) -> Job:
+    """The random model and call of a seed."""
+    d = draw(seed)
+    config = BeitConfig.from_dict(dict(d.settings), model_type=d.model_type, **d.changes)
+    inputs = {name: array for name, array in d.arrays.items() if name != "labels"}
+    return Job(config, d.task, random_weights(config, d.task, seed, "float32"), inputs)
+
+
+def report_of(seed: int, backend: str, torch: bool = False):
+    job = drawn_job(seed)
+    model = task_class(job.task)(job.config, arrays=job.arrays, backend=backend)
+    yardstick = None
+    if torch:
+        from minibeit.verify.torch_runner import torch_source
+
+        yardstick = torch_source(job)
+    return check(job, model_source(job, model, backend), yardstick)
+
+
+def complaints(report) -> list[str]:
+    return [
+        f"{row.name}: {row.status} {row.own_ratio:.1f} {row.total_ratio:.1f} {row.note}"
+        for row in report.rows
+        if not row.ok
+    ]
+
+
+@pytest.mark.parametrize("seed", SEEDS_QUICK)
+def test_no_alarm(seed):
+    report = report_of(seed, "numpy")
+    assert report.ok, complaints(report)
+    assert report.guilty is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_no_alarm_on_a_hundred_models(backend):
+    tasks = set()
+    for seed in SEEDS_ALL:
+        report = report_of(seed, backend)
+        tasks.add(report.task)
+        assert report.ok, (seed, complaints(report))
+    assert len(tasks) == 5
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_no_alarm_beside_pytorch(backend):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    for seed in SEEDS_ALL:
+        report = report_of(seed, backend, torch=True)
+        assert report.ok, (seed, complaints(report))
+        compared = [row for row in report.rows if row.own is not None]
+        assert all(row.own_yard.torch is not None for row in compared), "PyTorch did not give every array"
+
+
+def test_every_array_of_a_quick_seed_was_compared():
+    report = report_of(0, "numpy")
+    job = drawn_job(0)
+    assert [row.name for row in report.rows] == list(job.shapes())
+    assert all(row.own is not None and np.isfinite(row.own.rms_rel) for row in report.rows)
+
+
+def test_limits_follow_the_yardstick_and_the_precision():
+    good, bad = budget.Yard((1e-7, 1e-6)), budget.Yard((1e-7, 1e-6), torch=(3e-7, 2e-6))
+    assert budget.own_limit(good, 1000, "float32") == pytest.approx(4e-7)
+    assert budget.own_limit(bad, 1000, "float32") == pytest.approx(12e-7)
+    assert budget.own_limit(good, 1000, "float16") == pytest.approx(4e-7 * 2**13)
+    assert budget.own_limit(budget.Yard((0.0, 0.0)), 1000, "float32") == pytest.approx(2 * budget.EPS32)
+    assert budget.own_limit(budget.Yard((0.0, 0.0)), 3, "float32") == pytest.approx(4 * budget.EPS32)
+    assert budget.own_limit(good, 1000, "float32", fast_conv=True) == pytest.approx(12e-7)
+
+
+def test_a_yardstick_that_computes_something_else_is_not_believed():
+    wrong = budget.Yard((1e-7, 1e-6), torch=(1e-3, 1e-2))
+    assert wrong.suspicious
+    assert budget.own_limit(wrong, 1000, "float32") == pytest.approx(4e-7)
+    nan = budget.Yard((1e-7, 1e-6), torch=(float("nan"), float("nan")))
+    assert nan.suspicious
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("mean_pooling", [True, False])
+def test_no_alarm_beside_timm(mean_pooling):
+    pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    from minibeit.verify.timm_runner import timm_source
+
+    settings = dict(use_relative_position_bias=True, use_mean_pooling=mean_pooling, intermediate_size=24)
+    for more in ({}, {"use_absolute_position_embeddings": True}, {"use_shared_relative_position_bias": True}):
+        made = job("image_classification", **settings, **more)
+        report = check(made, model_source(made, model_of(made), "numpy"), timm_source(made))
+        assert report.ok, complaints(report)
+        assert all(row.own_yard.torch is not None for row in report.rows)
+    with pytest.raises(ValueError, match="own size"):
+        timm_source(Job(made.config, made.task, made.arrays, {"pixel_values": np.zeros((1, 3, 8, 8), np.float32)}))

@@ -1,0 +1,38 @@
+"""Mutation tests of the verifier: every planted fault is caught and named where it shows first."""
+
+from __future__ import annotations
+
+import pytest
+from verify_faults import FAULTS
+from verify_plant import report_of
+
+from minibeit.verify.report_text import verdict
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_fault_is_caught_named_and_explained(fault):
+    report = report_of(fault)
+    assert not report.ok
+    assert report.guilty is not None
+    assert report.guilty.name == fault.guilty
+    assert fault.says in report.guilty.note
+    assert fault.guilty in verdict(report)
+    before = [row for row in report.rows[: report.rows.index(report.guilty)]]
+    assert all(row.ok for row in before)
+
+
+def test_there_are_many_kinds():
+    assert len(FAULTS) >= 40
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+    assert {fault.task for fault in FAULTS} == {
+        *("image_classification", "masked_image_modeling", "semantic_segmentation", "backbone")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_faults_are_caught_on_other_weights(seed):
+    for fault in FAULTS:
+        guilty = report_of(fault, seed).guilty
+        assert guilty is not None, (seed, fault.name)
+        assert guilty.name == fault.guilty, (seed, fault.name, guilty.name, guilty.note)
