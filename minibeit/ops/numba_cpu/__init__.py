@@ -1,0 +1,95 @@
+"""The fast backend for CPUs: the ops of `reference` as machine code made by numba on this machine.
+
+Arithmetic is float32.  Anything else (float64 arrays or weights, probabilities that are asked for, dropout) is served
+by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_JIT is set.
+
+vector.py, micro.py   vectors and the register tile of the matrix product, as LLVM instructions
+kernels.py, pool.py   machine code that is kept on disk, and the threads that run it
+pack.py, prepare.py   weights in the layout that the kernels read, made once at load
+gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   the kernels;   ops.py   the ops
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from numba.core import config
+
+__all__ = [
+    "adaptive_avg_pool",
+    "attention",
+    "conv2d",
+    "conv_bn_relu",
+    "conv_bn_relu_resized",
+    "conv_transpose",
+    "conv_transpose_bn_gelu",
+    "layer_norm",
+    "linear",
+    "linear_activation",
+    "linear_residual",
+    "max_pool2x2",
+    "num_threads",
+    "prepare",
+    "project_qkv",
+    "resize_bilinear",
+]
+
+if config.DISABLE_JIT:
+    from ..reference import (
+        adaptive_avg_pool,
+        attention,
+        conv2d,
+        conv_bn_relu,
+        conv_bn_relu_resized,
+        conv_transpose,
+        conv_transpose_bn_gelu,
+        layer_norm,
+        linear,
+        linear_activation,
+        linear_residual,
+        max_pool2x2,
+        project_qkv,
+        resize_bilinear,
+    )  # fmt: skip
+
+    def prepare(params: Any, keep_source: bool = False) -> Any:
+        """The parameters as they are: without a compiler NumPy serves every op."""
+        return params
+
+else:
+    from .ops import (
+        adaptive_avg_pool,
+        attention,
+        conv2d,
+        conv_bn_relu,
+        conv_bn_relu_resized,
+        conv_transpose,
+        conv_transpose_bn_gelu,
+        layer_norm,
+        linear,
+        linear_activation,
+        linear_residual,
+        max_pool2x2,
+        project_qkv,
+        resize_bilinear,
+    )  # fmt: skip
+    from .prepare import prepare
+
+
+def warmup() -> float:
+    """Compiles every kernel that is not on disk yet, loads the others; the seconds that it took."""
+    start = time.perf_counter()
+    if not config.DISABLE_JIT:
+        from .kernels import ALL
+
+        for kernel in ALL:
+            kernel.load()
+    return time.perf_counter() - start
+
+
+def num_threads(count: int | None) -> Any:
+    """Context manager: ops called within, from this Python thread, use `count` threads (None: as before)."""
+    from .pool import num_threads
+
+    return num_threads(count)

@@ -1,0 +1,113 @@
+"""Ops on feature maps.  A map is (B, C, h, w) to the caller and channels-last, (B, h, w, C), in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import gemm
+from .memory import padded, rows
+from .pack import PackedLinear
+from .spread import PackedTaps, convolve_enlarged, spread
+from .vector import LANES
+from .winograd import PackedWinograd, convolve
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """A 3x3 convolution with folded batch norm, in parts that each read their own share of the input channels."""
+
+    parts: tuple[PackedWinograd | PackedTaps, ...]
+    bias: np.ndarray  # (out,)
+    source: Any = None
+
+    @property
+    def out(self) -> int:
+        return len(self.bias)
+
+
+@dataclass(frozen=True)
+class PackedDeconv:
+    """A 2x2 transposed convolution of stride 2, a batch norm behind it folded in: (4, ceil(out / NR), in, NR)."""
+
+    panels: np.ndarray
+    bias: np.ndarray  # (panels * NR,)
+    out: int
+    source: Any = None
+
+
+def last(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, h, w, C)
+    """The map channels-last, float32 and with the numbers of a pixel side by side; copied only if they are not."""
+    y = x.transpose(0, 2, 3, 1)
+    if y.dtype != np.float32 or (y.strides[3] != 4 and y.shape[3] > 1) or min(y.strides) < 0:
+        y = np.ascontiguousarray(y, np.float32)
+    return y
+
+
+def first(y: np.ndarray) -> np.ndarray:  # (B, h, w, C) -> (B, C, h, w)
+    """The map as callers see it; the memory stays as it is."""
+    return y.transpose(0, 3, 1, 2)
+
+
+def conv_1x1(x: np.ndarray, layer: PackedLinear, relu: bool) -> np.ndarray:
+    return first(gemm.product(last(x), layer, gemm.RELU if relu else gemm.PLAIN))
+
+
+def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int]) -> np.ndarray:
+    """max(0, conv + bias) of maps enlarged to `size`, each map with its own part of the layer."""
+    y = padded((maps[0].shape[0], *size, layer.out))
+    for i, (x, part) in enumerate(zip(maps, layer.parts, strict=True)):
+        bias, relu = layer.bias if i == 0 else None, i == len(maps) - 1
+        if isinstance(part, PackedWinograd):
+            convolve(last(x if x.shape[2:] == size else resize(x, size)), part, bias, relu, y)
+        else:
+            convolve_enlarged(last(x), part, bias, relu, y)
+    return first(y)
+
+
+def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndarray:
+    """Four products, one for each corner of the 2x2 squares; the rows of one product go to every second pixel."""
+    B, C, h, w = x.shape
+    x_rows, count, x_bytes = rows(last(x))
+    y = padded((B, 2 * h, 2 * w, layer.out))
+    pixel, row = y.strides[2], y.strides[1]
+    group = gemm.panel_group(layer.panels.shape[1], 4 * B * h)
+    gemm.run_products(
+        4, (x_rows.ctypes.data, x_bytes, count, C, layer.panels.ctypes.data, layer.bias.ctypes.data, layer.out),
+        (y.ctypes.data, 2 * pixel, mode, 0, 0, 0),
+        (0, group, w, 2 * row, 0, row, pixel),
+    )  # fmt: skip
+    return first(y)
+
+
+def can_resize(x: np.ndarray) -> bool:
+    return x.dtype == np.float32 and x.shape[1] % LANES == 0 and x.size > 0
+
+
+def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear, for a number of channels that is a multiple of LANES."""
+    source = last(x)
+    y = padded((x.shape[0], *size, x.shape[1]))
+    spread(source, y, 0, x.shape[1], 1, None, False, False)
+    return first(y)
+
+
+def max_pool(x: np.ndarray) -> np.ndarray:
+    B, C, h, w = x.shape
+    y = last(x)[:, : h // 2 * 2, : w // 2 * 2]
+    upper = np.maximum(y[:, ::2, ::2], y[:, ::2, 1::2])
+    return first(np.maximum(upper, np.maximum(y[:, 1::2, ::2], y[:, 1::2, 1::2])))
+
+
+def average_pool(x: np.ndarray, size: int) -> np.ndarray:
+    B, C, h, w = x.shape
+    source, y = last(x), np.empty((B, size, size, C), np.float32)
+    for i in range(size):
+        for j in range(size):
+            lines = slice(i * h // size, -(-(i + 1) * h // size))
+            columns = slice(j * w // size, -(-(j + 1) * w // size))
+            y[:, i, j] = source[:, lines, columns].mean((1, 2), dtype=np.float64)
+    return first(y)

@@ -1,0 +1,109 @@
+"""Arrays whose first element, and where asked each row, begins a cache line; results in memory that is used again.
+
+Fresh memory is dear: the system zeroes it page by page when it is first written, which for the results of one forward
+pass costs several percent of its time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+
+import numpy as np
+
+_LINE = 64
+_KEPT_BYTES = 128 << 20  # buffers of results that are kept for the next ones
+_STEP = 1 << 16  # their sizes are multiples of this
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """An uninitialised array that begins at a multiple of 64 bytes."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return _view(np.empty(size + _LINE, np.uint8), shape, dtype)
+
+
+def _view(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    start = -raw.ctypes.data % _LINE
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class _Recycler:
+    """Buffers in order of use, the latest last.  One that nothing but this list refers to is free.
+
+    A view of an array refers to the array that owns the memory, however many views lie between, so the reference count
+    of the owner tells whether any result in it is still alive.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._buffers: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        size = -(-(4 * math.prod(shape) + _LINE) // _STEP) * _STEP
+        if size > _KEPT_BYTES // 4:
+            return aligned(shape)
+        with self._lock:
+            buffers = self._buffers
+            for i in range(len(buffers)):
+                if buffers[i].nbytes == size and sys.getrefcount(buffers[i]) == _UNUSED:
+                    buffers.append(buffers.pop(i))
+                    break
+            else:
+                buffers.append(np.empty(size, np.uint8))
+                self._trim()
+            return _view(buffers[-1], shape, np.float32)
+
+    def _trim(self) -> None:
+        """Forgets the buffers that were not used for longest; those that hold results live on with them."""
+        excess = sum(buffer.nbytes for buffer in self._buffers) - _KEPT_BYTES
+        while excess > 0:
+            excess -= self._buffers.pop(0).nbytes
+
+
+_probe = [np.empty(0)]
+_UNUSED = sys.getrefcount(_probe[0])  # the list and the argument; the number depends on the interpreter
+_recycler = _Recycler()
+
+
+def _renew() -> None:
+    global _recycler
+    _recycler = _Recycler()  # its lock may have been held by a thread that did not survive the fork
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
+def padded(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised float32 array for a result; its rows lie an odd number of cache lines apart.
+
+    Rows a multiple of 4096 bytes apart would fall into the same sets of the first-level cache, and a tile of 12 rows
+    would not fit there.
+    """
+    columns = shape[-1]
+    lines = -(-4 * columns // _LINE)
+    stride = (lines + 1 - lines % 2) * (_LINE // 4)
+    return _recycler.take((*shape[:-1], stride))[..., :columns]
+
+
+def rows(x: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """`x` (..., D) as float32 rows: (the array that owns the memory, number of rows, bytes between rows).
+
+    Copies only where the rows do not lie evenly spaced.  Strides of axes of size 1 mean nothing and are not looked at.
+    """
+    width, count, step, span = x.shape[-1], 1, 0, 0
+    even = x.dtype == np.float32 and (width == 1 or x.strides[-1] == 4)
+    for axis in range(x.ndim - 2, -1, -1):
+        size, stride = x.shape[axis], x.strides[axis]
+        if size != 1:
+            if step == 0:
+                step = span = stride
+            even = even and stride == span and stride > 0 and stride % 4 == 0
+            span *= size
+            count *= size
+    if even:
+        return x, count, step or 4 * width
+    return np.ascontiguousarray(x, np.float32), count, 4 * width

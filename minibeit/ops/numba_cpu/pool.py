@@ -1,0 +1,176 @@
+"""Threads: workers that wait in machine code, a counter from which all take tasks, one job at a time per process.
+
+Which thread does a task never changes its result, so results are the same at any number of threads.  numba's own
+thread layers are not used: the default one aborts the process when two Python threads call at once.
+
+The control block is an array of int64, one cache line per counter.  A worker that finds no job for about a millisecond
+goes to sleep on a Python semaphore; in between, an operation starts within a microsecond.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np
+from numba import njit
+
+from .kernels import Kernel
+from .memory import aligned
+from .vector import add_atomic, call_task, load_atomic, pause, sched_yield, store_atomic
+
+_SEQUENCE, _OPEN, _NEXT, _ACTIVE, _JOINED = 0, 64, 128, 192, 256  # byte offsets
+_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 320, 328, 336, 344
+_BYTES = 384
+_SPINS = 40_000  # about a millisecond of pauses
+
+
+@njit(error_model="numpy")
+def _work(control, thread):
+    function, arguments = load_atomic(control + _FUNCTION), load_atomic(control + _ARGUMENTS)
+    count = load_atomic(control + _COUNT)
+    task = add_atomic(control + _NEXT, 1)
+    while task < count:
+        call_task(function, arguments, task, thread)
+        task = add_atomic(control + _NEXT, 1)
+
+
+def _execute_kernel(control, function, arguments, count, limit):
+    store_atomic(control + _FUNCTION, function)
+    store_atomic(control + _ARGUMENTS, arguments)
+    store_atomic(control + _COUNT, count)
+    store_atomic(control + _LIMIT, limit)
+    store_atomic(control + _NEXT, 0)
+    store_atomic(control + _JOINED, 0)
+    add_atomic(control + _SEQUENCE, 1)
+    store_atomic(control + _OPEN, 1)
+    _work(control, 0)
+    store_atomic(control + _OPEN, 0)
+    spins = 0
+    while load_atomic(control + _ACTIVE) != 0:
+        spins += 1
+        pause()
+        if spins > 2000:  # the worker may have lost its core to another process
+            sched_yield()
+
+
+def _wait_kernel(control, asleep):
+    """A worker: serves jobs until none came for a while, then marks itself asleep and returns."""
+    seen, idle = -1, 0
+    while True:
+        if load_atomic(control + _OPEN) == 1 and load_atomic(control + _SEQUENCE) != seen:
+            add_atomic(control + _ACTIVE, 1)  # from here the job cannot end, if it is still open
+            if load_atomic(control + _OPEN) == 1:
+                seen = load_atomic(control + _SEQUENCE)
+                ticket = add_atomic(control + _JOINED, 1)
+                if ticket < load_atomic(control + _LIMIT) - 1:
+                    _work(control, ticket + 1)
+            add_atomic(control + _ACTIVE, -1)
+            store_atomic(asleep, 0)
+            idle = 0
+        elif idle < _SPINS:
+            idle += 1
+            pause()
+        elif load_atomic(asleep) == 1:
+            return
+        else:
+            store_atomic(asleep, 1)  # then one more look, so that no job is missed
+
+
+_execute = Kernel(_execute_kernel, 5)
+_wait = Kernel(_wait_kernel, 2)
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.control = aligned((_BYTES // 8,), np.int64)
+        self.control[:] = 0
+        self.control_address = self.control.ctypes.data
+        self.workers: list[tuple[np.ndarray, threading.Semaphore]] = []
+        self.scratch = aligned((0,), np.uint8)
+        self.scratch_address = 0
+
+    def _serve(self, asleep: np.ndarray, bell: threading.Semaphore) -> None:
+        while True:
+            _wait(self.control_address, asleep.ctypes.data)
+            bell.acquire()
+
+    def wake(self, threads: int) -> None:
+        """Makes sure that threads - 1 workers exist and look for jobs."""
+        for i in range(threads - 1):
+            if i == len(self.workers):
+                asleep, bell = aligned((8,), np.int64), threading.Semaphore(0)
+                asleep[:] = 0
+                self.workers.append((asleep, bell))
+                threading.Thread(target=self._serve, args=(asleep, bell), daemon=True, name=f"minibeit-{i}").start()
+            asleep, bell = self.workers[i]
+            if asleep[0]:
+                asleep[0] = 0
+                bell.release()
+
+
+_pool = _Pool()
+
+
+def _reset_after_fork() -> None:
+    global _pool
+    _pool = _Pool()  # threads do not survive a fork
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
+
+_local = threading.local()
+
+
+@lru_cache(maxsize=1)
+def default_num_threads() -> int:
+    """MINIBEIT_NUM_THREADS as it was when first asked for, else the cores this process may use.  Raises ValueError."""
+    text = os.environ.get("MINIBEIT_NUM_THREADS", "")
+    if text and not (text.isdigit() and int(text) > 0):
+        raise ValueError(f"MINIBEIT_NUM_THREADS must be a positive whole number, found {text!r}; set it to 1 or more.")
+    if text:
+        return int(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def get_num_threads() -> int:
+    """Threads that an operation called here may use: those of `num_threads(...)`, else the default."""
+    return getattr(_local, "threads", None) or default_num_threads()
+
+
+@contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Within the block, operations called from this Python thread use `count` threads (None: leave it as it is)."""
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"num_threads must be a positive whole number, found {count!r}; pass 1 or more.")
+    before = getattr(_local, "threads", None)
+    _local.threads = before if count is None else count
+    try:
+        yield
+    finally:
+        _local.threads = before
+
+
+def run(kernel: Kernel, tasks: int, arguments: Sequence[int], scratch: int = 0, small: bool = False) -> None:
+    """Runs `kernel(arguments, task, thread)` for each task; every thread has `scratch` bytes of its own.
+
+    The kernel finds the address of the scratch memory and the bytes per thread as its arguments 0 and 1, then
+    `arguments` from 2 on.  `small` work, of some microseconds, is done by the calling thread alone.
+    """
+    threads = 1 if small else min(get_num_threads(), tasks)
+    pool, address = _pool, kernel.address
+    size = -(-scratch // 64) * 64 + 64  # never a multiple of a page on which the threads' scratch would alias
+    with pool.lock:
+        if pool.scratch.nbytes < size * threads:
+            pool.scratch = aligned((size * threads,), np.uint8)
+            pool.scratch_address = pool.scratch.ctypes.data
+        block = array("q", (pool.scratch_address, size, *arguments))
+        if threads > 1:
+            pool.wake(threads)
+        _execute(pool.control_address, address, block.buffer_info()[0], tasks, threads)
