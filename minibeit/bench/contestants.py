@@ -1,0 +1,160 @@
+"""The contestants behind one interface: a folder with a checkpoint in, a function from pixels to an output array out.
+
+Each gets the same weights, float32, the same number of threads, and its usual way of being used: transformers' classes
+under `inference_mode`, ONNX Runtime and OpenVINO with a model exported once from them at a fixed shape.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .workloads import TASKS, Workload, model_class, pixels
+
+Forward = Callable[[np.ndarray], np.ndarray]
+BACKENDS = ("numba", "numpy")
+PEERS = {  # name -> what must be importable, the first one being that whose version counts
+    "torch": ("torch", "transformers"),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript", "torch", "transformers"),
+    "openvino": ("openvino", "torch", "transformers"),
+}
+EXPORTED = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
+
+
+def missing(name: str) -> list[str]:
+    """The packages that a peer needs and that are not installed."""
+    return [package for package in PEERS.get(name, ()) if importlib.util.find_spec(package) is None]
+
+
+def version(name: str) -> str:
+    """Versions of what computes, as they stand beside the results."""
+    packages = {"numba": ("minibeit", "numba"), "numpy": ("minibeit", "numpy"), "torch": ("torch", "transformers")}
+    return ", ".join(f"{package} {_version(package)}" for package in packages.get(name, (name,)))
+
+
+def _version(package: str) -> str:
+    if package == "minibeit":
+        from .. import __version__
+
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "?"
+
+
+def label(name: str) -> str:
+    """The name in tables."""
+    return f"minibeit {name}" if name in BACKENDS else {"torch": "PyTorch eager"}.get(name, _OFFICIAL.get(name, name))
+
+
+_OFFICIAL = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
+    """Writes the file that a peer runs, if it runs one, into `exports`."""
+    if name not in EXPORTED:
+        return
+    import torch
+
+    exports.mkdir(parents=True, exist_ok=True)
+    module = _first_output(_transformers_model(workload, folder))
+    example = torch.from_numpy(pixels(workload))
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        if name == "onnxruntime":
+            program = torch.onnx.export(module, (example,), dynamo=True, verbose=False)
+            program.save(str(exports / EXPORTED[name]), external_data=True)
+        else:
+            openvino = import_module("openvino")
+            model = openvino.convert_model(module, example_input=example, input=[list(example.shape)])
+            openvino.save_model(model, str(exports / EXPORTED[name]), compress_to_fp16=False)
+
+
+def load(name: str, workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+    """The contestant, ready to be called.
+
+    minibeit's and NumPy's threads are set by the environment of the process (see `measure`); the peers' here.
+    """
+    if name in BACKENDS:
+        model = model_class(workload.task).from_pretrained(folder, backend=name)
+        return lambda x: _output(model(x))
+    return {"torch": _load_torch, "onnxruntime": _load_onnx, "openvino": _load_openvino}[name](
+        workload, folder, exports, threads
+    )
+
+
+def _output(result: Any) -> Any:
+    """The logits; of a backbone the last map."""
+    logits = getattr(result, "logits", None)
+    return result.feature_maps[-1] if logits is None else logits
+
+
+def _transformers_model(workload: Workload, folder: Path) -> Any:
+    transformers = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    return getattr(transformers, TASKS[workload.task][2]).from_pretrained(str(folder)).eval()
+
+
+def _first_output(model: Any) -> Any:
+    """The model as a module of one tensor to one tensor, which exporters want."""
+    import torch
+
+    class FirstOutput(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values: Any) -> Any:
+            return _output(self.model(pixel_values=pixel_values))
+
+    return FirstOutput().eval()
+
+
+def _load_torch(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+    import torch
+
+    torch.set_num_threads(threads)
+    model = _transformers_model(workload, folder)
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return _output(model(pixel_values=torch.from_numpy(x))).numpy()
+
+    return forward
+
+
+def _load_onnx(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+    onnxruntime = import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    file = str(exports / EXPORTED["onnxruntime"])
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})[0]
+
+
+def _load_openvino(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+    openvino = import_module("openvino")
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # on a CPU with bfloat16 the default would be that
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+    }
+    compiled = openvino.Core().compile_model(str(exports / EXPORTED["openvino"]), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        request.infer([x], share_inputs=True)
+        return request.get_output_tensor(0).data.copy()
+
+    return forward

@@ -1,0 +1,69 @@
+"""Floating-point operations of a forward pass, from the config alone: a multiplication and an addition count as two.
+
+Only products are counted (linear layers, attention, convolutions), in their direct form: what a fast algorithm saves
+(Winograd, convolving before enlarging) shows as a higher rate, so a rate of the segmentation head may pass the roof.
+
+Letters: B batch, N tokens, P patches, D width, F mlp width, K classes, V visual tokens, A auxiliary channels.
+"""
+
+from __future__ import annotations
+
+from ..config import BeitConfig
+
+
+def count(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, int] | None = None) -> dict[str, int]:
+    """{part: operations} of `task` (a key of `params.TASKS`) for B images of `grid` patches, the native one by default.
+
+    Counts what the result depends on: a head that reads the 10th block's output needs no 11th block, and the auxiliary
+    head is for training.
+    """
+    gh, gw = config.grid if grid is None else grid
+    P, D, F = gh * gw, config.hidden_size, config.intermediate_size
+    N, (ph, pw) = P + 1, config.patch_shape
+    blocks = _depth(config, task)
+    parts = {
+        "patches": P * config.num_channels * ph * pw * D,
+        "qkv and output": blocks * N * 4 * D * D,
+        "attention": blocks * 2 * N * N * D,
+        "mlp": blocks * N * 2 * D * F,
+    }
+    if task == "image_classification":
+        parts["classifier"] = D * config.num_labels
+    elif task == "masked_image_modeling":
+        parts["lm_head"] = P * D * config.vocab_size
+    elif task == "semantic_segmentation" or (task == "backbone" and config.add_fpn):
+        parts["fpn"] = 4 * P * D * D + 16 * P * D * D + 4 * P * D * D  # deconv1 at 2x, deconv2 at 4x, deconv3 at 2x
+    if task == "semantic_segmentation":
+        parts |= _decode_head(config, gh, gw)
+    return {name: 2 * batch_size * products for name, products in parts.items()}
+
+
+def total(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, int] | None = None) -> int:
+    """The sum over all parts of `count`."""
+    return sum(count(config, task, batch_size, grid).values())
+
+
+def _depth(config: BeitConfig, task: str) -> int:
+    """Blocks whose output is read."""
+    L = config.num_hidden_layers
+    indices = [i % (L + 1) for i in config.out_indices or ()]
+    if task == "backbone":
+        return max(indices)
+    if task == "semantic_segmentation":
+        shift = 1 if config.feature_convention == "unilm" else -1
+        return max((i + shift) % (L + 1) for i in indices)
+    return L
+
+
+def _decode_head(config: BeitConfig, gh: int, gw: int) -> dict[str, int]:
+    """Products of the UPerNet head; its maps have 16 P, 4 P, P and about P / 4 pixels."""
+    D, K, scales = config.hidden_size, config.num_labels, config.pool_scales
+    fine = (16 + 4 + 1) * gh * gw
+    coarse = (gh // 2) * (gw // 2)
+    return {
+        "laterals": fine * D * D,
+        "pyramid pooling": sum(s * s for s in scales) * D * D + coarse * 9 * (1 + len(scales)) * D * D,
+        "fpn_convs": fine * 9 * D * D,
+        "fpn_bottleneck": 16 * gh * gw * 9 * 4 * D * D,
+        "classifier": 16 * gh * gw * D * K,
+    }

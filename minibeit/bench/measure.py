@@ -1,0 +1,258 @@
+"""Which processes run, in what order: exports, then all contestants in turns, then each in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import flops
+from .contestants import EXPORTED, PEERS, label, missing, version
+from .profile import Entry
+from .workloads import TASKS, Workload, write_checkpoint
+
+AGREE = 1e-4  # relative RMS; float32 engines differ by some 1e-6 (segmentation 1e-5), bfloat16 by 1e-2
+SECONDS = 20.0  # of taking turns, where the number of rounds is not given
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure, the same for all workloads; `starts` is the number of fresh processes per contestant."""
+
+    contestants: tuple[str, ...]
+    threads: int
+    repeats: int | None = None
+    starts: int = 1
+    explicit: bool = False  # peers that the user named: a failing one is an error
+    seconds: float = SECONDS
+
+
+@dataclass
+class Result:
+    """What one contestant did on one workload."""
+
+    name: str
+    times: list[float]
+    difference: float  # relative RMS from the first contestant's output
+    peak_rss_bytes: int | None = None
+    cold_starts: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds per run."""
+        return statistics.median(self.times)
+
+
+@dataclass
+class Table:
+    """All results of one workload."""
+
+    workload: Workload
+    threads: int
+    operations: int
+    roofs: list[float]  # operations per second
+    results: list[Result]
+    skipped: list[str]
+
+    @property
+    def roof(self) -> float | None:
+        """Median of the measured roofs: taken under the same load as the medians of the times."""
+        return statistics.median(self.roofs) if self.roofs else None
+
+    def rate(self, result: Result) -> float:
+        """Operations per second, by the direct count."""
+        return self.operations / result.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; times in seconds."""
+        B = self.workload.batch_size
+        return {
+            **self.workload.to_dict(),
+            "threads": self.threads,
+            "gflop": self.operations / 1e9,
+            "roof_gflops": {"median": None, "best": None}
+            if not self.roofs
+            else {"median": statistics.median(self.roofs) / 1e9, "best": max(self.roofs) / 1e9},
+            "skipped": self.skipped,
+            "results": [
+                {
+                    "contestant": r.name,
+                    "versions": version(r.name),
+                    "median_s": r.median,
+                    "min_s": min(r.times),
+                    "times_s": r.times,
+                    "images_per_s": B / r.median,
+                    "gflops": self.rate(r) / 1e9,
+                    "share_of_roof": self.rate(r) / self.roof if self.roof else None,
+                    "relative_rms_from_first": r.difference,
+                    "peak_rss_mb": None if r.peak_rss_bytes is None else r.peak_rss_bytes / 1e6,
+                    "cold_start_s": statistics.median(r.cold_starts) if r.cold_starts else None,
+                    "cold_starts_s": r.cold_starts,
+                }
+                for r in self.results
+            ],
+        }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    facts: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    return facts | {"python": platform.python_version(), "time": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+
+
+def load_average() -> float | str:
+    """Processes that wanted to run during the last minute, on average; "?" where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "?"
+
+
+def cpu_name() -> str:
+    """The name of the CPU and, where numba runs, the LLVM name of its kind and the vectors that minibeit uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        name = next((value.strip() for key, _, value in lines if key.strip() == "model name"), name)
+    elif sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or name
+    from .roof import available
+
+    if not available():
+        return name
+    from llvmlite import binding
+
+    from ..ops.numba_cpu.target import choose_tile
+
+    return f"{name} ({binding.get_host_cpu_name()}, {choose_tile().name})"
+
+
+def choose_peers(names: Sequence[str] | None, say: Say) -> tuple[str, ...]:
+    """The peers to race: those named, or all that are installed.  Raises ValueError or ImportError for named ones."""
+    chosen = []
+    for name in PEERS if names is None else names:
+        if name not in PEERS:
+            raise ValueError(f"--against: expected none or some of {', '.join(PEERS)}, found {name!r}")
+        absent = missing(name)
+        if absent and names is not None:
+            raise ImportError(f"--against {name} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
+        if absent:
+            say(f"{label(name)} is left out: {', '.join(absent)} not installed")
+        else:
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
+    """Measures one workload; `folder` keeps checkpoints and exports.
+
+    Raises ValueError when outputs disagree or a contestant that must run does not.
+    """
+    checkpoint = folder / workload.model
+    if not (checkpoint / "config.json").exists():
+        say(f"{workload.name}: writing random weights")
+        write_checkpoint(workload, checkpoint)
+    skipped: list[str] = []
+    jobs = {}
+    for name in plan.contestants:
+        exports = folder / f"{workload.model}-{workload.batch_size}-{name}"
+        job = dict(workload=workload.to_dict(), folder=str(checkpoint), exports=str(exports))
+        if name in EXPORTED and not (exports / EXPORTED[name]).exists():
+            say(f"{workload.name}: exporting for {label(name)}")
+            problem = _lines(dict(job, job="export", name=name), plan.threads)[-1].get("error")
+            if problem and plan.explicit:
+                raise ValueError(f"{label(name)}: {workload.name} cannot be exported: {problem}")
+            if problem:
+                skipped.append(f"{label(name)}: cannot be exported ({problem})")
+                say(f"{workload.name}: left out: {skipped[-1]}")
+                continue
+        jobs[name] = job
+    say(f"{workload.name}: {', '.join(map(label, jobs))} in turns")
+    table = _interleave(workload, plan, jobs, skipped)
+    for i in range(plan.starts):
+        for result in table.results:
+            say(f"{workload.name}: {label(result.name)} in a process of its own, {i + 1} of {plan.starts}")
+            _start(result, jobs[result.name], plan.threads)
+    return table
+
+
+def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: list[str]) -> Table:
+    root = Path(next(iter(jobs.values()))["folder"]).parent
+    links = {name: job["exports"] for name, job in jobs.items()}
+    common = dict(workload=workload.to_dict(), folder=str(root / workload.model), exports=links)
+    options = dict(names=list(jobs), threads=plan.threads, repeats=plan.repeats, seconds=plan.seconds)
+    lines = _lines(dict(common, **options, job="interleaved"), plan.threads)
+    if "error" in lines[-1]:
+        raise ValueError(f"{workload.name}: {lines[-1]['error']}")
+    differences, measured = lines[0]["differences"], lines[1]
+    for name, difference in differences.items():
+        if not difference < AGREE:
+            raise ValueError(
+                f"{workload.name}: the output of {label(name)} differs from {label(next(iter(jobs)))} by relative RMS "
+                f"{difference:.1e}, expected less than {AGREE:.0e}; nothing was timed"
+            )
+    results = [Result(name, measured["times"][name], differences[name]) for name in jobs]
+    operations = flops.total(workload.config, TASKS[workload.task][0], workload.batch_size)
+    return Table(workload, plan.threads, operations, measured["roofs"], results, skipped)
+
+
+def _start(result: Result, job: dict[str, Any], threads: int) -> None:
+    """One fresh process of a contestant: time from its start to its first output, and its peak memory."""
+    start = time.perf_counter()
+    arrivals: list[float] = []
+    lines = _lines(dict(job, job="once", name=result.name, threads=threads), threads, arrivals)
+    if "error" in lines[-1]:
+        raise ValueError(f"{label(result.name)}: {lines[-1]['error']}")
+    result.cold_starts.append(arrivals[0] - start)
+    if lines[1]["peak_rss_bytes"] is not None:
+        result.peak_rss_bytes = max(lines[1]["peak_rss_bytes"], result.peak_rss_bytes or 0)
+
+
+def profile(name: str, workload: Workload, plan: Plan, folder: Path) -> tuple[dict[str, Entry], float]:
+    """({op: cost}, seconds) of one forward pass of a backend, in a process of its own (see `profile.profile`)."""
+    job = dict(job="profile", name=name, workload=workload.to_dict(), folder=str(folder / workload.model))
+    line = _lines(dict(job, runs=plan.repeats or 5), plan.threads)[-1]
+    if "error" in line:
+        raise ValueError(f"{label(name)}: {line['error']}")
+    return {op: Entry(**entry) for op, entry in line["ops"].items()}, line["seconds"]
+
+
+def _lines(job: dict[str, Any], threads: int, arrivals: list[float] | None = None) -> list[dict[str, Any]]:
+    """The answer of a worker; `arrivals` takes the time at which each line came."""
+    command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(job)]
+    lines = []
+    with tempfile.TemporaryFile("w+", errors="replace") as chatter:
+        options: dict[str, Any] = dict(env=_environment(threads), stdout=subprocess.PIPE, stderr=chatter, text=True)
+        with subprocess.Popen(command, **options) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if arrivals is not None:
+                    arrivals.append(time.perf_counter())
+                lines.append(json.loads(line))
+        chatter.seek(0)
+        tail = chatter.read()
+    if not lines or (process.returncode and "error" not in lines[-1]):
+        words = tail.strip().splitlines()[-1:] or ["no message"]
+        lines.append({"error": f"the process ended with code {process.returncode} ({words[0]}); out of memory?"})
+    return lines
+
+
+def _environment(threads: int) -> dict[str, str]:
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "MINIBEIT_NUM_THREADS")
+    home = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return {**os.environ, **quiet, **dict.fromkeys(names, str(threads)), "PYTHONPATH": path}

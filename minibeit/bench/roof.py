@@ -1,0 +1,34 @@
+"""The roof: the fastest that all threads together multiply and add float32 numbers, from registers."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+CHAINS = 12  # independent sums: more than latency x units of any CPU (4 x 2 on x86), and they fit 16 registers
+_STEPS = 1 << 18
+_ROUNDS_PER_THREAD = 8
+
+
+def available() -> bool:
+    """Whether the roof can be measured: it needs numba and its compiler."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    from numba.core import config
+
+    return not config.DISABLE_JIT
+
+
+def measure(threads: int) -> float:
+    """Operations per second of one run of some 20 ms on `threads` threads; a multiplication and an addition are two."""
+    from ..ops.numba_cpu.pool import num_threads, run
+    from ..ops.numba_cpu.vector import LANES
+    from .roof_kernel import fma_chains
+
+    tasks = threads * _ROUNDS_PER_THREAD
+    with num_threads(threads):
+        run(fma_chains, threads, (64,), 64)  # wakes the threads
+        start = time.perf_counter()
+        run(fma_chains, tasks, (_STEPS,), 64)
+        seconds = time.perf_counter() - start
+    return 2 * LANES * CHAINS * _STEPS * tasks / seconds

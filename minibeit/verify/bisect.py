@@ -1,0 +1,48 @@
+"""Which fast op is it?  The backend's ops are switched on one at a time, everything else being NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from ..ops import BACKENDS
+from .check import Job, Report, check, model_source
+from .exact import task_class
+
+NO_ARITHMETIC = ("prepare", "num_threads")
+
+
+@dataclass
+class Suspect:
+    """What came out with one fast op switched on."""
+
+    op: str
+    report: Report
+
+    @property
+    def worst_ratio(self) -> float:
+        return max((row.own_ratio for row in self.report.rows if row.own is not None), default=float("nan"))
+
+
+def fast_ops(backend: str) -> list[str]:
+    """The ops that a backend has of its own, without those that are no arithmetic."""
+    module = BACKENDS[backend]
+    if module is None:
+        raise ValueError(f"backend {backend} is NumPy itself: there is no fast op to switch on")
+    return [name for name in import_module(f"minibeit.ops.{module}").__all__ if name not in NO_ARITHMETIC]
+
+
+def bisect(
+    job: Job, backend: str, leave_out: Any = (), progress: Callable[[Suspect], Any] | None = None
+) -> list[Suspect]:
+    """One check per fast op; the guilty ones are those whose report is not ok."""
+    suspects = []
+    for op in fast_ops(backend):
+        model = task_class(job.task)(job.config, arrays=job.arrays, backend=backend, only={op})
+        source = model_source(job, model, f"minibeit, {op} of {backend} alone", leave_out)
+        suspects.append(Suspect(op, check(job, source, leave_out=leave_out)))
+        if progress is not None:
+            progress(suspects[-1])
+    return suspects

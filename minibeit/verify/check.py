@@ -1,0 +1,319 @@
+"""The verifier's heart: the truth, the candidate and the yardsticks go through the network side by side."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..config import BeitConfig
+from . import budget
+from .budget import Yard
+from .compare import Difference, difference, distance, heat_map
+from .diagnosis import diagnose, fingerprint
+from .exact import Call, Log, float32_model, truth_model
+from .names import trace_shapes
+from .streams import RunSource, Source, Stream
+
+GOOD, BAD = ("ok",), ("own", "total", "shape", "missing", "extra", "nan", "nan on both sides", "yardstick")
+SAME_OP = ("attention.key", "attention.value", "attention.context")  # made by the op of the record before
+MORE_FROM_THIS_OP = ("attention.query", "attention.key", "attention.probs")
+DIAGNOSED = 3  # guilty arrays that are looked into; later ones are rarely faults of their own
+
+
+@dataclass
+class Row:
+    """One recorded array: what was found and what it means.  `status` is "ok" or one of BAD."""
+
+    name: str
+    status: str
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    ops: tuple[str, ...] = ()  # the ops that made it
+    own: Difference | None = None
+    total: Difference | None = None
+    inherited: float = math.nan  # relative rms: the truth's op on the candidate's inputs beside the truth
+    own_yard: Yard | None = None
+    total_yard: Yard | None = None
+    own_limit: float = math.nan
+    total_limit: float = math.nan
+    own_ratio: float = math.nan  # times the yardstick's error
+    total_ratio: float = math.nan
+    note: str = ""
+    heat: np.ndarray | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+@dataclass
+class Report:
+    """All rows, in the order of the network, and what was compared with what."""
+
+    candidate: str
+    yardstick: str
+    config: BeitConfig
+    task: str
+    inputs: dict[str, tuple[int, ...]]
+    rows: list[Row] = field(default_factory=list)
+    stopped: bool = False  # at the first row out of budget, as asked
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    origins: dict[str, str] = field(default_factory=dict)  # op -> the code that serves it
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared and all of it is within budget."""
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    @property
+    def guilty(self) -> Row | None:
+        """The first array whose own error is out of budget, or that could not be compared."""
+        return next((row for row in self.rows if row.status not in ("ok", "total", "yardstick")), None)
+
+
+@dataclass
+class Job:
+    """What is to be verified: the model as it should be, and the arrays of one call."""
+
+    config: BeitConfig
+    task: str
+    arrays: Mapping[str, np.ndarray]  # float32 weights by canonical name
+    inputs: Mapping[str, np.ndarray]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of everything the call records."""
+        return trace_shapes(self.config, self.task, {name: array.shape for name, array in self.inputs.items()})
+
+
+def model_source(job: Job, model: Any, label: str, leave_out: str | tuple[str, ...] = ()) -> RunSource:
+    """A minibeit model as a source, with the names of its own config and head but those that `leave_out` matches."""
+    inputs = {name: array.shape for name, array in job.inputs.items()}
+    patterns = (leave_out,) if isinstance(leave_out, str) else leave_out
+    chosen = [name for name in trace_shapes(model.config, model.task, inputs) if not _matches(name, patterns)]
+    return RunSource(label, chosen, lambda trace: model(**job.inputs, trace=trace))
+
+
+def check(
+    job: Job,
+    candidate: Source,
+    yardstick: Source | None = None,
+    only: str | list[str] = "*",
+    fail_fast: bool = False,
+    heat: bool = False,
+    progress: Callable[[Row], Any] | None = None,
+    leave_out: str | tuple[str, ...] = (),
+) -> Report:
+    """Compares every array of `candidate` with the float64 truth, and its errors with those of float32.
+
+    `yardstick` is another float32 implementation (PyTorch); without one NumPy's float32 run takes its place.  `only`
+    are globs of the names to judge, `leave_out` of those the candidate is known not to have.  `heat` keeps heat maps.
+    Sources are closed at the end.
+    """
+    only = [only] if isinstance(only, str) else list(only)
+    leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
+    report = Report(
+        candidate.label,
+        yardstick.label if yardstick else "NumPy float32",
+        job.config,
+        job.task,
+        {name: array.shape for name, array in job.inputs.items()},
+    )
+
+    def wanted(name: str) -> bool:
+        return _matches(name, only) and not _matches(name, leave_out)
+
+    start = time.monotonic()
+    run = _Run(job, candidate, yardstick, wanted)
+    try:
+        for row in run.rows(heat):
+            report.rows.append(row)
+            if progress is not None:
+                progress(row)
+            if fail_fast and not row.ok:
+                report.stopped = True
+                break
+    finally:
+        run.close()
+    report.seconds = time.monotonic() - start
+    if not report.rows:
+        report.notes.append(f"nothing was compared: no name of this model matches {' '.join(only)}")
+    return report
+
+
+class _Run:
+    """All runs in lockstep."""
+
+    def __init__(self, job: Job, candidate: Source, yardstick: Source | None, wanted: Callable[[str], bool]) -> None:
+        self.job, self.candidate, self.yardstick, self.wanted = job, candidate, yardstick, wanted
+        # Everything else is an input of what is judged; the largest arrays of all are inputs of nothing.
+        names = tuple(name for name in job.shapes() if wanted(name) or not name.endswith("attention.probs"))
+        self.log = Log()
+        truth = truth_model(job.config, job.task, job.arrays)
+        replayed = truth_model(job.config, job.task, job.arrays, self.log)
+        single = float32_model(job.config, job.task, job.arrays)
+        self.truth = _stream(job, truth, names)
+        self.replay = _stream(job, replayed, names)  # the truth's ops on the candidate's arrays
+        self.replay32 = _stream(job, single, names)  # NumPy's float32 ops on the candidate's arrays
+        # The yardstick: PyTorch and the truth's ops on its arrays; where it has none, a free run of NumPy.
+        self.yard_replay = _stream(job, truth, names) if yardstick else None
+        complete = yardstick is not None and set(names) <= set(yardstick.names)
+        self.numpy = None if complete else _stream(job, single, names)
+        self.found: Any = None  # the candidate's and the yardstick's arrays of the record before
+        self.theirs: Any = None
+        self.diagnosed = 0
+        self.steady = 0.0, 0.0  # the yardstick's total error at the last array that is not tiny
+        self.after_fast_conv = False
+        self.calls: list[Call] = []  # of the last record that an op made
+        self.before: Any = None  # the candidate's array before this one
+        self.states: dict[str, np.ndarray] = {}  # fingerprints of the candidate's hidden states
+
+    def close(self) -> None:
+        for stream in (self.truth, self.replay, self.replay32, self.yard_replay, self.numpy, self.candidate):
+            if stream is not None:
+                stream.close()
+        if self.yardstick is not None:
+            self.yardstick.close()
+
+    def rows(self, heat: bool) -> Iterator[Row]:
+        expected = set()
+        self.log.take()
+        while (item := self.truth.advance()) is not None:
+            expected.add(item[0])
+            row = self._step(*item, heat)
+            del item  # at large sizes nothing may outlive its step
+            if row is not None:
+                yield row
+        yield from self._extra(expected)
+
+    def _step(self, name: str, truth: Any, heat: bool) -> Row | None:
+        """Takes every run to its array of that name; the replays go on with the array of the record before."""
+        found, theirs = self.found, self.theirs
+        exact = _next(self.replay, found)
+        single = _next(self.replay32, None if found is None else found.astype(np.float32, copy=False))
+        free = _next(self.numpy) if self.numpy else None
+        their_exact = _next(self.yard_replay, theirs) if self.yard_replay else None
+        self.found = found = self.candidate.take(name)
+        self.theirs = theirs = self.yardstick.take(name) if self.yardstick else None
+        if theirs is not None and theirs.shape != truth.shape:
+            label = self.yardstick.label if self.yardstick else ""
+            raise ValueError(f"{name}: {label} gives shape {theirs.shape}, expected {truth.shape}")
+        self._take_calls(name)
+        row = None
+        if self.wanted(name):
+            yards = self._yards(single, exact, free, truth, theirs, their_exact)
+            row = self._row(name, found, exact, truth, yards, heat)
+        if found is not None and found.shape != truth.shape:
+            self.found = None
+        self._remember(name)
+        return row
+
+    def _take_calls(self, name: str) -> None:
+        calls = self.log.take()
+        if calls or not name.endswith(SAME_OP):
+            self.calls = calls
+
+    def _remember(self, name: str) -> None:
+        self.before = self.found
+        if not name.endswith(MORE_FROM_THIS_OP):
+            self.calls = []
+        if self.found is not None and (name == "embeddings" or name.endswith(".output")):
+            self.states[name] = fingerprint(self.found)
+
+    def _yards(
+        self, single: Any, exact: Any, free: Any, truth: Any, theirs: Any, their_exact: Any
+    ) -> tuple[Yard, Yard]:
+        numpy_own = distance(single, exact)
+        total = distance(free if theirs is None else theirs, truth)
+        if truth.size >= budget.FEW:
+            self.steady = total
+        else:  # a few numbers are right by luck now and then: the array before says what is usual here
+            total = max(total[0], self.steady[0]), max(total[1], self.steady[1])
+        if theirs is None:
+            return Yard(numpy_own), Yard(total)
+        return Yard(numpy_own, distance(theirs, their_exact)), Yard(total, total)
+
+    def _row(self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yard, Yard], heat: bool) -> Row:
+        ops = tuple(dict.fromkeys(call.op for call in self.calls if call.op not in ("concatenate", "all_finite")))
+        if found is None:
+            return Row(name, "missing", ops=ops, note=f"{self.candidate.label} has no array of this name")
+        row = Row(name, "ok", found.shape, self.candidate.dtypes.get(name, found.dtype.name), ops)
+        if found.shape != truth.shape:
+            row.status, row.note = "shape", f"expected shape {truth.shape}, found {found.shape}"
+            return row
+        row.own, row.total = difference(found, exact), difference(found, truth)
+        row.inherited = distance(exact, truth)[0]
+        self._judge(row, *yards)
+        if heat:
+            row.heat = heat_map(found, exact)
+        if row.status in ("own", "nan") and self.diagnosed < DIAGNOSED:
+            self.diagnosed += 1
+            row.note = diagnose(name, found, exact, self.calls, self.before, self.states) or row.note
+        return row
+
+    def _judge(self, row: Row, own_yard: Yard, total_yard: Yard) -> None:
+        assert row.own is not None
+        assert row.total is not None
+        row.own_yard, row.total_yard = own_yard, total_yard
+        fast_conv = any(op in budget.FAST_CONV for op in row.ops)
+        self.after_fast_conv |= fast_conv
+        row.own_limit = budget.own_limit(own_yard, row.own.size, row.dtype, fast_conv)
+        row.own_ratio = budget.ratio(row.own.rms_rel, own_yard.shown, row.own.size, row.dtype)
+        own_peak = budget.peak_limit(own_yard, row.dtype, fast_conv)
+        row.total_limit = budget.total_limit(total_yard, row.total.size, row.dtype, self.after_fast_conv)
+        row.total_ratio = budget.ratio(row.total.rms_rel, total_yard.shown, row.total.size, row.dtype)
+        if not row.own.finite:
+            _judge_special(row)
+        elif row.own.rms_rel > row.own_limit or row.own.peak_rel > own_peak:
+            row.status = "own"
+        elif own_yard.suspicious:
+            row.status = "yardstick"
+            label = self.yardstick.label if self.yardstick else "the yardstick"
+            row.note = (
+                f"{label} itself departs from the float64 reference here by {own_yard.shown:.1e}, more than rounding "
+                "can: the two define this step differently"
+            )
+        elif row.total.rms_rel > row.total_limit:
+            row.status = "total"
+
+    def _extra(self, expected: set[str]) -> Iterator[Row]:
+        for name in self.candidate.names:
+            if name not in expected and not name.startswith("input.") and self.wanted(name):
+                yield Row(name, "extra", note="the model of this config and task makes no array of this name")
+
+
+def _judge_special(row: Row) -> None:
+    d = row.own
+    assert d is not None
+    if (d.nan_found, d.inf_found) == (d.nan_truth, d.inf_truth):
+        row.status = "nan on both sides"
+        row.note = (
+            f"{d.nan_found} NaN and {d.inf_found} infinite values on both sides: weights or input are not finite, "
+            "so nothing can be said about the implementation"
+        )
+    else:
+        row.status = "nan"
+        row.note = (
+            f"{d.nan_found} NaN and {d.inf_found} infinite values where the float64 op has {d.nan_truth} and "
+            f"{d.inf_truth}: an overflow, a division by zero or memory that was never written"
+        )
+
+
+def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _next(stream: Stream, reply: Any = None) -> Any:
+    item = stream.advance(reply)
+    assert item is not None, "all runs of one model record the same names"
+    return item[1]
+
+
+def _stream(job: Job, model: Any, names: tuple[str, ...]) -> Stream:
+    return Stream(lambda trace: model(**job.inputs, trace=trace), names)

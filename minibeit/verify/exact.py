@@ -1,0 +1,152 @@
+"""The float64 truth: NumPy's ops in double precision on any input, in little memory, with a log of the calls.
+
+Weights that fill memory stay float32 and are widened where they are multiplied, which is exact; everything that takes
+part in more than a product is float64 from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+import minibeit
+
+from ..config import BeitConfig
+from ..ops import reference
+from ..params import Conv, ConvBatchNorm
+
+CLASSES = {
+    "model": "BeitModel",
+    "masked_image_modeling": "BeitForMaskedImageModeling",
+    "image_classification": "BeitForImageClassification",
+    "semantic_segmentation": "BeitForSemanticSegmentation",
+    "backbone": "BeitBackbone",
+}
+STRIP_BYTES = 16 << 20  # what a strip of rows of a convolution may take
+
+
+@dataclass
+class Call:
+    """One op as it was called."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass
+class Log:
+    """The calls since the last recorded array."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def take(self) -> list[Call]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def task_class(task: str) -> Any:
+    """The model class of a task."""
+    if task not in CLASSES:
+        raise ValueError(f"task: expected one of {', '.join(CLASSES)}, found {task!r}")
+    return getattr(minibeit, CLASSES[task])
+
+
+def truth_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], log: Log | None = None) -> Any:
+    """A float64 model with these weights; `log` collects the calls of its ops."""
+    named = {name: a if _multiplied_only(name, a) else np.asarray(a, np.float64) for name, a in arrays.items()}
+    model = task_class(task)(config, arrays=named, dtype="float64", backend="numpy")
+    model.ops = double_ops(log)
+    return model
+
+
+def float32_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The NumPy reference in float32, with the convolutions that need little memory."""
+    named = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
+    model = task_class(task)(config, arrays=named, dtype="float32", backend="numpy")
+    model.ops = SimpleNamespace(**{**vars(model.ops), **LEAN})
+    return model
+
+
+def double_ops(log: Log | None = None) -> SimpleNamespace:
+    """NumPy's ops, every float32 array among their arguments widened first."""
+    table = {name: getattr(reference, name) for name in reference.__all__} | LEAN
+    wrapped = {name: _widened(name, op, log) for name, op in table.items()}
+    wrapped["asarray"] = lambda x, dtype: np.asarray(x, np.float64 if np.dtype(dtype).kind == "f" else dtype)
+    for name in ("zeros", "arange", "num_threads"):
+        wrapped[name] = getattr(reference, name)
+    return SimpleNamespace(backend="numpy", origin=dict.fromkeys(wrapped, "numpy"), **wrapped)
+
+
+def _multiplied_only(name: str, array: np.ndarray) -> bool:
+    return name.endswith(".weight") and array.ndim > 1
+
+
+def _widened(name: str, op: Callable[..., Any], log: Log | None) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_wide, args))
+        result = op(*args, **kwargs)
+        if log is not None:
+            log.calls.append(Call(name, args, kwargs, result))
+        return result
+
+    return call
+
+
+def _wide(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x.astype(np.float64) if x.dtype.kind == "f" and x.dtype != np.float64 else x
+    if isinstance(x, list):
+        return [_wide(part) for part in x]
+    return x
+
+
+# Convolutions strip by strip ----------------------------------------------------------------------------------------
+
+
+def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """`reference.conv2d`, some rows at a time."""
+    B, C, h, w = x.shape
+    out, _, kh, _ = conv.weight.shape
+    rows = max(1, STRIP_BYTES // (max(C, out) * B * w * x.itemsize))
+    if rows >= h:
+        return reference.conv2d(x, conv)
+    y = np.empty((B, out, h, w), x.dtype)
+    for first in range(0, h, rows):
+        last = min(h, first + rows)
+        above, below = max(0, first - kh // 2), min(h, last + kh // 2)
+        strip = reference.conv2d(x[:, :, above:below], conv)
+        y[:, :, first:last] = strip[:, :, first - above : strip.shape[2] - (below - last)]
+    return y
+
+
+def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
+    """`reference.conv_bn_relu`, some rows at a time."""
+    return _normalised(conv2d(x, layer.conv), layer)
+
+
+def conv_bn_relu_resized(maps: Sequence[np.ndarray], layer: ConvBatchNorm, size: tuple[int, int]) -> np.ndarray:
+    """`reference.conv_bn_relu_resized`, one map at a time: a convolution is the sum over its input channels."""
+    total, first = None, 0
+    for x in maps:
+        last = first + x.shape[1]
+        part = conv2d(reference.resize_bilinear(x, size), Conv(layer.conv.weight[:, first:last], None))
+        total, first = part if total is None else np.add(total, part, out=total), last
+    return _normalised(total, layer)
+
+
+def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
+    bn = layer.bn
+    scale = bn.weight / np.sqrt(bn.running_var + y.dtype.type(reference.BATCH_NORM_EPS))
+    y -= bn.running_mean[:, None, None]
+    y *= scale[:, None, None]
+    y += bn.bias[:, None, None]
+    return np.maximum(y, 0, out=y)
+
+
+LEAN = {"conv2d": conv2d, "conv_bn_relu": conv_bn_relu, "conv_bn_relu_resized": conv_bn_relu_resized}
