@@ -11,7 +11,7 @@ from verify_plant import job, model_of
 
 from minibeit import Trace
 from minibeit.ops import reference
-from minibeit.params import Conv, ConvBatchNorm
+from minibeit.params import Conv, ConvBatchNorm, ConvTranspose
 from minibeit.verify import exact
 from minibeit.verify.bisect import bisect, fast_ops
 from minibeit.verify.check import Job, check, model_source
@@ -159,6 +159,10 @@ def test_lean_convolutions_are_the_reference(monkeypatch):
     x, y = rng.standard_normal((2, 3, 9, 11)), rng.standard_normal((2, 4, 4, 5))
     conv = Conv(rng.standard_normal((5, 3, 3, 3)), rng.standard_normal(5))
     assert np.allclose(exact.conv2d(x, conv), reference.conv2d(x, conv), rtol=0, atol=1e-13)
+    deconv = ConvTranspose(rng.standard_normal((3, 50, 2, 2)), rng.standard_normal(50))
+    assert np.allclose(exact.conv_transpose(x, deconv), reference.conv_transpose(x, deconv), rtol=0, atol=1e-13)
+    many = rng.standard_normal((2, 40, 5, 4))
+    assert np.array_equal(exact.resize_bilinear(many, (7, 9)), reference.resize_bilinear(many, (7, 9)))
     wide = ConvBatchNorm(
         Conv(rng.standard_normal((5, 7, 3, 3)), None),
         exact.reference.BatchNorm(*rng.standard_normal((3, 5)), 1 + rng.random(5)),
@@ -322,3 +326,26 @@ def test_bisect_finds_the_op(monkeypatch):
     suspects = bisect(made, "numba", "*.probs")
     assert [suspect.op for suspect in suspects if not suspect.report.ok] == ["layer_norm"]
     assert {suspect.op for suspect in suspects} == set(fast_ops("numba"))
+
+
+def test_a_yardstick_that_departs_from_the_reference_is_reported_and_not_used():
+    made = job("image_classification")
+    wrong = model_of(made)
+    wrong.ops.layer_norm = lambda x, norm, eps: reference.layer_norm(x, norm, 1e-2)
+    good = check(made, model_source(made, model_of(made), "ours"), model_source(made, wrong, "theirs"))
+    assert not good.ok
+    assert good.guilty is None
+    rows = {row.name: row for row in good.rows}
+    assert rows["encoder.0.norm1"].status == "yardstick"
+    assert "theirs itself departs" in verdict(good)
+    both = check(made, model_source(made, wrong, "ours"), model_source(made, wrong, "theirs"))
+    assert both.guilty.name == "encoder.0.norm1"  # agreeing with a wrong yardstick is no excuse
+
+
+def test_a_yardstick_without_some_names_is_helped_out_by_numpy():
+    made = job("image_classification")
+    theirs = model_source(made, model_of(made), "theirs", leave_out="*.attention.*")
+    report = check(made, model_source(made, model_of(made), "ours"), theirs)
+    assert report.ok
+    missing = [row.name for row in report.rows if row.own_yard.torch is None]
+    assert missing == [name for name in made.shapes() if ".attention." in name]

@@ -119,6 +119,25 @@ def test_wrong_calls(model, tmp_path):
         run("--model", model, "--against", tmp_path / "nothing.safetensors")
 
 
+@pytest.mark.live
+def test_pytorch_as_yardstick_and_as_trace(model, tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    square = tmp_path / "square"  # transformers reads the bias table of other grids its own way
+    made = job("image_classification", image_size=12)
+    save_checkpoint(square, made.config.replace(architectures=[CLASSES[made.task]]), made.task, made.arrays)
+    for backend in ("numpy", "numba"):
+        assert run("--model", square, "--backend", backend, "--against", "torch", "-q") == 0
+        assert "as far from the truth as PyTorch" in capsys.readouterr().out
+    trace = tmp_path / "torch.safetensors"
+    assert run("--model", square, "--against", "torch", "--save-trace", trace) == 0
+    assert TraceFile(trace).made_by.startswith("PyTorch")
+    assert run("--model", square, "--against", trace, "-q") == 0
+    capsys.readouterr()
+    assert run("--model", model, "--backend", "numpy", "--against", "torch", "-q") == 1
+    assert "itself departs from the float64 reference" in capsys.readouterr().out
+
+
 # The HTML report ----------------------------------------------------------------------------------------------------
 
 

@@ -56,12 +56,12 @@ def model_of(made: Job, backend: str = "numpy") -> Any:
 
 
 def report_of(fault: Fault, seed: int = 0, yardstick: Any = None) -> Report:
-    """What the verifier says about a model with this fault."""
+    """What the verifier says about a model with this fault; `yardstick(job)` makes another than NumPy."""
     made = job(fault.task, seed, **(fault.settings or {}))
     model = model_of(made)
     model.ops = SimpleNamespace(**vars(model.ops))
     model = fault.plant(model) or model
-    return check(made, model_source(made, model, fault.name), yardstick)
+    return check(made, model_source(made, model, fault.name), yardstick and yardstick(made))
 
 
 # Ways to plant ------------------------------------------------------------------------------------------------------

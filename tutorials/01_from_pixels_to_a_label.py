@@ -218,7 +218,7 @@ compare("encoder.0.attention.value", v)
 # **Scores.** How well does the query of token a fit the key of token b? Their scalar product says it, divided by the
 # square root of d so that its size does not grow with d. To it comes the **relative position bias**: a learned number
 # for each head and each offset between two patches ("two to the right, one down"). It is the only place where the
-# network learns where a patch is, and tutorial 02 is about it. `index[a, b]` says which row of the learned table
+# network is told where a patch is, and tutorial 02 is about it. `index[a, b]` says which row of the learned table
 # belongs to the pair.
 
 # %%

@@ -2,7 +2,7 @@
 # # 03 One encoder, three heads
 #
 # Everything BEiT does starts with the same encoder: a picture becomes P patch tokens and `[CLS]`, each D numbers that
-# know about the whole picture. What comes after, the *head*, is small and different for each task:
+# know about the whole picture. What comes after, the *head*, is different for each task:
 #
 # | task | what the head reads | what comes out |
 # |---|---|---|
@@ -19,6 +19,8 @@
 # **K** classes, **V** visual tokens. [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the encoder.
 
 # %%
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -32,7 +34,7 @@ from minibeit import (
 )
 from minibeit.labels import weights_folder
 from minibeit.masking import block_mask
-from minibeit.params import count_parameters, param_shapes
+from minibeit.params import param_shapes
 
 digits = weights_folder() / "digits"
 plt.rcParams.update({"figure.dpi": 80, "image.cmap": "gray", "font.size": 9})
@@ -62,9 +64,9 @@ print(f"right: {right.sum()} of {len(labels)}")
 assert right.all()
 
 # %% [markdown]
-# Which digit it is: when does a token know? We fit, for each hidden state, ten linear functions of the mean token, and
-# count. `ridge` is least squares with a small penalty on large weights; it has a closed form, so there is no training
-# loop.
+# At which depth is it known which digit it is? We fit, for each hidden state, ten linear functions of the mean token,
+# and count. `ridge` is least squares with a small penalty on large weights; it has a closed form, so there is no
+# training loop.
 
 
 # %%
@@ -136,8 +138,8 @@ V = 16
 
 
 def patches_of(pictures):
-    """(B, 8, 8) -> (B, P, 4): the four pixels under each patch, between 0 and 1"""
-    return pictures.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4) / 255
+    """(B, 8, 8) -> (B, P, 4): the four pixels under each patch"""
+    return pictures.reshape(-1, 4, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
 
 
 def nearest(x, centres):
@@ -145,12 +147,12 @@ def nearest(x, centres):
     return ((x[..., None, :] - centres) ** 2).sum(axis=-1).argmin(axis=-1)
 
 
-points = patches_of(images[fit]).reshape(-1, 4)
+points = patches_of(images[fit]).reshape(-1, 4) / 255
 centres = rng.permutation(np.unique(points, axis=0))[:V]
 for _ in range(30):  # k-means: to the nearest centre, centre to the mean
     nearest_centre = nearest(points, centres)
     centres = np.stack([points[nearest_centre == c].mean(axis=0) for c in range(V)])
-codes = nearest(patches_of(images), centres)  # (B, P)
+codes = nearest(patches_of(images) / 255, centres)  # (B, P)
 
 
 def drawn_with(codes):
@@ -256,22 +258,27 @@ plt.show()
 #
 # The real head is UPerNet. It reads four hidden states as maps of (gh, gw), brings them to 4, 2, 1 and 1/2 times that
 # resolution (a small pyramid), adds what it sees from afar (means over a few large cells), and fuses all at the finest
-# level: [`minibeit/tasks/semantic_segmentation.py`](../minibeit/tasks/semantic_segmentation.py). Here with random
-# weights on the digits encoder, for the shapes only; its maps would show noise.
+# level: [`minibeit/tasks/semantic_segmentation.py`](../minibeit/tasks/semantic_segmentation.py). We load the digits
+# checkpoint into that task. Its encoder is taken over; the head, which the checkpoint does not have, is drawn at
+# random, and minibeit warns of it. So this is for the shapes only: such a head knows nothing.
 
 # %%
 classes = {0: "paper", **{k + 1: f"ink of a {k}" for k in range(10)}}
-upernet_config = config.replace(
-    id2label=classes, label2id=None, out_indices=(0, 1, 2, 3), out_features=None, feature_convention="unilm"
-)
-upernet = BeitForSemanticSegmentation(upernet_config, seed=0, backend="numpy")
+changes = {"id2label": classes, "out_indices": [0, 1, 2, 3], "feature_convention": "unilm"}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    upernet = BeitForSemanticSegmentation.from_pretrained(digits, backend="numpy", **changes)
+taken = [name for name in upernet.arrays if name.startswith("beit.")]
+print(f"warnings: {len(caught)}; tensors taken over: {len(taken)}, drawn: {len(upernet.arrays) - len(taken)}")
+assert caught and all(np.array_equal(upernet.arrays[name], model.arrays[name]) for name in taken)
+
 trace = Trace()
 out = upernet(pixels[:1], trace=trace)
 for name in trace:
     if not name.startswith(("encoder", "embeddings")):
         print(f"{name:32} {trace[name].shape}")
-encoder_size = count_parameters(config, "model")
-print(f"numbers: encoder {encoder_size:,}, segmentation head {upernet.num_parameters - encoder_size:,}")
+encoder_size = sum(upernet.arrays[name].size for name in taken)
+print(f"learned numbers: encoder {encoder_size:,}, both heads {upernet.num_parameters - encoder_size:,}")
 assert out.logits.shape == (1, 11, 16, 16)
 
 # %% [markdown]
@@ -287,7 +294,7 @@ assert out.logits.shape == (1, 11, 16, 16)
 K = len(classes)
 ink = images >= 128
 truth = np.where(ink, labels[:, None, None] + 1, 0)  # (B, 8, 8)
-target = (patches_of(truth) * 255).round().astype(int)  # (B, P, 4): class numbers, cut into patches
+target = patches_of(truth)  # (B, P, 4)
 
 
 def segment(features):
@@ -369,7 +376,6 @@ assert table["all blocks"][1] > 0.8 and table["pixels of the patch"][1] < 0.3
 #
 # ## What to take along
 #
-# The encoder is the same object in all three tasks, `model.params.beit`, computed by the same function,
-# [`minibeit/model/encoder.py`](../minibeit/model/encoder.py); a task adds a head and says which hidden states it wants.
-# A checkpoint for one task loads into another, its head drawn at random with a warning: that is where fine-tuning
-# starts.
+# The encoder is the same in all three tasks: `model.params.beit`, computed by
+# [`minibeit/model/encoder.py`](../minibeit/model/encoder.py). A task adds a head and says which hidden states it wants.
+# A checkpoint for one task loads into another, its head drawn at random: that is where fine-tuning starts.

@@ -73,7 +73,8 @@ def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
             program.save(str(exports / EXPORTED[name]), external_data=True)
         else:
             openvino = import_module("openvino")
-            model = openvino.convert_model(module, example_input=example, input=[list(example.shape)])
+            traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # the check costs minutes
+            model = openvino.convert_model(traced, example_input=example, input=[list(example.shape)])
             openvino.save_model(model, str(exports / EXPORTED[name]), compress_to_fp16=False)
 
 

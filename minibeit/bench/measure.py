@@ -66,7 +66,7 @@ class Table:
 
     @property
     def roof(self) -> float | None:
-        """Median of the measured roofs: taken under the same load as the medians of the times."""
+        """Median of the roofs, which were measured between the contestants' turns."""
         return statistics.median(self.roofs) if self.roofs else None
 
     def rate(self, result: Result) -> float:

@@ -6,7 +6,7 @@ import importlib.util
 import time
 
 CHAINS = 12  # independent sums: more than latency x units of any CPU (4 x 2 on x86), and they fit 16 registers
-_STEPS = 1 << 18
+_STEPS = 1 << 15  # with eight rounds about a millisecond: a longer run would rarely be left in peace
 _ROUNDS_PER_THREAD = 8
 
 
@@ -20,7 +20,7 @@ def available() -> bool:
 
 
 def measure(threads: int) -> float:
-    """Operations per second of one run of some 20 ms on `threads` threads; a multiplication and an addition are two."""
+    """Operations per second of one run of about a millisecond on `threads` threads; a multiplication and an addition are two."""
     from ..ops.numba_cpu.pool import num_threads, run
     from ..ops.numba_cpu.vector import LANES
     from .roof_kernel import fma_chains

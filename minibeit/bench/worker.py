@@ -22,7 +22,7 @@ from .profile import profile
 from .workloads import Workload, model_class, pixels
 
 PAUSE = 0.05  # seconds in which the threads of one contestant stop waiting for work before the next one starts
-ROOF = "roof"  # takes its turns too, so that it meets the same load
+ROOF = "roof"  # takes its turns too
 ONE_RUN = 3.0  # seconds; a second run would tell nothing new about memory
 
 Runner = Callable[[Any], Any]
@@ -90,7 +90,7 @@ def run_interleaved(
     runners: dict[str, Runner] = dict(contestants)
     if roof.available():
         roof.measure(threads)  # compiles
-        runners[ROOF] = lambda _: roofs.extend(roof.measure(threads) for _ in range(3))
+        runners[ROOF] = lambda _: roofs.extend(roof.measure(threads) for _ in range(15))
     times = take_turns(runners, x, rounds)
     yield {"times": {name: times[name] for name in names}, "roofs": roofs}
 

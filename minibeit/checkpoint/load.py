@@ -25,7 +25,17 @@ from .tensors import FLOATS
 SHOWN = 8  # how many names an error or a warning lists
 
 # What a model may lack when the checkpoint was made for another task: its head, and norms that serve a head.
-HEADS = ("classifier", "lm_head", "norm", "fpn", "decode_head", "auxiliary_head", "beit.pooler", "beit.norm")
+HEADS = (
+    "classifier",
+    "lm_head",
+    "norm",
+    "fpn",
+    "decode_head",
+    "auxiliary_head",
+    "beit.pooler",
+    "beit.norm",
+    "beit.embeddings.mask_token",
+)
 
 # Keywords of from_pretrained that say how to load rather than what to change in the config.
 OPTIONS = ("dialect", "ignore_mismatched_sizes", "revision", "token")

@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     processor = load_processor(args.model, model.config, args.quiet)
 
     def compute(pixels: np.ndarray) -> np.ndarray:
-        (states,) = model(pixels).feature_maps or ()
-        return pooled(states, args.pool)
+        return pooled(model(pixels).feature_maps[0], args.pool)
 
     files, rows = _collect(run_batches(found, processor, compute, args.batch_size, args.quiet))
     if not rows:

@@ -6,7 +6,7 @@ part in more than a product is float64 from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import minibeit
 
 from ..config import BeitConfig
 from ..ops import reference
-from ..params import Conv, ConvBatchNorm
+from ..params import Conv, ConvBatchNorm, ConvTranspose
 
 CLASSES = {
     "model": "BeitModel",
@@ -135,9 +135,32 @@ def conv_bn_relu_resized(maps: Sequence[np.ndarray], layer: ConvBatchNorm, size:
     total, first = None, 0
     for x in maps:
         last = first + x.shape[1]
-        part = conv2d(reference.resize_bilinear(x, size), Conv(layer.conv.weight[:, first:last], None))
+        part = conv2d(resize_bilinear(x, size), Conv(layer.conv.weight[:, first:last], None))
         total, first = part if total is None else np.add(total, part, out=total), last
     return _normalised(total, layer)
+
+
+def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
+    """`reference.conv_transpose`, some output channels at a time."""
+    B, _, h, w = x.shape
+    y = np.empty((B, deconv.weight.shape[1], 2 * h, 2 * w), x.dtype)
+    for part in _channels(y):
+        y[:, part] = reference.conv_transpose(x, ConvTranspose(deconv.weight[:, part], deconv.bias[part]))
+    return y
+
+
+def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
+    """`reference.resize_bilinear`, some channels at a time."""
+    y = np.empty((*x.shape[:2], *size), x.dtype)
+    for part in _channels(y):
+        y[:, part] = reference.resize_bilinear(x[:, part], size)
+    return y
+
+
+def _channels(y: np.ndarray) -> Iterator[slice]:
+    """Parts of the channels of maps (B, C, h, w) that take about STRIP_BYTES each."""
+    count = max(1, STRIP_BYTES // max(y[:, :1].nbytes, 1))
+    return (slice(first, first + count) for first in range(0, y.shape[1], count))
 
 
 def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
@@ -149,4 +172,4 @@ def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
     return np.maximum(y, 0, out=y)
 
 
-LEAN = {"conv2d": conv2d, "conv_bn_relu": conv_bn_relu, "conv_bn_relu_resized": conv_bn_relu_resized}
+LEAN = {op.__name__: op for op in (conv2d, conv_bn_relu, conv_bn_relu_resized, conv_transpose, resize_bilinear)}

@@ -111,7 +111,7 @@ def build(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> An
         raise ValueError(f"transformers {transformers.__version__} has no {name} to compare {task} with")
     settings = {k: v for k, v in config.to_dict().items() if k not in ("compat", "feature_convention", "architectures")}
     options = {"add_pooling_layer": True} if task == "model" else {}
-    with torch.device("meta"):
+    with torch.device("cpu" if _old() else "meta"):  # old classes compute while they are made
         model = getattr(transformers, name)(config_class(**settings, attn_implementation="eager"), **options)
     model.load_state_dict(_state(model, config, arrays, torch), strict=False, assign=True)
     left = [key for key, value in model.state_dict().items() if value.is_meta and "num_batches_tracked" not in key]
@@ -165,6 +165,8 @@ def run(model: Any, job: Job, trace: Any) -> None:
         with torch.no_grad():
             result = model(**inputs, **options)
         _record_results(result, trace, job)
+    except RuntimeError as error:  # torch's own, such as positions that transformers cannot resize
+        raise ValueError(f"transformers cannot run this model on this input: {str(error).splitlines()[0]}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -197,17 +199,17 @@ def _plan(model: Any, config: BeitConfig) -> list[tuple[str, list[tuple[str, str
     elif hasattr(model, "fpn1"):
         plan += HEADS4.items()
     if hasattr(model, "decode_head"):
-        plan += _decode_plan(model.decode_head)
+        plan += _decode_plan(model.decode_head, len(config.pool_scales))
         if model.auxiliary_head is not None:
             plan += _auxiliary_plan(model.auxiliary_head)
     return plan
 
 
-def _decode_plan(head: Any) -> list[tuple[str, list[tuple[str, str]]]]:
+def _decode_plan(head: Any, scales: int) -> list[tuple[str, list[tuple[str, str]]]]:
     root, plan = "decode_head.", []
-    blocks = getattr(head.psp_modules, "blocks", None)
-    for j in range(len(head.psp_modules if blocks is None else blocks)):
-        pool, conv = (f"{j}.0", f"{j}.1") if blocks is None else (f"blocks.{j}.pooling", f"blocks.{j}.conv")
+    new = any(name == "blocks" for name, _ in head.psp_modules.named_children())
+    for j in range(scales):
+        pool, conv = (f"blocks.{j}.pooling", f"blocks.{j}.conv") if new else (f"{j}.0", f"{j}.1")
         plan.append((f"{root}psp_modules.{pool}", [("out", f"{root}psp_pools.{j}")]))
         plan.append((f"{root}psp_modules.{conv}", [("out", f"{root}psp_modules.{j}")]))
     for i in range(3):
@@ -296,10 +298,15 @@ def _bias_hooks(model: Any, job: Job, trace: Any) -> list[Any]:
 
 def _interpolates(model: Any, job: Job) -> bool:
     """Whether an old transformers must be told that the image is not of the native size."""
+    native = tuple(job.inputs["pixel_values"].shape[2:]) == job.config.image_shape
+    return _old() and not native
+
+
+def _old() -> bool:
+    """Whether this is transformers 4."""
     import transformers
 
-    native = tuple(job.inputs["pixel_values"].shape[2:]) == job.config.image_shape
-    return int(transformers.__version__.split(".")[0]) < 5 and not native
+    return int(transformers.__version__.split(".")[0]) < 5
 
 
 def _record_results(result: Any, trace: Any, job: Job) -> None:

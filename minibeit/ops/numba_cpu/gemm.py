@@ -88,6 +88,7 @@ def _product_kernel(args, task, thread):
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
             addend, addend_bytes = bias + column, 0
+            prefetch_tile(here, c_bytes)
             if mode == RESIDUAL:
                 prefetch_tile(residual_here, residual_bytes)
             for k in range(0, steps, STEPS):

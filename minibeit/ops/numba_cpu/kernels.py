@@ -27,7 +27,7 @@ def _announce() -> None:
 class _AnnouncedCFunc(CFunc):
     def _compile_uncached(self):
         _announce()
-        return super()._compile_uncached()
+        return super()._compile_uncached()  # type: ignore[misc]
 
 
 class Kernel:
@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        return (self._compiled or self.load()).address
+        return (self._compiled or self.load()).address  # type: ignore[return-value]  # known once it is compiled
 
     def __call__(self, *arguments: int) -> object:
         return (self._compiled or self.load()).ctypes(*arguments)

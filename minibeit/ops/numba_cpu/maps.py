@@ -53,6 +53,7 @@ def first(y: np.ndarray) -> np.ndarray:  # (B, h, w, C) -> (B, C, h, w)
 
 
 def conv_1x1(x: np.ndarray, layer: PackedLinear, relu: bool) -> np.ndarray:
+    """A linear layer on every pixel, and max(0, ) of it with `relu`."""
     return first(gemm.product(last(x), layer, gemm.RELU if relu else gemm.PLAIN))
 
 
@@ -84,6 +85,7 @@ def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndar
 
 
 def can_resize(x: np.ndarray) -> bool:
+    """Whether `resize` serves this map."""
     return x.dtype == np.float32 and x.shape[1] % LANES == 0 and x.size > 0
 
 
@@ -96,6 +98,7 @@ def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def max_pool(x: np.ndarray) -> np.ndarray:
+    """The largest of every 2x2 square, channels last."""
     B, C, h, w = x.shape
     y = last(x)[:, : h // 2 * 2, : w // 2 * 2]
     upper = np.maximum(y[:, ::2, ::2], y[:, ::2, 1::2])
@@ -103,6 +106,7 @@ def max_pool(x: np.ndarray) -> np.ndarray:
 
 
 def average_pool(x: np.ndarray, size: int) -> np.ndarray:
+    """Means over size x size cells, channels last, summed in float64."""
     B, C, h, w = x.shape
     source, y = last(x), np.empty((B, size, size, C), np.float32)
     for i in range(size):

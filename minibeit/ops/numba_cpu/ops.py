@@ -10,9 +10,19 @@ import numpy as np
 from ...params import Attention, Linear
 from .. import reference
 from ..activations import ACTIVATIONS
-from . import gemm, maps
+from . import gemm
 from .attention import attend, can_fuse
-from .maps import PackedConv, PackedDeconv
+from .maps import (
+    PackedConv,
+    PackedDeconv,
+    average_pool,
+    can_resize,
+    conv_1x1,
+    conv_3x3,
+    conv_transpose_2x2,
+    max_pool,
+    resize,
+)
 from .norm import PackedNorm, layer_norm_rows
 from .pack import PackedLinear
 from .prepare import PackedAttention, is_float32
@@ -84,57 +94,57 @@ def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 
     """See `reference.conv2d`; fast for kernels of 1x1."""
     if not isinstance(conv, PackedLinear):
         return reference.conv2d(x, conv)
-    return maps.conv_1x1(x, conv, relu=False)
+    return conv_1x1(x, conv, relu=False)
 
 
 def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv_bn_relu`; the batch norm was folded into the weights."""
     if isinstance(layer, PackedLinear):
-        return maps.conv_1x1(x, layer, relu=True)
+        return conv_1x1(x, layer, relu=True)
     if isinstance(layer, PackedConv):
         return conv_bn_relu_resized([x], layer, (x.shape[2], x.shape[3]))
     return reference.conv_bn_relu(x, layer)
 
 
 def conv_bn_relu_resized(
-    maps_: Sequence[np.ndarray], layer: Any, size: tuple[int, int]
+    maps: Sequence[np.ndarray], layer: Any, size: tuple[int, int]
 ) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
     """See `reference.conv_bn_relu_resized`; small maps are multiplied first and enlarged after."""
     if not isinstance(layer, PackedConv):
-        return reference.conv_bn_relu_resized(maps_, layer, size)
-    found, expected = [x.shape[1] for x in maps_], [part.channels for part in layer.parts]
+        return reference.conv_bn_relu_resized(maps, layer, size)
+    found, expected = [x.shape[1] for x in maps], [part.channels for part in layer.parts]
     if found != expected:
         raise ValueError(f"conv_bn_relu_resized: expected maps of {expected} channels, found {found}")
-    return maps.conv_3x3(maps_, layer, tuple(size))
+    return conv_3x3(maps, layer, (size[0], size[1]))
 
 
 def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose`."""
     if not isinstance(deconv, PackedDeconv):
         return reference.conv_transpose(x, deconv)
-    return maps.conv_transpose_2x2(x, deconv, gemm.PLAIN)
+    return conv_transpose_2x2(x, deconv, gemm.PLAIN)
 
 
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
     if not isinstance(deconv, PackedDeconv):
         return reference.conv_transpose_bn_gelu(x, deconv, bn)
-    return maps.conv_transpose_2x2(x, deconv, gemm.GELU)
+    return conv_transpose_2x2(x, deconv, gemm.GELU)
 
 
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
     """See `reference.max_pool2x2`."""
-    return maps.max_pool(x) if is_float32(x) else reference.max_pool2x2(x)
+    return max_pool(x) if is_float32(x) else reference.max_pool2x2(x)
 
 
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """See `reference.adaptive_avg_pool`."""
-    return maps.average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
+    return average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
 
 
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
-    return maps.resize(x, tuple(size)) if maps.can_resize(x) else reference.resize_bilinear(x, size)
+    return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
 
 
 def _fits(x: np.ndarray, layer: Any) -> bool:

@@ -65,7 +65,7 @@ def prepare(params: Any, keep_source: bool = False) -> Any:
         return tuple(prepare(child, keep_source) for child in params)
     if dataclasses.is_dataclass(params):
         fields = {f.name: prepare(getattr(params, f.name), keep_source) for f in dataclasses.fields(params)}
-        return type(params)(**fields)
+        return dataclasses.replace(params, **fields)  # type: ignore[type-var]
     return params
 
 

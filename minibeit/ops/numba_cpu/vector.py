@@ -41,10 +41,12 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def pointer(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
+    """An integer address as a pointer."""
     return builder.inttoptr(address, ir.PointerType(type_))
 
 
 def splat_ir(builder: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    """A vector with the same scalar in every lane."""
     undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
