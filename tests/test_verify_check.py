@@ -240,6 +240,18 @@ def test_a_trace_with_few_names_is_judged_by_segments():
     assert [row.name for row in report.rows if row.status == "own"] == ["encoder.1.output", "encoder.2.output"]
 
 
+def test_a_single_wrong_element_of_many_is_seen():
+    made, trace = job("image_classification", hidden_size=120), Trace()
+    model_of(made)(**made.inputs, trace=trace)
+    arrays = {name: array.copy() for name, array in trace.items()}
+    arrays["encoder.0.norm2"][0, 3, 7] += np.float32(4e-6)  # 1 of 1680 elements: lost in the rms
+    report = check(made, TraceSource("theirs", arrays))
+    assert report.guilty.name == "encoder.0.norm2"
+    assert report.guilty.own.rms_rel <= report.guilty.own_limit
+    assert "single elements are far off" in verdict(report)
+    assert "[0, 3, 7]" in verdict(report)
+
+
 def test_missing_extra_and_misshapen_arrays_fail():
     made, trace = job("image_classification"), Trace()
     model_of(made)(**made.inputs, trace=trace)

@@ -86,6 +86,25 @@ def test_a_trace_from_elsewhere(model, tmp_path, capsys):
     assert "encoder.1.norm2 (layer_norm)" in capsys.readouterr().out
 
 
+def test_a_trace_of_another_task_or_with_strange_inputs(model, tmp_path):
+    from minibeit.checkpoint.formats import write_safetensors
+
+    other = job("masked_image_modeling")
+    save_checkpoint(
+        tmp_path / "mim", other.config.replace(architectures=[CLASSES[other.task]]), other.task, other.arrays
+    )
+    trace = tmp_path / "t.safetensors"
+    assert run("--model", tmp_path / "mim", "--save-trace", trace, "--backend", "numpy") == 0
+    assert run("--model", tmp_path / "mim", "--against", trace, "-q") == 0
+    with pytest.raises(ValueError, match=r"takes pixel_values, the trace has input\.pixel_values, input\.bool_masked"):
+        run("--model", model, "--against", trace)
+    with pytest.raises(ValueError, match="another model: its task is masked_image_modeling"):
+        run("--model", model, "--against", trace, "--random-seed", 0)
+    write_safetensors(trace, {"input.pixel_values": np.zeros((3, 12, 8), np.float32)}, {"format": "minibeit-trace"})
+    with pytest.raises(ValueError, match="pixel_values: expected shape"):
+        run("--model", model, "--against", trace)
+
+
 def test_reports_are_written(model, tmp_path, capsys):
     paths = [tmp_path / f"r.{ending}" for ending in ("html", "json", "md")]
     assert run("--model", model, "--backend", "numpy", "-q", *(w for p in paths for w in ("--report", p))) == 0

@@ -382,14 +382,9 @@ axis.plot(
     per_byte, np.minimum(FMA, per_byte * RAM) / 1e9, color="#0f172a", linestyle=":",
     label=f"from main memory, {RAM / 1e9:.0f} GB/s",
 )  # fmt: skip
-places = {"numba, k in the middle": (-9, -14), "numba, blocked, 4 rows": (-9, 4), "micro-kernel": (9, -18)}
-for name, where in intensity.items():
-    axis.plot(where, rates[name] / 1e9, "o", color="#c2410c" if name in winners else "#64748b", markersize=8)
-    offset = places.get(name, (9, -4))
-    axis.annotate(
-        name.removeprefix("numba, "), (where, rates[name] / 1e9), xytext=offset, textcoords="offset points",
-        ha="left" if offset[0] > 0 else "right",
-    )  # fmt: skip
+for marker, (name, where) in zip("o^sD", intensity.items()):
+    colour = "#c2410c" if name in winners else "#64748b"
+    axis.plot(where, rates[name] / 1e9, marker, color=colour, markersize=8, label=name.removeprefix("numba, "))
 axis.set(
     xscale="log", yscale="log", xlabel="operations per byte moved", ylabel="GFLOP/s, one thread",
     title="roofline: what the loop asks for (right is better) and what it gets",

@@ -20,7 +20,7 @@ def available() -> bool:
 
 
 def measure(threads: int) -> float:
-    """Operations per second of one run of about a millisecond on `threads` threads; a multiplication and an addition are two."""
+    """Operations per second of about a millisecond on `threads` threads; a multiplication and an addition are two."""
     from ..ops.numba_cpu.pool import num_threads, run
     from ..ops.numba_cpu.vector import LANES
     from .roof_kernel import fma_chains

@@ -107,7 +107,7 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
     config, arrays = load_checkpoint(args.model, task)
     inputs = {}
     if trace is not None and args.image is None and args.random_seed is None and not args.size:
-        inputs = trace.inputs
+        inputs = trace.inputs_for(task)
     job = Job(config, task, arrays, inputs or _inputs(args, config, task))
     wrong = misfits(trace, job) if trace is not None else []
     if wrong:

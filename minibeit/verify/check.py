@@ -20,7 +20,6 @@ from .exact import Call, Log, float32_model, truth_model
 from .names import trace_shapes
 from .streams import RunSource, Source, Stream
 
-GOOD, BAD = ("ok",), ("own", "total", "shape", "missing", "extra", "nan", "nan on both sides", "yardstick")
 SAME_OP = ("attention.key", "attention.value", "attention.context")  # made by the op of the record before
 MORE_FROM_THIS_OP = ("attention.query", "attention.key", "attention.probs")
 DIAGNOSED = 3  # guilty arrays that are looked into; later ones are rarely faults of their own
@@ -28,7 +27,11 @@ DIAGNOSED = 3  # guilty arrays that are looked into; later ones are rarely fault
 
 @dataclass
 class Row:
-    """One recorded array: what was found and what it means.  `status` is "ok" or one of BAD."""
+    """One recorded array: what was found and what it means.
+
+    `status`: "ok"; "own" (its own error is out of budget); "total" (only what it inherits is); "shape", "missing" and
+    "extra" (it could not be compared); "nan"; "nan on both sides"; "yardstick" (PyTorch departs from the reference).
+    """
 
     name: str
     status: str

@@ -33,7 +33,7 @@ def half(x: np.ndarray, dtype: str) -> np.ndarray:
     return bits.view(np.float32).astype(np.float64).reshape(x.shape)
 
 
-def layer_norm(x: Any, norm: LayerNorm, eps: float) -> Iterator[Guess]:
+def _layer_norm(x: Any, norm: LayerNorm, eps: float) -> Iterator[Guess]:
     for other in EPSILONS:
         if other != eps:
             yield f"epsilon {other:g} instead of {eps:g}", reference.layer_norm(x, norm, other)
@@ -82,14 +82,14 @@ def _layers(layer: Any) -> Iterator[tuple[str, Any]]:
                 yield f"the weight is laid out {axes} instead of oihw", replace(layer, weight=moved)
 
 
-def linear(x: Any, layer: Any) -> Iterator[Guess]:
+def _linear(x: Any, layer: Any) -> Iterator[Guess]:
     for text, faulty in _layers(layer):
         yield text, reference.linear(x, faulty)
     for dtype in ROUNDED:
         yield f"the input is rounded to {dtype}", reference.linear(half(x, dtype), layer)
 
 
-def linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
+def _linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
     y = reference.linear(x, layer)
     for name, function in ACTIVATIONS.items():
         if name != activation:
@@ -102,7 +102,7 @@ def linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
         yield f"the input is rounded to {dtype}", reference.linear_activation(half(x, dtype), layer, activation)
 
 
-def linear_residual(x: Any, layer: Any, scale: Any, residual: Any) -> Iterator[Guess]:
+def _linear_residual(x: Any, layer: Any, scale: Any, residual: Any) -> Iterator[Guess]:
     y = reference.linear(x, layer)
     scaled = y if scale is None else y * scale
     if scale is not None:
@@ -227,7 +227,7 @@ def _kernels(weight: np.ndarray, swap: bool) -> Iterator[tuple[str, np.ndarray]]
         yield text, half(weight, dtype)
 
 
-def conv(x: Any, layer: Conv) -> Iterator[Guess]:
+def _conv(x: Any, layer: Conv) -> Iterator[Guess]:
     for text, weight in _kernels(layer.weight, True):
         yield text, conv2d(x, replace(layer, weight=weight))
     if layer.bias is not None:
@@ -258,13 +258,13 @@ def _after_conv(y: Any, layer: ConvBatchNorm) -> Iterator[Guess]:
     yield "the batch norm uses the batch's own statistics (training mode)", batch
 
 
-def conv_bn_relu(x: Any, layer: ConvBatchNorm) -> Iterator[Guess]:
+def _conv_bn_relu(x: Any, layer: ConvBatchNorm) -> Iterator[Guess]:
     yield from _after_conv(conv2d(x, layer.conv), layer)
     for text, weight in _kernels(layer.conv.weight, True):
         yield text, reference.conv_bn_relu(x, replace(layer, conv=replace(layer.conv, weight=weight)))
 
 
-def conv_bn_relu_resized(maps: Any, layer: ConvBatchNorm, size: tuple[int, int]) -> Iterator[Guess]:
+def _conv_bn_relu_resized(maps: Any, layer: ConvBatchNorm, size: tuple[int, int]) -> Iterator[Guess]:
     for text, resize in _resizers("bilinear"):
         joined = np.concatenate([resize(x, size) for x in maps], 1)
         yield f"maps are resized {text}", reference.conv_bn_relu(joined, layer)
@@ -272,16 +272,16 @@ def conv_bn_relu_resized(maps: Any, layer: ConvBatchNorm, size: tuple[int, int])
     yield "the maps are joined in reverse order", reference.conv_bn_relu(np.concatenate(resized[::-1], 1), layer)
     moved = np.concatenate([*resized[1:], resized[0]], 1)
     yield "the first map is joined last", reference.conv_bn_relu(moved, layer)
-    yield from conv_bn_relu(np.concatenate(resized, 1), layer)
+    yield from _conv_bn_relu(np.concatenate(resized, 1), layer)
 
 
-def conv_transpose(x: Any, deconv: ConvTranspose) -> Iterator[Guess]:
+def _conv_transpose(x: Any, deconv: ConvTranspose) -> Iterator[Guess]:
     for text, weight in _kernels(deconv.weight, True):
         yield text, reference.conv_transpose(x, replace(deconv, weight=weight))
     yield "the bias is missing", reference.conv_transpose(x, replace(deconv, bias=np.zeros_like(deconv.bias)))
 
 
-def conv_transpose_bn_gelu(x: Any, deconv: ConvTranspose, bn: Any) -> Iterator[Guess]:
+def _conv_transpose_bn_gelu(x: Any, deconv: ConvTranspose, bn: Any) -> Iterator[Guess]:
     y = reference.batch_norm(reference.conv_transpose(x, deconv), bn)
     for name in ("gelu_pytorch_tanh", "quick_gelu", "relu", "linear"):
         what = "no activation" if name == "linear" else f"activation {name}"
@@ -297,14 +297,14 @@ def conv_transpose_bn_gelu(x: Any, deconv: ConvTranspose, bn: Any) -> Iterator[G
         yield text, reference.conv_transpose_bn_gelu(x, replace(deconv, weight=weight), bn)
 
 
-def max_pool2x2(x: Any) -> Iterator[Guess]:
+def _max_pool2x2(x: Any) -> Iterator[Guess]:
     B, C, h, w = x.shape
     squares = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(B, C, h // 2, 2, w // 2, 2)
     yield "average instead of maximum", squares.mean((3, 5))
     yield "the first pixel of every square instead of the largest", squares[:, :, :, 0, :, 0]
 
 
-def adaptive_avg_pool(x: Any, size: int) -> Iterator[Guess]:
+def _adaptive_avg_pool(x: Any, size: int) -> Iterator[Guess]:
     B, C, h, w = x.shape
     if h >= size and w >= size:
         rows, columns = (np.arange(size + 1) * n // size for n in (h, w))
@@ -359,17 +359,17 @@ def _pillow(old: int, new: int) -> np.ndarray:
 
 
 OPS: dict[str, Callable[..., Iterator[Guess]]] = {
-    "layer_norm": layer_norm,
-    "linear": linear,
-    "linear_activation": linear_activation,
-    "linear_residual": linear_residual,
-    "conv2d": conv,
-    "conv_bn_relu": conv_bn_relu,
-    "conv_bn_relu_resized": conv_bn_relu_resized,
-    "conv_transpose": conv_transpose,
-    "conv_transpose_bn_gelu": conv_transpose_bn_gelu,
-    "max_pool2x2": max_pool2x2,
-    "adaptive_avg_pool": adaptive_avg_pool,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "linear_activation": _linear_activation,
+    "linear_residual": _linear_residual,
+    "conv2d": _conv,
+    "conv_bn_relu": _conv_bn_relu,
+    "conv_bn_relu_resized": _conv_bn_relu_resized,
+    "conv_transpose": _conv_transpose,
+    "conv_transpose_bn_gelu": _conv_transpose_bn_gelu,
+    "max_pool2x2": _max_pool2x2,
+    "adaptive_avg_pool": _adaptive_avg_pool,
     "resize_bilinear": resize("bilinear"),
     "resize_bicubic": resize("bicubic"),
 }

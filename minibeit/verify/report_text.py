@@ -75,6 +75,8 @@ def _blame(report: Report) -> str:
             if math.isfinite(guilty.own.rms_rel)
             else "It is not finite."
         )
+        if guilty.own.rms_rel <= guilty.own_limit:
+            sentences.append(f"That is within it, but single elements are far off: {worst(guilty.own)}.")
     if guilty.note:
         sentences.append(f"Diagnosis: {guilty.note}.")
     others = [row for row in report.rows if row.status == "own" and row is not guilty]

@@ -38,6 +38,7 @@ from .streams import TraceSource, host
 
 FORMAT = "minibeit-trace"
 INPUT = "input."
+MASKED_TASKS = ("model", "masked_image_modeling")  # whose call takes a mask
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bool": "BOOL", "int32": "I32", "int64": "I64"}
 IGNORED_SETTINGS = (  # fields of a config that change no number of an inference
     "architectures",
@@ -87,6 +88,15 @@ class TraceFile(Mapping[str, np.ndarray]):
             return None if text is None else BeitConfig.from_dict(json.loads(text))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: the config in its metadata cannot be used: {error}") from error
+
+    def inputs_for(self, task: str) -> dict[str, np.ndarray]:
+        """The arrays of the call, none if the trace does not have them.  Raises ValueError for any other input."""
+        taken = ("pixel_values", "bool_masked_pos") if task in MASKED_TASKS else ("pixel_values",)
+        strange = [name for name in self.inputs if name not in taken]
+        if strange or (self.inputs and "pixel_values" not in self.inputs):
+            found = ", ".join(INPUT + name for name in self.inputs)
+            raise ValueError(f"{self.path}: a model of {task} takes {', '.join(taken)}, the trace has {found}")
+        return self.inputs
 
     def source(self) -> TraceSource:
         """This trace as one side of a comparison."""
