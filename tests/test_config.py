@@ -188,3 +188,11 @@ def test_frozen_and_caller_not_touched():
     assert json.dumps(given) == before
     with pytest.raises(dataclasses.FrozenInstanceError):
         c.hidden_size = 3
+
+
+def test_the_constructor_takes_what_transformers_takes():
+    config = BeitConfig(num_labels=3, segmentation_indices=[1, 2, 3, 4], image_size=[32, 48], made_by="someone")
+    assert config.num_labels == 3 and config.id2label[2] == "LABEL_2"
+    assert config.out_indices == (1, 2, 3, 4) and config.image_shape == (32, 48)
+    assert config.extra == {"made_by": "someone"} and config.to_dict()["made_by"] == "someone"
+    assert BeitConfig.from_dict(config.to_dict()) == config

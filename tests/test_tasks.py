@@ -298,3 +298,24 @@ def test_truncated_weights_are_named(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(minibeit.CheckpointError, match=r"model\.safetensors: .*truncated"):
         BeitModel.from_pretrained(tmp_path)
+
+
+# Options of every call ------------------------------------------------------------------------------------------------
+
+
+def test_threads_of_a_model_and_of_a_call():
+    pytest.importorskip("numba")
+    config = config_for(BeitForImageClassification)
+    arrays = random_weights(config, "image_classification", dtype="float32")
+    model = BeitForImageClassification(config, arrays=arrays, backend="numba", num_threads=1)
+    expected = model(PIXELS).logits
+    np.testing.assert_array_equal(model(PIXELS, num_threads=2).logits, expected)
+    with pytest.raises(ValueError, match="num_threads must be a positive whole number, found 0"):
+        model(PIXELS, num_threads=0)
+
+
+def test_interpolate_pos_encoding_is_accepted_and_changes_nothing():
+    model = make(BeitModel, config_for(BeitModel, use_absolute_position_embeddings=True))
+    larger = RNG.standard_normal((1, 3, 20, 16))
+    expected = model(larger).last_hidden_state
+    np.testing.assert_array_equal(model(larger, interpolate_pos_encoding=True).last_hidden_state, expected)

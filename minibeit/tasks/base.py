@@ -92,7 +92,7 @@ class BeitPreTrainedModel:
         `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
         positions are always resized to the images at hand.
         """
-        with self.ops.num_threads(num_threads or self.num_threads):
+        with self.ops.num_threads(self.num_threads if num_threads is None else num_threads):
             return self.forward(pixel_values, *args, **kwargs)
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:

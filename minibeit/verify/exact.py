@@ -111,18 +111,21 @@ def _wide(x: Any) -> Any:
 
 def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """`reference.conv2d`, some rows at a time."""
+    y = np.zeros((x.shape[0], conv.weight.shape[0], *x.shape[2:]), x.dtype)
+    _add_conv2d(y, x, conv)
+    return y
+
+
+def _add_conv2d(y: np.ndarray, x: np.ndarray, conv: Conv) -> None:
+    """Adds the convolution of x to y."""
     B, C, h, w = x.shape
     out, _, kh, _ = conv.weight.shape
     rows = max(1, STRIP_BYTES // (max(C, out) * B * w * x.itemsize))
-    if rows >= h:
-        return reference.conv2d(x, conv)
-    y = np.empty((B, out, h, w), x.dtype)
     for first in range(0, h, rows):
         last = min(h, first + rows)
         above, below = max(0, first - kh // 2), min(h, last + kh // 2)
         strip = reference.conv2d(x[:, :, above:below], conv)
-        y[:, :, first:last] = strip[:, :, first - above : strip.shape[2] - (below - last)]
-    return y
+        y[:, :, first:last] += strip[:, :, first - above : strip.shape[2] - (below - last)]
 
 
 def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
@@ -132,11 +135,13 @@ def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
 
 def conv_bn_relu_resized(maps: Sequence[np.ndarray], layer: ConvBatchNorm, size: tuple[int, int]) -> np.ndarray:
     """`reference.conv_bn_relu_resized`, one map at a time: a convolution is the sum over its input channels."""
-    total, first = None, 0
+    total, first = np.zeros((maps[0].shape[0], layer.conv.weight.shape[0], *size), maps[0].dtype), 0
     for x in maps:
         last = first + x.shape[1]
-        part = conv2d(resize_bilinear(x, size), Conv(layer.conv.weight[:, first:last], None))
-        total, first = part if total is None else np.add(total, part, out=total), last
+        same = tuple(x.shape[2:]) == tuple(size)
+        part = Conv(layer.conv.weight[:, first:last], None)
+        _add_conv2d(total, x if same else resize_bilinear(x, size), part)
+        first = last
     return _normalised(total, layer)
 
 
