@@ -48,17 +48,20 @@ def pyramid_pooling(ops: Any, p: UperHead, x: Array, config: BeitConfig, trace: 
 
 
 def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, trace: Scope = SILENT) -> Array:
-    """Four maps, fine to coarse -> (B, K, h, w) at the finest.  Source: Xiao et al. 2018 (UPerNet)."""
+    """Four maps, fine to coarse -> (B, K, h, w) at the finest.  Source: Xiao et al. 2018 (UPerNet).
+
+    Uses the list `pyramid` up: the finest maps are the largest arrays of the model, and memory holds few of them.
+    """
     levels = enumerate(zip(pyramid[:3], p.lateral_convs, strict=True))
     laterals = [trace.record(f"lateral_convs.{i}", ops.conv_bn_relu(x, layer)) for i, (x, layer) in levels]
     laterals.append(pyramid_pooling(ops, p, pyramid[3], config, trace))
+    pyramid.clear()
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
         y = laterals[i] + ops.resize_bilinear(laterals[i + 1], tuple(laterals[i].shape[2:]))
         laterals[i] = trace.record(f"laterals.{i}", y)
-    levels = enumerate(zip(laterals[:3], p.fpn_convs, strict=True))
-    outs = [trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(x, layer)) for i, (x, layer) in levels]
-    outs.append(laterals[3])
-    y = ops.conv_bn_relu_resized(outs, p.fpn_bottleneck, tuple(outs[0].shape[2:]))
+    for i, layer in enumerate(p.fpn_convs):
+        laterals[i] = trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(laterals[i], layer))
+    y = ops.conv_bn_relu_resized(laterals, p.fpn_bottleneck, tuple(laterals[0].shape[2:]))
     y = trace.record("fpn_bottleneck", y)
     return ops.conv2d(y, p.classifier)
 
@@ -139,13 +142,14 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         _, states = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
         maps = [capture.scope.record(f"feature_maps.{i}", to_map(x, grid)) for i, x in enumerate(states)]
         pyramid = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
+        auxiliary_input = pyramid[AUXILIARY_INPUT]
         logits = uper_head(self.ops, self.params.decode_head, pyramid, self.config, capture.scope.at("decode_head"))
         logits = capture.scope.record("logits", logits)
         auxiliary_logits = None
         wanted = output_auxiliary_logits or labels is not None or capture.scope.wants("auxiliary_logits")
         if self.params.auxiliary_head is not None and wanted:
             head, scope = self.params.auxiliary_head, capture.scope.at("auxiliary_head")
-            auxiliary_logits = fcn_head(self.ops, head, pyramid[AUXILIARY_INPUT], scope)
+            auxiliary_logits = fcn_head(self.ops, head, auxiliary_input, scope)
             auxiliary_logits = capture.scope.record("auxiliary_logits", auxiliary_logits)
         return SemanticSegmenterOutput(
             loss=None if labels is None else self._loss(logits, auxiliary_logits, labels),
