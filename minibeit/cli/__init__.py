@@ -47,6 +47,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; no error of a user's making shows a traceback without --debug."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line for an unreachable Hub instead of all its retries
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         _parser(None).print_help(sys.stderr)
