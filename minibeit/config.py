@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .files import atomic_write
+from .files import atomic_write, read_json
 from .labels import renumbered
 
 CONFIG_NAME = "config.json"
@@ -218,9 +218,7 @@ class BeitConfig:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no {CONFIG_NAME} here; give the folder of a checkpoint")
         try:
-            if file.stat().st_size > 64 << 20:
-                raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")), **overrides)
+            return cls.from_dict(read_json(file), **overrides)
         except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
             raise CheckpointError(f"{file}: {error}") from error
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import CheckpointError, ImageError
-from .files import atomic_write
+from .files import atomic_write, read_json
 from .image_loading import flatten_images, load_image, load_label_map
 from .image_settings import SETTINGS, ImageSettings
 from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
@@ -180,7 +180,7 @@ class BeitImageProcessor:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: there is no {PROCESSOR_NAME} here; give the folder of a checkpoint")
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             processor = cls.from_dict(values)
         except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
             raise CheckpointError(f"{file}: {error}") from error

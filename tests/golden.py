@@ -12,15 +12,9 @@ import numpy as np
 from safetensors import safe_open
 
 import minibeit
+from minibeit.verify.exact import CLASSES
 
 DATA = Path(__file__).parent / "data"
-CLASSES = {
-    "model": "BeitModel",
-    "masked_image_modeling": "BeitForMaskedImageModeling",
-    "image_classification": "BeitForImageClassification",
-    "semantic_segmentation": "BeitForSemanticSegmentation",
-    "backbone": "BeitBackbone",
-}
 NAMES = (
     "absolute_positions",
     "absolute_positions_resized",

@@ -19,14 +19,7 @@ from transformers import AttentionInterface
 import minibeit
 from minibeit.checkpoint.names import hub_names
 from minibeit.params import param_shapes
-
-CLASSES = {
-    "model": "BeitModel",
-    "masked_image_modeling": "BeitForMaskedImageModeling",
-    "image_classification": "BeitForImageClassification",
-    "semantic_segmentation": "BeitForSemanticSegmentation",
-    "backbone": "BeitBackbone",
-}
+from minibeit.verify.exact import CLASSES
 
 OPTIONS = {"output_hidden_states": True, "output_attentions": True}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from .. import labels
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
+from ..files import read_json
 from ..params import TASKS, param_shapes, random_arrays
 from .formats import Loaded, load_file
 from .hub import resolve
@@ -190,9 +190,7 @@ def task_of(config: BeitConfig, tensors: Any, naming: Naming) -> str | None:
 def _config_values(file: Path) -> dict[str, Any] | None:
     """The content of a config.json; None when it is not a transformers one (timm's repositories have their own)."""
     try:
-        if file.stat().st_size > 64 << 20:
-            raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from None
     if isinstance(values, dict) and "architecture" in values and "hidden_size" not in values:
