@@ -159,8 +159,27 @@ def test_without_a_compiler_numpy_serves():
 def test_kernels_are_compiled_once_and_kept_where_numba_is_told_to(tmp_path):
     first = run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
     assert first.stderr.count("compiling") == 1
-    assert list(tmp_path.glob("kernels-*/**/*.nbc"))
-    assert "compiling" not in run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr
+    assert list(tmp_path.glob("kernels-*/*.o"))
+    again = SMALL + "import sys; assert 'numba' not in sys.modules"  # the compiler is not even loaded
+    assert "compiling" not in run_python(again, NUMBA_CACHE_DIR=str(tmp_path)).stderr
+
+
+def test_a_damaged_kernel_on_disk_is_compiled_anew(tmp_path):
+    run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
+    for file in tmp_path.glob("kernels-*/product-*.o"):
+        file.write_bytes(file.read_bytes()[:-100])
+    assert run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr.count("compiling") == 1
+    assert not run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr
+
+
+def test_a_kernel_that_needs_python_is_refused():
+    from minibeit.ops.numba_cpu.kernels.compiler import compile_kernel
+
+    def prints(a, b, c):
+        print(a)
+
+    with pytest.raises(RuntimeError, match="kernel prints calls"):
+        compile_kernel(prints, "prints", 3)
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
@@ -176,7 +195,7 @@ def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile):
 
     if platform.machine() != "x86_64":
         pytest.skip("names of x86-64 CPUs")
-    check = f"from minibeit.ops.numba_cpu.vector import TILE; assert TILE.name == {tile!r}, TILE\n"
+    check = f"from minibeit.ops.numba_cpu.target import TILE; assert TILE.name == {tile!r}, TILE\n"
     run_python(
         check + "import pytest; raise SystemExit(pytest.main(['-q', '-x', 'tests/test_numba_ops.py']))",
         NUMBA_CPU_NAME=cpu,

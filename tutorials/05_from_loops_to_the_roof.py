@@ -28,8 +28,8 @@ from minibeit.bench.measure import cpu_name
 from minibeit.bench.profile import profile
 from minibeit.ops import get_ops
 from minibeit.ops.activations import gelu
+from minibeit.ops.numba_cpu.kernels.micro import MR, NR, multiply_tile
 from minibeit.ops.numba_cpu.memory import padded
-from minibeit.ops.numba_cpu.micro import MR, NR, multiply_tile
 from minibeit.ops.numba_cpu.pack import pack_matrix
 from minibeit.ops.numba_cpu.pool import default_num_threads, num_threads
 from minibeit.params import Linear
@@ -248,8 +248,8 @@ climb("numba, blocked, 4 rows", lambda: blocked(x, panels_64))
 #
 # Written as Python loops, even with numba, the compiler decides what lives in registers, and it decides otherwise. So
 # minibeit writes the tile one level lower, in LLVM's own language, from Python: `multiply_tile` in
-# [`micro.py`](../minibeit/ops/numba_cpu/micro.py). Around it stand ordinary numba loops. `W` is packed once, when a
-# model is loaded, into panels of exactly NR columns, so that the tile reads it front to back.
+# [`micro.py`](../minibeit/ops/numba_cpu/kernels/micro.py). Around it stand ordinary numba loops. `W` is packed once,
+# when a model is loaded, into panels of exactly NR columns, so that the tile reads it front to back.
 
 
 # %%

@@ -135,9 +135,9 @@ def cpu_name() -> str:
         return name
     from llvmlite import binding
 
-    from ..ops.numba_cpu.target import choose_tile
+    from ..ops.numba_cpu.target import TILE
 
-    return f"{name} ({binding.get_host_cpu_name()}, {choose_tile().name})"
+    return f"{name} ({binding.get_host_cpu_name()}, {TILE.name})"
 
 
 def choose_peers(names: Sequence[str] | None, say: Say) -> tuple[str, ...]:

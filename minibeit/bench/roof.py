@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from functools import lru_cache
+from typing import Any
 
 CHAINS = 12  # independent sums: more than latency x units of any CPU (4 x 2 on x86), and they fit 16 registers
 _STEPS = 1 << 15  # with eight rounds about a millisecond: a longer run would rarely be left in peace
@@ -14,21 +16,27 @@ def available() -> bool:
     """Whether the roof can be measured: it needs numba and its compiler."""
     if importlib.util.find_spec("numba") is None:
         return False
-    from numba.core import config
+    from ..ops import numba_cpu
 
-    return not config.DISABLE_JIT
+    return numba_cpu.COMPILED
 
 
 def measure(threads: int) -> float:
     """Operations per second of about a millisecond on `threads` threads; a multiplication and an addition are two."""
     from ..ops.numba_cpu.pool import num_threads, run
-    from ..ops.numba_cpu.vector import LANES
-    from .roof_kernel import fma_chains
+    from ..ops.numba_cpu.target import LANES
 
     tasks = threads * _ROUNDS_PER_THREAD
     with num_threads(threads):
-        run(fma_chains, threads, (64,), 64)  # wakes the threads
+        run(_kernel(), threads, (64,), 64)  # wakes the threads
         start = time.perf_counter()
-        run(fma_chains, tasks, (_STEPS,), 64)
+        run(_kernel(), tasks, (_STEPS,), 64)
         seconds = time.perf_counter() - start
     return 2 * LANES * CHAINS * _STEPS * tasks / seconds
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Any:
+    from ..ops.numba_cpu.machine_code import Kernel
+
+    return Kernel("minibeit.bench.roof_kernel", "fma_chains")

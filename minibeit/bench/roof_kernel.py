@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ops.numba_cpu.kernels import task_kernel
-from ..ops.numba_cpu.vector import arguments, fma, splat, store
+from ..ops.numba_cpu.kernels.vector import arguments, fma, splat, store
 
 
-def _fma_chains(args, task, thread):
+def fma_chains(args, task, thread):
     """Twelve sums x = x * factor + shift, none waiting for another; the result is stored, so none is left out."""
     scratch, scratch_bytes, steps = arguments(args, 3)
     factor, shift = splat(np.float32(0.999)), splat(np.float32(0.001))  # x stays near 1
@@ -30,6 +29,3 @@ def _fma_chains(args, task, thread):
         k = fma(k, factor, shift)
         m = fma(m, factor, shift)
     store(scratch + thread * scratch_bytes, ((a + b) + (c + d)) + ((e + f) + (g + h)) + ((i + j) + (k + m)))
-
-
-fma_chains = task_kernel(_fma_chains)

@@ -3,18 +3,18 @@
 Arithmetic is float32.  Anything else (float64 arrays or weights, probabilities that are asked for, dropout) is served
 by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_JIT is set.
 
-vector.py, micro.py   vectors and the register tile of the matrix product, as LLVM instructions
-kernels.py, pool.py   machine code that is kept on disk, and the threads that run it
+target.py             the CPU: its vectors, the register tile of the matrix product
+kernels/              what is compiled: imported only where a kernel is not on disk yet
+machine_code.py, pool.py   machine code that is kept on disk, and the threads that run it
 pack.py, prepare.py   weights in the layout that the kernels read, made once at load
-gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   the kernels;   ops.py   the ops
+gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops
 """
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
-
-from numba.core import config
 
 __all__ = [
     "adaptive_avg_pool",
@@ -35,7 +35,9 @@ __all__ = [
     "resize_bilinear",
 ]
 
-if config.DISABLE_JIT:
+COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
+
+if not COMPILED:
     from ..reference import (
         adaptive_avg_pool,
         attention,
@@ -80,8 +82,8 @@ else:
 def warmup() -> float:
     """Compiles every kernel that is not on disk yet, loads the others; the seconds that it took."""
     start = time.perf_counter()
-    if not config.DISABLE_JIT:
-        from .kernels import ALL
+    if COMPILED:
+        from .machine_code import ALL
 
         for kernel in ALL:
             kernel.load()

@@ -12,7 +12,7 @@ from . import gemm
 from .memory import padded, rows
 from .pack import PackedLinear
 from .spread import PackedTaps, convolve_enlarged, spread
-from .vector import LANES
+from .target import LANES
 from .winograd import PackedWinograd, convolve
 
 

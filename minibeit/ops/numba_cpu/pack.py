@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .kernels import task_kernel
+from .machine_code import Kernel
 from .memory import aligned
-from .micro import NR
 from .pool import run
-from .vector import arguments, load_float, store_float
+from .target import NR
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,7 @@ class PackedLinear:
         return self.panels.transpose(0, 2, 1).reshape(-1, self.steps)[: self.out]
 
 
-def _pack_kernel(args, task, thread):
-    """Copies rows task * NR ... of a matrix (out, in) into panel `task`, times the row's scale if there is one."""
-    _, _, matrix, row_bytes, out, steps, step_bytes, panel_at, scale = arguments(args, 9)
-    panel = panel_at + task * steps * NR * 4
-    for j in range(NR):
-        row = task * NR + j
-        if row < out:
-            factor = load_float(scale + 4 * row) if scale != 0 else np.float32(1)
-            for k in range(steps):
-                value = load_float(matrix + row * row_bytes + k * step_bytes)
-                store_float(panel + (k * NR + j) * 4, value * factor)
-        else:
-            for k in range(steps):
-                store_float(panel + (k * NR + j) * 4, np.float32(0))
-
-
-_pack = task_kernel(_pack_kernel)
+_pack = Kernel("minibeit.ops.numba_cpu.kernels.pack", "pack")
 
 
 def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.ndarray | None = None) -> np.ndarray:

@@ -17,78 +17,20 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
-from numba import njit
 
-from .kernels import Kernel
+from .machine_code import Kernel
 from .memory import aligned
-from .vector import add_atomic, call_task, load_atomic, pause, sched_yield, store_atomic
 
-_SEQUENCE, _OPEN, _NEXT, _ACTIVE, _JOINED = 0, 64, 128, 192, 256  # byte offsets
-_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 320, 328, 336, 344
-_BYTES = 384
-_SPINS = 40_000  # about a millisecond of pauses
+CONTROL_BYTES = 384  # see kernels/pool.py
 
-
-@njit(error_model="numpy")
-def _work(control, thread):
-    function, arguments = load_atomic(control + _FUNCTION), load_atomic(control + _ARGUMENTS)
-    count = load_atomic(control + _COUNT)
-    task = add_atomic(control + _NEXT, 1)
-    while task < count:
-        call_task(function, arguments, task, thread)
-        task = add_atomic(control + _NEXT, 1)
-
-
-def _execute_kernel(control, function, arguments, count, limit):
-    store_atomic(control + _FUNCTION, function)
-    store_atomic(control + _ARGUMENTS, arguments)
-    store_atomic(control + _COUNT, count)
-    store_atomic(control + _LIMIT, limit)
-    store_atomic(control + _NEXT, 0)
-    store_atomic(control + _JOINED, 0)
-    add_atomic(control + _SEQUENCE, 1)
-    store_atomic(control + _OPEN, 1)
-    _work(control, 0)
-    store_atomic(control + _OPEN, 0)
-    spins = 0
-    while load_atomic(control + _ACTIVE) != 0:
-        spins += 1
-        pause()
-        if spins > 2000:  # the worker may have lost its core to another process
-            sched_yield()
-
-
-def _wait_kernel(control, asleep):
-    """A worker: serves jobs until none came for a while, then marks itself asleep and returns."""
-    seen, idle = -1, 0
-    while True:
-        if load_atomic(control + _OPEN) == 1 and load_atomic(control + _SEQUENCE) != seen:
-            add_atomic(control + _ACTIVE, 1)  # from here the job cannot end, if it is still open
-            if load_atomic(control + _OPEN) == 1:
-                seen = load_atomic(control + _SEQUENCE)
-                ticket = add_atomic(control + _JOINED, 1)
-                if ticket < load_atomic(control + _LIMIT) - 1:
-                    _work(control, ticket + 1)
-            add_atomic(control + _ACTIVE, -1)
-            store_atomic(asleep, 0)
-            idle = 0
-        elif idle < _SPINS:
-            idle += 1
-            pause()
-        elif load_atomic(asleep) == 1:
-            return
-        else:
-            store_atomic(asleep, 1)  # then one more look, so that no job is missed
-
-
-_execute = Kernel(_execute_kernel, 5)
-_wait = Kernel(_wait_kernel, 2)
+_execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 5)
+_wait = Kernel("minibeit.ops.numba_cpu.kernels.pool", "wait", 2)
 
 
 class _Pool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.control = aligned((_BYTES // 8,), np.int64)
+        self.control = aligned((CONTROL_BYTES // 8,), np.int64)
         self.control[:] = 0
         self.control_address = self.control.ctypes.data
         self.workers: list[tuple[np.ndarray, threading.Semaphore]] = []

@@ -25,11 +25,10 @@ from ...params import (
 )  # fmt: skip
 from .maps import PackedConv, PackedDeconv
 from .memory import aligned
-from .micro import NR
 from .norm import PackedNorm
 from .pack import PackedLinear, pack_matrix, padded_bias, release_pages
 from .spread import PackedTaps, pack_taps
-from .vector import LANES
+from .target import LANES, NR
 from .winograd import PackedWinograd, pack_winograd
 
 

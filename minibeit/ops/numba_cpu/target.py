@@ -1,6 +1,7 @@
 """What the compiler's target can do: vector width, register tile, and where compiled kernels are kept.
 
 The *target* decides, not the host: `NUMBA_CPU_NAME=haswell` on an AVX-512 machine gives AVX2 code and AVX2 tiles.
+Nothing here imports numba, which takes longer than loading its machine code.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
-import numba
+import llvmlite
 from llvmlite import binding as llvm
-from numba.core import config
-from numba.core.registry import cpu_target
 
 _PROBE = """
 define void @probe(ptr %p) {
@@ -44,16 +45,25 @@ class Tile:
 
 
 @lru_cache(maxsize=1)
-def target_machine() -> llvm.TargetMachine:
-    """The LLVM target machine that numba compiles for, with NUMBA_CPU_NAME and NUMBA_CPU_FEATURES respected."""
-    codegen = cpu_target.target_context.codegen()
-    triple, name, features = codegen.magic_tuple()
-    if config.CPU_NAME and config.CPU_FEATURES is None:
-        features = ""  # numba would keep the host's features beside the forced name: an AVX-512 haswell
-    return llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=2)
+def target() -> tuple[str, str, str]:
+    """(triple, CPU, features) that kernels are compiled for; NUMBA_CPU_NAME and NUMBA_CPU_FEATURES are respected."""
+    forced, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:  # a forced CPU has its own features, not those of the host
+        features = "" if forced else llvm.get_host_cpu_features().flatten()
+    return llvm.get_process_triple(), forced or llvm.get_host_cpu_name(), features
 
 
 @lru_cache(maxsize=1)
+def target_machine() -> llvm.TargetMachine:
+    """The LLVM target machine of `target()`."""
+    with suppress(RuntimeError):  # newer versions do it by themselves
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    triple, name, features = target()
+    return llvm.Target.from_triple(triple).create_target_machine(cpu=name, features=features, opt=2, jit=True)
+
+
 def choose_tile() -> Tile:
     """Picks the tile by looking at the assembly of a 16-float fused multiply-add: what LLVM emits is what we get."""
     module = llvm.parse_assembly(_PROBE)
@@ -68,19 +78,25 @@ def choose_tile() -> Tile:
     return Tile("portable", rows=4, vectors=2, lanes=4)  # 8 accumulators of 16 registers, multiply and add apart
 
 
+TILE = choose_tile()
+LANES, MR, NR = TILE.lanes, TILE.rows, TILE.columns
+STEPS = 384  # products summed in one go; a sum of such sums has a smaller rounding error than one long sum
+
+
 @lru_cache(maxsize=1)
 def cache_folder() -> Path:
     """Folder of the compiled kernels: under NUMBA_CACHE_DIR if set, else the user's cache folder.
 
-    Its name holds a digest of these sources, numba's version and the target CPU: numba's own cache looks only at the
-    file of the kernel, not at the files that it calls into, and the package's folder may be read-only.
+    Its name holds a digest of the kernels' sources, the compiler's versions and the target.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in (Path(__file__), *sorted(here.glob("kernels/*.py"))):
         digest.update(source.read_bytes())
-    digest.update(repr((numba.__version__, cpu_target.target_context.codegen().magic_tuple())).encode())
-    if config.CACHE_DIR:
-        base = Path(config.CACHE_DIR)
+    digest.update(repr((_numba_version(), llvmlite.__version__, target())).encode())
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    if chosen:
+        base = Path(chosen)
     elif sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "minibeit"
     elif sys.platform == "darwin":
@@ -88,3 +104,12 @@ def cache_folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibeit"
     return base / f"kernels-{digest.hexdigest()[:16]}"
+
+
+def _numba_version() -> bytes:
+    """The file in which numba keeps its version, or where it is installed: read without importing it."""
+    spec = find_spec("numba")
+    if spec is None or spec.origin is None:
+        return b""
+    version = Path(spec.origin).with_name("_version.py")
+    return version.read_bytes() if version.is_file() else spec.origin.encode()

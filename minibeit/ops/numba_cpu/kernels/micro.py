@@ -7,10 +7,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .vector import F32, FLOATS, I32, I64, LANES, TILE, fma_ir, pointer, splat_ir
+from ..target import LANES, MR, NR, TILE
+from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir
 
-MR, VECTORS, NR = TILE.rows, TILE.vectors, TILE.columns
-STEPS = 384  # products summed in one go; a sum of such sums has a smaller rounding error than one long sum
+VECTORS = TILE.vectors
 
 
 def _const(value: int) -> ir.Constant:

@@ -18,10 +18,8 @@ from numba.core.datamodel import models
 from numba.core.extending import lower_builtin, type_callable
 from numba.extending import intrinsic, register_model
 
-from .target import choose_tile
+from ..target import LANES, TILE
 
-TILE = choose_tile()
-LANES = TILE.lanes
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -188,6 +186,11 @@ def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return fma_ir(builder, half, erf, half)
 
 
+def _emit_sqrt(builder, x):
+    kind = ir.FunctionType(F32, [F32])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.f32"), [x])
+
+
 def _order(name):
     return lambda builder, address: builder.load_atomic(pointer(builder, address, I64), name, 8)
 
@@ -197,6 +200,7 @@ store = _vector_intrinsic((types.intp, vector), types.void, _emit_store)
 load_int = _vector_intrinsic((types.intp,), types.intp, _emit_load_int)
 load_float = _vector_intrinsic((types.intp,), types.float32, _emit_load_f32)
 store_float = _vector_intrinsic((types.intp, types.float32), types.void, _emit_store_f32)
+sqrt = _vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
 splat = _vector_intrinsic((types.float32,), vector, lambda builder, x: splat_ir(builder, x))
 fma = _vector_intrinsic((vector, vector, vector), vector, fma_ir)
 maximum = _vector_intrinsic((vector, vector), vector, _maximum)

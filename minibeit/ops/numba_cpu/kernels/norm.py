@@ -1,0 +1,42 @@
+"""Layer norm of some rows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..norm import ROWS
+from ..target import LANES
+from .vector import arguments, fma, load, load_float, splat, sqrt, store, store_float, sum_lanes
+
+_ONE = np.float32(1)
+
+
+def layer_norm(args, task, thread):
+    """Two passes over a row that stays in the first-level cache; sums in LANES parts, then the rest one by one."""
+    _, _, x, x_bytes, count, width, weight, bias, y, y_bytes, eps_at = arguments(args, 11)
+    eps = load_float(eps_at)
+    whole = width // LANES * LANES
+    inverse = _ONE / np.float32(width)
+    for row in range(task * ROWS, min((task + 1) * ROWS, count)):
+        source, target = x + row * x_bytes, y + row * y_bytes
+        total = splat(np.float32(0))
+        for k in range(0, whole, LANES):
+            total = total + load(source + 4 * k)
+        mean = sum_lanes(total)
+        for k in range(whole, width):
+            mean += load_float(source + 4 * k)
+        mean *= inverse
+        total = splat(np.float32(0))
+        for k in range(0, whole, LANES):
+            centred = load(source + 4 * k) - splat(mean)
+            total = fma(centred, centred, total)
+        var = sum_lanes(total)
+        for k in range(whole, width):
+            var += (load_float(source + 4 * k) - mean) ** 2
+        scale = _ONE / sqrt(var * inverse + eps)
+        for k in range(0, whole, LANES):
+            centred = (load(source + 4 * k) - splat(mean)) * splat(scale)
+            store(target + 4 * k, fma(centred, load(weight + 4 * k), load(bias + 4 * k)))
+        for k in range(whole, width):
+            centred = (load_float(source + 4 * k) - mean) * scale
+            store_float(target + 4 * k, centred * load_float(weight + 4 * k) + load_float(bias + 4 * k))
