@@ -15,6 +15,7 @@ pytest.importorskip("numba")
 
 from minibeit.model.position_bias import PositionBias, relative_position_index
 from minibeit.ops import get_ops, reference
+from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import (
     Attention,
     BatchNorm,
@@ -121,7 +122,8 @@ def test_gelu_everywhere():
     x = np.linspace(-12, 12, 200_001, dtype=np.float32)[:, None]
     y = OPS.linear_activation(x, OPS.prepare(Linear(np.ones((1, 1), np.float32), None)), "gelu")
     truth = reference.linear_activation(x.astype(np.float64), Linear(np.ones((1, 1)), None), "gelu")
-    assert np.max(np.abs(y - truth) / np.maximum(np.abs(x), 1)) < 1.2e-7  # measured 0.8e-7
+    limit = 1.8e-7 if TILE.name == "portable" else 1.2e-7  # measured 1.4e-7 where a * b + c is rounded twice, 0.8e-7
+    assert np.max(np.abs(y - truth) / np.maximum(np.abs(x), 1)) < limit
     with np.errstate(invalid="ignore"):
         ends = OPS.linear_activation(
             np.array([[np.nan], [np.inf], [-1e30], [1e30], [1e-42], [0]], np.float32),

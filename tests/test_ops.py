@@ -305,7 +305,8 @@ CASES = {
     "bce_with_logits": loss("bce_with_logits", (4, 3)),
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),
 }
-BARE = {"all_finite", "arange", "asarray", "num_threads", "prepare", "to_host", "zeros"}  # no arithmetic; tested below
+# No arithmetic: tested below, the stored ones in test_prepared.py.
+BARE = {"all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "to_host", "zeros"}
 
 
 def test_every_op_has_a_case():

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .. import labels
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
+from .formats import PREPARED_NAME
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
 from .names import IGNORED
 from .resize import resize_arrays, share_to_blocks
@@ -54,14 +55,15 @@ def convert(
     dtype: str = "float32",
     force: bool = False,
     seed: int = 0,
+    finish: Callable[[Path], None] | None = None,
     **config_overrides: Any,
 ) -> Conversion:
     """Writes the checkpoint `source` (file, folder or Hub id) to the folder `destination`: config, weights, processor.
 
     `task` defaults to the one the checkpoint was made for, and what that lacks is left out; for another one the
     missing head is drawn from `seed`, and a bias table shared by all blocks is copied to each, as fine-tuning starts.
-    `image_size` resizes position bias tables and position embeddings (see `resize.resize_arrays`).  The folder appears
-    only when it is complete.
+    `image_size` resizes position bias tables and position embeddings (see `resize.resize_arrays`).  `finish` is called
+    with the written folder before it takes its place, and may change it.  The folder appears only when it is complete.
     Raises FileExistsError for a destination that is not empty unless `force`, FileNotFoundError, CheckpointError and
     ValueError.
     """
@@ -104,7 +106,7 @@ def convert(
         )
     processor = _processor(checkpoint, str(source), old, config.image_shape, notes)
     arrays = {name: arrays[name] for name in param_shapes(config, task) if name in arrays}
-    _write(destination, config, task, arrays, dtype, _counters(checkpoint, match), processor)
+    _write(destination, config, task, arrays, dtype, _counters(checkpoint, match), processor, finish)
     notes.append(f"wrote {count_parameters(config, task):,} parameters as {dtype}")
     return Conversion(destination, config, task, notes)
 
@@ -198,6 +200,7 @@ def _write(
     dtype: str,
     counters: Mapping[str, np.ndarray],
     processor: dict[str, Any] | None,
+    finish: Callable[[Path], None] | None,
 ) -> None:
     """Fills a folder beside `destination` and moves it, or for an existing one its files, into place."""
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -206,10 +209,12 @@ def _write(
         save_checkpoint(made, config, task, arrays, dtype, counters)
         if processor is not None:
             (made / PROCESSOR_NAME).write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(made)
         if not destination.exists():
             shutil.move(made, destination)
             return
-        for name in (WEIGHTS_NAME, PROCESSOR_NAME, CONFIG_NAME):
+        for name in (WEIGHTS_NAME, PREPARED_NAME, PROCESSOR_NAME, CONFIG_NAME):
             if (made / name).exists():
                 os.replace(made / name, destination / name)
 

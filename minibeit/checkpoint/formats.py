@@ -21,7 +21,18 @@ from minibeit.checkpoint.tree import FLAX_WRAPPERS, TORCH_WRAPPERS, split
 from minibeit.checkpoint.zip_file import read_zip
 from minibeit.errors import CheckpointError
 
-__all__ = ["FOLDER_FILES", "Loaded", "TensorInfo", "Tensors", "load_file", "read_tensors", "write_safetensors"]
+__all__ = [
+    "FOLDER_FILES",
+    "PREPARED_NAME",
+    "Loaded",
+    "TensorInfo",
+    "Tensors",
+    "load_file",
+    "read_tensors",
+    "write_safetensors",
+]
+
+PREPARED_NAME = "prepared.safetensors"  # see prepared.py
 
 # In a folder, the first of these that is there is read.
 FOLDER_FILES = (
@@ -30,6 +41,7 @@ FOLDER_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "flax_model.msgpack",
+    PREPARED_NAME,
 )
 MAX_SHARDS = 1000
 STRANGERS = {

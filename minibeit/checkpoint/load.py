@@ -16,10 +16,11 @@ from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from ..params import TASKS, param_shapes, random_arrays
-from .formats import Loaded, load_file
+from .formats import PREPARED_NAME, Loaded, load_file
 from .hub import resolve
 from .infer import infer_config
 from .names import IGNORED, Naming, Place, recognise
+from .prepared import is_prepared
 from .tensors import FLOATS
 
 SHOWN = 8  # how many names an error or a warning lists
@@ -86,6 +87,11 @@ def open_checkpoint(
     """
     source = resolve(path, revision, token)
     loaded = load_file(source)
+    if is_prepared(loaded):
+        raise CheckpointError(
+            f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU and "
+            f"by the name {PREPARED_NAME}; give the checkpoint that it was made from"
+        )
     try:
         naming = recognise(loaded.tensors, dialect)
         file = (source if source.is_dir() else source.parent) / CONFIG_NAME

@@ -98,13 +98,15 @@ def write_safetensors(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
     dtype: str | None = None,
+    alignment: int = 8,
 ) -> None:
     """Writes tensors one after the other to a safetensors file that appears whole or not at all.
 
     `dtype` ("float32", "float16", "bfloat16"; None keeps each) is that of the floating tensors; integers stay. With
     None, the bfloat16 tensors of a `Tensors` stay bfloat16. Each tensor is asked for twice unless `tensors` is a
     `Tensors`, and one at a time is in memory. The order (widest dtypes first, as the safetensors package
-    writes) keeps every tensor aligned.
+    writes) keeps every tensor aligned; for an `alignment` of more than 8 bytes, those whose size is no multiple of it
+    come last and are not.
     `metadata` defaults to {"format": "pt"}, without which transformers refuses the file.
     Raises CheckpointError naming the tensor for a dtype that the format lacks and for a value beyond the dtype's range.
     """
@@ -113,9 +115,11 @@ def write_safetensors(
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
     infos = {name: _written(name, tensors, dtype) for name in tensors}
-    names = sorted(infos, key=lambda name: (ORDER.index(infos[name].dtype), name))
+    uneven = {name for name in infos if alignment > 8 and infos[name].nbytes % alignment}
+    names = sorted(infos, key=lambda name: (name in uneven, ORDER.index(infos[name].dtype), name))
     with atomic_write(path) as file:
-        file.write(_header({name: infos[name] for name in names}, {"format": "pt"} if metadata is None else metadata))
+        metadata = {"format": "pt"} if metadata is None else metadata
+        file.write(_header({name: infos[name] for name in names}, metadata, alignment))
         for name in names:
             array = np.asarray(tensors[name])
             if infos[name].dtype in FLOATS:
@@ -143,7 +147,7 @@ def _written(name: str, tensors: Mapping[str, np.ndarray], dtype: str | None) ->
     return TensorInfo(dtype, info.shape) if dtype and info.dtype in FLOATS else info
 
 
-def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignment: int) -> bytes:
     header: dict[str, Any] = {}
     if metadata:
         if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
@@ -155,5 +159,5 @@ def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> byt
         header[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % alignment)
     return struct.pack("<Q", len(text)) + text

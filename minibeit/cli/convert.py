@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from .terminal import UsageError
 
 HELP = "turn a checkpoint of any origin into a folder with config.json and model.safetensors"
 
@@ -21,17 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resize-method", choices=METHODS, default="unilm", help="how (default: %(default)s)")
     parser.add_argument("--num-labels", type=int, metavar="K", help="classes of a head that starts random")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (default: %(default)s)")
+    parser.add_argument(
+        "--prepared",
+        action="store_true",
+        help="write prepared.safetensors, the weights as the numba backend packs them for this CPU: the fastest start",
+    )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoint.convert import convert
+    from ..checkpoint.convert import WEIGHTS_NAME, convert
+    from ..checkpoint.formats import PREPARED_NAME
 
     if args.image_size is not None and len(args.image_size) > 2:
         raise ValueError(f"--image-size: expected one or two numbers, found {len(args.image_size)}")
     image_size = args.image_size if args.image_size is None else args.image_size[0]
     if args.image_size is not None and len(args.image_size) == 2:
         image_size = tuple(args.image_size)
+    if args.prepared and args.dtype != "float32":
+        raise UsageError(f"--prepared: packed weights are float32, which --dtype {args.dtype} does not go with")
     done = convert(
         args.source,
         args.destination,
@@ -41,9 +52,23 @@ def run(args: argparse.Namespace) -> int:
         resize_method=args.resize_method,
         dtype=args.dtype,
         force=args.force,
+        finish=_prepare if args.prepared else None,
         **({} if args.num_labels is None else {"num_labels": args.num_labels}),
     )
     for note in done.notes:
         print(note)
+    if args.prepared and (done.folder / WEIGHTS_NAME).exists():
+        print(f"{done.folder} also holds {WEIGHTS_NAME}, which comes first; name {PREPARED_NAME} to use that")
     print(f"{done.folder}: {done.config.architectures[0] if done.config.architectures else done.task}")
     return 0
+
+
+def _prepare(folder: Path) -> None:
+    """Replaces the weights in `folder` by prepared ones."""
+    from ..checkpoint.convert import WEIGHTS_NAME
+    from ..checkpoint.load import open_checkpoint
+    from ..verify.exact import task_class
+
+    task = str(open_checkpoint(folder).task)
+    task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)
+    (folder / WEIGHTS_NAME).unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .inputs import Result, add_image_arguments, check_output_folder, check_outputs, failed, find_images, run_batches
-from .loading import add_model_arguments, load_processor, shipped_checkpoint
+from .loading import add_model_arguments, config_of, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out, positive
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoint.load import open_checkpoint
     from ..tasks.backbone import BeitBackbone
 
     output = Path(args.output)
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_images(args.images, args.recursive)
     check_outputs([output], [entry.file for entry in found])
     check_output_folder(output)
-    depth = open_checkpoint(args.model).config.num_hidden_layers
+    depth = config_of(args.model).num_hidden_layers
     if not -depth - 1 <= args.layer <= depth:
         raise UsageError(f"--layer: the model has hidden states 0 to {depth}, found {args.layer}")
     layer = args.layer % (depth + 1)

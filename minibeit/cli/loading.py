@@ -43,11 +43,23 @@ def load_model(model_class: Any, args: argparse.Namespace) -> Any:
     return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend)
 
 
+def config_of(model: str) -> BeitConfig:
+    """The config of a checkpoint or a prepared file."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.prepared import prepared_file, read_prepared
+
+    file = prepared_file(model)
+    return read_prepared(file).config if file else open_checkpoint(model).config
+
+
 def check_head(model: str, task: str) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
     from ..checkpoint.load import listed, match_names, open_checkpoint
+    from ..checkpoint.prepared import prepared_file
     from ..errors import CheckpointError
 
+    if prepared_file(model):
+        return  # never has random weights: loading refuses what it lacks
     checkpoint = open_checkpoint(model)
     missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
     if not missing:

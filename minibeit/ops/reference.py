@@ -6,7 +6,7 @@ Letters: B batch, N tokens, D width, H heads, d head size, K classes, R rows of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ __all__ = [
     "conv_transpose",
     "conv_transpose_bn_gelu",
     "cross_entropy",
+    "dump",
     "layer_norm",
     "linear",
     "linear_activation",
@@ -40,6 +41,7 @@ __all__ = [
     "project_qkv",
     "resize_bicubic",
     "resize_bilinear",
+    "restore",
     "to_host",
     "zeros",
 ]
@@ -50,6 +52,16 @@ __all__ = [
 def prepare(params: Any) -> Any:
     """The parameters as this backend wants them; here as they are.  Fast backends pack, join and fold once."""
     return params
+
+
+def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:
+    """(layout, {name: array}) of what `prepare` made, for a file.  Raises ValueError where it makes nothing."""
+    raise ValueError("this backend prepares nothing that could be stored; use the backend 'numba'")
+
+
+def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """What `prepare` would make of a model with these `shapes`, from what `dump` gave.  Raises ValueError."""
+    raise ValueError(f"was prepared as '{layout}', which this backend cannot read; load the original checkpoint")
 
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:

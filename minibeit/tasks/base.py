@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
-from ..checkpoint.load import load_checkpoint
+from ..checkpoint.load import OPTIONS, load_checkpoint
+from ..checkpoint.prepared import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
 from ..config import BeitConfig
+from ..errors import CheckpointError
 from ..model.encoder import encode
 from ..model.position_bias import PositionBias, position_biases
 from ..ops import get_ops
@@ -41,6 +43,7 @@ class BeitPreTrainedModel:
         only: Any | None = None,
         num_threads: int | None = None,
         arrays: Mapping[str, Array] | None = None,
+        prepared: Prepared | None = None,
     ) -> None:
         if not isinstance(config, BeitConfig):
             raise TypeError(f"config: expected a BeitConfig, found {type(config).__name__}; see BeitConfig.from_dict")
@@ -51,10 +54,13 @@ class BeitPreTrainedModel:
         self.num_threads = num_threads
         self.ops = get_ops(backend, only)
         self._check_config()
-        if arrays is None:
-            arrays = random_arrays(config, param_shapes(config, self.task), seed, dtype)
-        self.arrays = arrays  # as loaded: what `save_pretrained` writes; a memory-mapped file costs no memory here
-        self.params = self.ops.prepare(unflatten(shapes(config, self.task), arrays))
+        self._arrays = arrays
+        if prepared is not None:
+            self.params = self._restored(prepared)
+        else:
+            if arrays is None:
+                self._arrays = random_arrays(config, param_shapes(config, self.task), seed, dtype)
+            self.params = self.ops.prepare(unflatten(shapes(config, self.task), self.arrays))
         self._biases: dict[tuple[int, int], tuple[PositionBias | None, ...]] = {}
 
     @classmethod
@@ -73,9 +79,16 @@ class BeitPreTrainedModel:
 
         `dialect=`, `ignore_mismatched_sizes=`, `revision=` and `token=` say how to load (see `load_checkpoint`); other
         keywords replace fields of the config.  Tensors that the checkpoint lacks because it was made for another
-        task are drawn at random from `seed`, with a warning that lists them.  Raises FileNotFoundError or
-        CheckpointError, one sentence that names the file and the tensor.
+        task are drawn at random from `seed`, with a warning that lists them.  A folder that `save_prepared` wrote is
+        mapped into memory and used as it is.  Raises FileNotFoundError or CheckpointError, one sentence that names the
+        file and the tensor.
         """
+        file = prepared_file(path)
+        if file is not None:
+            prepared = read_prepared(file, {k: v for k, v in config_overrides.items() if k not in OPTIONS})
+            return cls(
+                prepared.config, dtype=dtype, backend=backend, only=only, num_threads=num_threads, prepared=prepared
+            )
         config, arrays = load_checkpoint(path, cls.task, dtype, seed, config_overrides)
         return cls(config, dtype=dtype, backend=backend, only=only, num_threads=num_threads, arrays=arrays)
 
@@ -107,6 +120,31 @@ class BeitPreTrainedModel:
         config = self.config.replace(architectures=(type(self).__name__,))
         save_checkpoint(folder, config, self.task, self.arrays, dtype)
 
+    def save_prepared(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `prepared.safetensors`: the weights as this backend packed them for this CPU.
+
+        `from_pretrained` maps such a file and packs nothing.  Raises ValueError for a backend that packs nothing, or
+        weights that are not float32.
+        """
+        if self.dtype != "float32":
+            raise ValueError(f"a prepared file holds float32 weights, this model's are {self.dtype}")
+        layout, arrays = self.ops.dump(self.params)
+        config = self.config.replace(architectures=(type(self).__name__,))
+        write_prepared(folder, config, self.task, layout, arrays)
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The parameters as loaded, by canonical name; those of a memory-mapped file cost no memory.
+
+        Raises ValueError for a model of a prepared file, which does not hold them.
+        """
+        if self._arrays is None:
+            raise ValueError(
+                "this model was loaded from a prepared file, which holds packed weights only; "
+                "load the checkpoint that it was made from"
+            )
+        return self._arrays
+
     @property
     def num_parameters(self) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
@@ -119,6 +157,15 @@ class BeitPreTrainedModel:
             f"{c.num_attention_heads} heads, "
             f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend})"
         )
+
+    def _restored(self, prepared: Prepared) -> Any:
+        """The parameters of a prepared file.  Raises CheckpointError if this model cannot use them."""
+        if self.dtype != "float32":
+            raise CheckpointError(f"{prepared.path}: holds float32 weights, but dtype {self.dtype} was asked for")
+        try:
+            return self.ops.restore(shapes(self.config, self.task), prepared.layout, prepared.arrays)
+        except ValueError as error:
+            raise CheckpointError(f"{prepared.path} (for {prepared.task.replace('_', ' ')}): {error}") from None
 
     # For the tasks -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from ..ops import BACKENDS
 from .check import Job, Report, check, model_source
 from .exact import task_class
 
-NO_ARITHMETIC = ("prepare", "num_threads")
+NO_ARITHMETIC = ("prepare", "dump", "restore", "num_threads")
 
 
 @dataclass

@@ -6,7 +6,7 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 target.py             the CPU: its vectors, the register tile of the matrix product
 kernels/              what is compiled: imported only where a kernel is not on disk yet
 machine_code.py, pool.py   machine code that is kept on disk, and the threads that run it
-pack.py, prepare.py   weights in the layout that the kernels read, made once at load
+pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops
 """
 
@@ -24,6 +24,7 @@ __all__ = [
     "conv_bn_relu_resized",
     "conv_transpose",
     "conv_transpose_bn_gelu",
+    "dump",
     "layer_norm",
     "linear",
     "linear_activation",
@@ -33,6 +34,7 @@ __all__ = [
     "prepare",
     "project_qkv",
     "resize_bilinear",
+    "restore",
 ]
 
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
@@ -46,6 +48,7 @@ if not COMPILED:
         conv_bn_relu_resized,
         conv_transpose,
         conv_transpose_bn_gelu,
+        dump,
         layer_norm,
         linear,
         linear_activation,
@@ -53,6 +56,7 @@ if not COMPILED:
         max_pool2x2,
         project_qkv,
         resize_bilinear,
+        restore,
     )  # fmt: skip
 
     def prepare(params: Any, keep_source: bool = False) -> Any:
@@ -77,6 +81,7 @@ else:
         resize_bilinear,
     )  # fmt: skip
     from .prepare import prepare
+    from .stored import dump, restore
 
 
 def warmup() -> float:

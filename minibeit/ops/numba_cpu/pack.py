@@ -48,9 +48,16 @@ def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.nd
     panels = -(-out // NR)
     if into is None:
         into = aligned((panels, steps, NR))
+    if is_hollow(matrix):
+        return into
     addresses = (matrix.ctypes.data, matrix.strides[0], out, steps, matrix.strides[1], into.ctypes.data)
     run(_pack, panels, (*addresses, 0 if scale is None else scale.ctypes.data))
     return into
+
+
+def is_hollow(array: np.ndarray) -> bool:
+    """Whether an array is one number seen many times: it stands for a shape, and packing it would be wasted."""
+    return array.size > 1 and not any(array.strides)
 
 
 def padded_bias(bias: np.ndarray | None, out: int) -> np.ndarray:

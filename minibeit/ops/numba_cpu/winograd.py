@@ -15,7 +15,7 @@ import numpy as np
 from .gemm import PLAIN, panel_group, run_products
 from .machine_code import Kernel
 from .memory import aligned, padded
-from .pack import padded_bias
+from .pack import is_hollow, padded_bias
 from .pool import run
 from .target import LANES, MR, NR
 
@@ -46,6 +46,8 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
     """Transformed weights of a convolution (out, in, 3, 3) whose outputs are multiplied by `scale` (out,)."""
     out, channels = weight.shape[:2]
     panels = aligned((POINTS, -(-out // NR), channels, NR))
+    if is_hollow(weight):
+        return PackedWinograd(panels, out)
     if weight.strides[2:] != (12, 4):
         weight = np.ascontiguousarray(weight)
     addresses = (weight.ctypes.data, *weight.strides[:2], out, channels, scale.ctypes.data, panels.ctypes.data)

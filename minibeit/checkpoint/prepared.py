@@ -1,0 +1,74 @@
+"""Prepared files: a model's weights as one backend packed them for one kind of CPU, to be mapped and used at once.
+
+They hold nothing that another program could read, so the checkpoint that they were made from is to be kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config import CONFIG_NAME, BeitConfig
+from ..errors import CheckpointError
+from ..files import read_json
+from .formats import FOLDER_FILES, PREPARED_NAME, Loaded, load_file, write_safetensors
+
+FORMAT = "minibeit-prepared"  # the `format` in the file's metadata
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a prepared file holds: `layout` says who can read the arrays, `task` what the model does."""
+
+    path: Path
+    config: BeitConfig
+    task: str
+    layout: str
+    arrays: dict[str, np.ndarray]  # views of the file
+
+
+def write_prepared(
+    folder: str | os.PathLike[str], config: BeitConfig, task: str, layout: str, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `config.json` and `prepared.safetensors` into `folder`; each appears only when complete."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "layout": layout, "task": task}
+    write_safetensors(folder / PREPARED_NAME, arrays, metadata, alignment=_CACHE_LINE)
+    config.save_pretrained(folder)
+
+
+def prepared_file(path: str | os.PathLike[str]) -> Path | None:
+    """The prepared file that `path` names: itself, or the one in a folder without another checkpoint; else None."""
+    path = Path(path)
+    if path.name == PREPARED_NAME and path.is_file():
+        return path
+    present = [name for name in FOLDER_FILES if (path / name).is_file()]
+    return path / PREPARED_NAME if present == [PREPARED_NAME] else None
+
+
+def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Prepared:
+    """The content of a prepared file, with the config beside it.  Raises CheckpointError."""
+    loaded = load_file(file)
+    metadata = loaded.metadata
+    if not is_prepared(loaded) or not {"layout", "task"} <= set(metadata):
+        raise CheckpointError(f"{file}: is no prepared file of minibeit; `minibeit convert --prepared` makes one")
+    try:
+        config = BeitConfig.from_dict(read_json(file.parent / CONFIG_NAME), **(overrides or {}))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: there is no {CONFIG_NAME} beside it, without which it cannot be used") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file.parent / CONFIG_NAME}: {error}") from None
+    arrays = {name: loaded.tensors.read(name, "float32") for name in loaded.tensors}
+    return Prepared(file, config, metadata["task"], metadata["layout"], arrays)
+
+
+def is_prepared(loaded: Loaded) -> bool:
+    """Whether an opened file is a prepared one."""
+    return loaded.metadata.get("format") == FORMAT

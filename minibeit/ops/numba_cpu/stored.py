@@ -1,0 +1,84 @@
+"""Prepared parameters as named arrays, to be written to a file, and back: views of the file, with nothing packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...params import flatten, unflatten
+from .memory import aligned
+from .prepare import prepare
+from .target import NR, TILE
+
+VERSION = 1  # of what `prepare` makes; one more whenever its arrays change
+LAYOUT = f"numba {VERSION}, {TILE.name}, panels of {NR} columns"
+
+
+def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:
+    """(layout, {name: array}) of prepared parameters; a name is the path of attributes."""
+    return LAYOUT, dict(_arrays(params, ""))
+
+
+def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """The prepared parameters of a model with these `shapes`, around `arrays` as `dump` gave them.
+
+    Raises ValueError for another layout than this machine's, a missing array, and one of another shape.
+    """
+    if layout != LAYOUT:
+        raise ValueError(f"was prepared as '{layout}', but this machine and version read '{LAYOUT}'; prepare it again")
+    hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in flatten(shapes).items()}
+    return _filled(prepare(unflatten(shapes, hollow)), "", arrays)
+
+
+def _arrays(node: Any, path: str) -> Iterator[tuple[str, np.ndarray]]:
+    for name, child in _children(node):
+        if isinstance(child, np.ndarray):
+            yield path + name, child
+        else:
+            yield from _arrays(child, f"{path}{name}.")
+
+
+def _filled(node: Any, path: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """`node` with the arrays of that name in the place of its own, which only tell the shape."""
+    parts = {}
+    for name, child in _children(node):
+        if isinstance(child, np.ndarray):
+            parts[name] = _checked(path + name, child, arrays)
+        else:
+            parts[name] = _filled(child, f"{path}{name}.", arrays)
+    if isinstance(node, tuple):
+        return tuple(parts.get(str(i), child) for i, child in enumerate(node))
+    return dataclasses.replace(node, **parts) if parts else node
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    """Arrays, and whatever may hold some."""
+    if dataclasses.is_dataclass(node):
+        children = [(f.name, getattr(node, f.name)) for f in dataclasses.fields(node) if f.init]
+    elif isinstance(node, tuple):
+        children = [(str(i), child) for i, child in enumerate(node)]
+    else:
+        return []
+    return [(name, child) for name, child in children if isinstance(child, (np.ndarray, tuple)) or _is_node(child)]
+
+
+def _is_node(child: Any) -> bool:
+    return dataclasses.is_dataclass(child)
+
+
+def _checked(name: str, expected: np.ndarray, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    if name not in arrays:
+        raise ValueError(f"lacks {name}; was it prepared for another task or config?")
+    array = arrays[name]
+    if array.shape != expected.shape or array.dtype != expected.dtype:
+        raise ValueError(
+            f"{name}: expected {expected.dtype} of shape {expected.shape}, found {array.dtype} of shape {array.shape}"
+        )
+    if array.ctypes.data % 64 == 0 and array.flags.c_contiguous:
+        return array
+    copy = aligned(array.shape)  # a file that another program wrote: vectors would straddle cache lines
+    copy[...] = array
+    return copy
