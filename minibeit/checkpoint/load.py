@@ -89,8 +89,8 @@ def open_checkpoint(
     loaded = load_file(source)
     if is_prepared(loaded):
         raise CheckpointError(
-            f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU and "
-            f"by the name {PREPARED_NAME}; give the checkpoint that it was made from"
+            f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU "
+            f"and by the name {PREPARED_NAME}; give the checkpoint that it was made from"
         )
     try:
         naming = recognise(loaded.tensors, dialect)

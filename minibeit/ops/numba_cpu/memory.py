@@ -16,22 +16,18 @@ import numpy as np
 _LINE = 64
 _KEPT_BYTES = 128 << 20  # buffers of results that are kept for the next ones
 _STEP = 1 << 16  # their sizes are multiples of this
+_FLOAT32 = np.dtype(np.float32)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.ndarray:
     """An uninitialised array that begins at a multiple of 64 bytes."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    return _view(np.empty(size + _LINE, np.uint8), shape, dtype)
-
-
-def _view(raw: np.ndarray, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-    start = -raw.ctypes.data % _LINE
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    return raw[start : start + size].view(dtype).reshape(shape)
+    raw = np.empty(size + _LINE, np.uint8)
+    return np.ndarray(shape, dtype, raw, -raw.ctypes.data % _LINE)
 
 
 class _Recycler:
-    """Buffers in order of use, the latest last.  One that nothing but this list refers to is free.
+    """Buffers that are used again.  One that nothing but this object refers to is free.
 
     A view of an array refers to the array that owns the memory, however many views lie between, so the reference count
     of the owner tells whether any result in it is still alive.
@@ -39,28 +35,35 @@ class _Recycler:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._buffers: list[np.ndarray] = []
+        self._buffers: dict[int, list[np.ndarray]] = {}  # by size; sizes and buffers in order of use, the latest last
+        self._bytes = 0
 
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        size = -(-(4 * math.prod(shape) + _LINE) // _STEP) * _STEP
+    def take(self, size: int) -> np.ndarray:
+        """A buffer of at least `size` bytes that holds no result."""
+        size = -(-size // _STEP) * _STEP
         if size > _KEPT_BYTES // 4:
-            return aligned(shape)
+            return np.empty(size, np.uint8)
         with self._lock:
-            buffers = self._buffers
+            buffers = self._buffers.pop(size, [])
+            self._buffers[size] = buffers
             for i in range(len(buffers)):
-                if buffers[i].nbytes == size and sys.getrefcount(buffers[i]) == _UNUSED:
+                if sys.getrefcount(buffers[i]) == _UNUSED:
                     buffers.append(buffers.pop(i))
-                    break
-            else:
-                buffers.append(np.empty(size, np.uint8))
-                self._trim()
-            return _view(buffers[-1], shape, np.float32)
+                    return buffers[-1]
+            buffers.append(np.empty(size, np.uint8))
+            self._bytes += size
+            kept = buffers[-1]
+            self._trim()
+            return kept
 
     def _trim(self) -> None:
         """Forgets the buffers that were not used for longest; those that hold results live on with them."""
-        excess = sum(buffer.nbytes for buffer in self._buffers) - _KEPT_BYTES
-        while excess > 0:
-            excess -= self._buffers.pop(0).nbytes
+        while self._bytes > _KEPT_BYTES:
+            size, buffers = next(iter(self._buffers.items()))
+            buffers.pop(0)
+            self._bytes -= size
+            if not buffers:
+                del self._buffers[size]
 
 
 _probe = [np.empty(0)]
@@ -83,10 +86,13 @@ def padded(shape: tuple[int, ...]) -> np.ndarray:
     Rows a multiple of 4096 bytes apart would fall into the same sets of the first-level cache, and a tile of 12 rows
     would not fit there.
     """
-    columns = shape[-1]
-    lines = -(-4 * columns // _LINE)
-    stride = (lines + 1 - lines % 2) * (_LINE // 4)
-    return _recycler.take((*shape[:-1], stride))[..., :columns]
+    lines = -(-4 * shape[-1] // _LINE)
+    size, strides = (lines + 1 - lines % 2) * _LINE, (4,)
+    for length in shape[-2::-1]:
+        strides = (size, *strides)
+        size *= length
+    raw = _recycler.take(size + _LINE)
+    return np.ndarray(shape, _FLOAT32, raw, -raw.ctypes.data % _LINE, strides)
 
 
 def rows(x: np.ndarray) -> tuple[np.ndarray, int, int]:

@@ -22,29 +22,39 @@ from .vector import (
 )  # fmt: skip
 
 _ZERO, _LOW = np.float32(0), np.float32(-np.inf)
+_BLOCK = 16  # see pack.py
 
 
 @njit(error_model="numpy")
 def _pack_keys(keys, row_bytes, count, size, panels):
     """Keys (N, d) as panels of NR tokens: (ceil(N / NR), d, NR), zeros beyond the last token."""
     for first in range(0, count, NR):
-        panel = panels + first * size * 4
-        for j in range(NR):
-            row = keys + (first + j) * row_bytes
-            for e in range(size):
-                value = load_float(row + 4 * e) if first + j < count else _ZERO
-                store_float(panel + (e * NR + j) * 4, value)
+        panel, rows = panels + first * size * 4, min(NR, count - first)
+        for begin in range(0, size, _BLOCK):
+            end = min(begin + _BLOCK, size)
+            for j in range(rows):
+                row = keys + (first + j) * row_bytes
+                for e in range(begin, end):
+                    store_float(panel + (e * NR + j) * 4, load_float(row + 4 * e))
+            for j in range(rows, NR):
+                for e in range(begin, end):
+                    store_float(panel + (e * NR + j) * 4, _ZERO)
 
 
 @njit(error_model="numpy")
 def _pack_values(values, row_bytes, count, size, panels):
     """Values (N, d) as panels of NR columns: (ceil(d / NR), N, NR), zeros beyond the last column."""
     for first in range(0, size, NR):
-        panel = panels + first * count * 4
+        panel, columns = panels + first * count * 4, min(NR, size - first)
+        whole = columns // LANES * LANES
         for k in range(count):
-            for j in range(NR):
-                value = load_float(values + k * row_bytes + 4 * (first + j)) if first + j < size else _ZERO
-                store_float(panel + (k * NR + j) * 4, value)
+            row, target = values + k * row_bytes + 4 * first, panel + k * NR * 4
+            for j in range(0, whole, LANES):
+                store(target + 4 * j, load(row + 4 * j))
+            for j in range(whole, columns):
+                store_float(target + 4 * j, load_float(row + 4 * j))
+            for j in range(columns, NR):
+                store_float(target + 4 * j, _ZERO)
 
 
 @njit(error_model="numpy")
@@ -81,12 +91,14 @@ def _bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
     y, x = (query - 1) // columns, (query - 1) % columns
     store_float(scores, to_cls)
     width = 2 * columns - 1
-    for b in range(rows):
-        index = (y - b + rows - 1) * width + x + columns - 1
-        run_ = reversed_ + 4 * ((2 * rows - 1) * width - 1 - index)
-        target = scores + 4 * (1 + b * columns)
+    index = (y + rows - 1) * width + x + columns - 1  # of the first row of patches; each further row is `width` before
+    run_ = reversed_ + 4 * ((2 * rows - 1) * width - 1 - index)
+    target = scores + 4
+    for _ in range(rows):
         for k in range(0, columns, LANES):
             store(target + 4 * k, load(run_ + 4 * k))
+        run_ += 4 * width
+        target += 4 * columns
 
 
 @njit(error_model="numpy")

@@ -11,6 +11,7 @@ from ..target import LANES, MR, NR, TILE
 from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir
 
 VECTORS = TILE.vectors
+_NEAR = 8  # steps: by then a row of B has come from the second-level cache to the first
 
 
 def _const(value: int) -> ir.Constant:
@@ -72,6 +73,8 @@ def _emit_tile(builder, rows, a, lda, b, ldb, c, ldc, steps, addend, ld_addend, 
         for j in range(VECTORS):
             sums[i][j].add_incoming(ir.Constant(FLOATS, None), entry)
     _emit_prefetch(builder, ahead_here)
+    for j in range(0, 4 * LANES * VECTORS, 64):
+        _emit_prefetch(builder, builder.add(b_here, _const(_NEAR * 4 * LANES * VECTORS + j)), 3)
     columns = [_load(builder, builder.add(b_here, _const(4 * LANES * j)), FLOATS) for j in range(VECTORS)]
     results = [[None] * VECTORS for _ in range(rows)]
     for i in range(rows):
