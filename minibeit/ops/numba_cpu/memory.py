@@ -87,7 +87,8 @@ def padded(shape: tuple[int, ...]) -> np.ndarray:
     would not fit there.
     """
     lines = -(-4 * shape[-1] // _LINE)
-    size, strides = (lines + 1 - lines % 2) * _LINE, (4,)
+    size = (lines + 1 - lines % 2) * _LINE
+    strides: tuple[int, ...] = (4,)
     for length in shape[-2::-1]:
         strides = (size, *strides)
         size *= length
