@@ -9,3 +9,7 @@ class CheckpointError(ValueError):
 
 class ImageError(ValueError):
     """A picture cannot be read or has values that no model can take."""
+
+
+class DeviceError(OSError):
+    """A GPU, its driver or its libraries are missing."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 os.environ.setdefault("MINIBEIT_BACKEND", "numpy")  # tests of a fast backend name it; the others test the model
 
@@ -11,19 +14,65 @@ import numpy as np
 import pytest
 
 from minibeit import BeitConfig
+from minibeit.model.position_bias import PositionBias
 from minibeit.ops import BACKENDS, get_ops
 from minibeit.params import param_shapes
 
 
-def available_backends() -> list[str]:
-    """Every backend whose library is installed; one that is installed and does not import is an error, not a skip."""
-    return [name for name in BACKENDS if name == "numpy" or importlib.util.find_spec(name) is not None]
+def gpu_missing() -> str | None:
+    """Why backend cupy cannot run here, or None where it can."""
+    try:
+        get_ops("cupy")
+    except (ImportError, OSError) as error:
+        return f"no CUDA device: {error}"
+    return None
+
+
+def available_backends() -> list[Any]:
+    """Every backend, for `parametrize`; without a GPU the one for GPUs is a skip that says so.
+
+    One whose library is installed and does not import is an error, not a skip.
+    """
+    names: list[Any] = [name for name in BACKENDS if name == "numpy" or importlib.util.find_spec(name) is not None]
+    reason = gpu_missing()
+    if reason is None:
+        return names
+    return [name for name in names if name != "cupy"] + [pytest.param("cupy", marks=pytest.mark.skip(reason=reason))]
+
+
+def on_host(ops: Any) -> SimpleNamespace:
+    """`ops` of a GPU for tests: takes arrays of NumPy, leaves whole, and gives arrays of NumPy back."""
+
+    def up(x: Any) -> Any:
+        if isinstance(x, (np.ndarray, np.generic)):
+            return ops.asarray(x, x.dtype)
+        if isinstance(x, list):
+            return [up(part) for part in x]
+        if isinstance(x, PositionBias):
+            return replace(x, table=up(x.table), index=up(x.index))
+        return x
+
+    def down(x: Any) -> Any:
+        return tuple(map(down, x)) if isinstance(x, tuple) else ops.to_host(x)
+
+    def wrapped(op: Any) -> Any:
+        return lambda *args, **kwargs: down(op(*map(up, args), **{name: up(x) for name, x in kwargs.items()}))
+
+    plain = {"backend", "origin", *BARE}
+    table = {name: op if name in plain else wrapped(op) for name, op in vars(ops).items()}
+    return SimpleNamespace(**table)
+
+
+BARE = {  # ops that are no arithmetic
+    *("all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "stage", "to_host", "zeros"),
+}
 
 
 @pytest.fixture(params=available_backends(), scope="session")
 def ops(request):
     """The ops of each backend in turn."""
-    return get_ops(request.param)
+    ops = get_ops(request.param)
+    return on_host(ops) if request.param == "cupy" else ops
 
 
 @pytest.fixture

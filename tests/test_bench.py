@@ -163,10 +163,10 @@ def test_random_weights_leave_nothing_to_skip(tmp_path):
 
 RESULT_KEYS = {
     "contestant", "versions", "median_s", "min_s", "times_s", "images_per_s", "gflops", "share_of_roof",
-    "relative_rms_from_first", "peak_rss_mb", "cold_start_s", "cold_starts_s",
+    "relative_rms_from_first", "peak_rss_mb", "peak_device_mb", "cold_start_s", "cold_starts_s",
 }  # fmt: skip
 WORKLOAD_KEYS = {
-    "task", "size", "image_size", "batch_size", "threads", "gflop", "roof_gflops", "skipped", "results",
+    "task", "size", "image_size", "batch_size", "threads", "dtype", "gflop", "roof_gflops", "skipped", "results",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-from conftest import distance
+from conftest import BARE, distance
 from tolerances import EPS32, FACTOR, FEW, FEW_FLOOR, FLOOR, NAIVE_OP, OP32, OP32_CASES
 
 from minibeit.model.position_bias import PositionBias, relative_position_index
@@ -306,7 +306,6 @@ CASES = {
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),
 }
 # No arithmetic: tested below, the stored ones in test_prepared.py.
-BARE = {"all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "to_host", "zeros"}
 
 
 def test_every_op_has_a_case():
@@ -368,6 +367,7 @@ def test_array_ops(ops):
     x = ops.asarray([[1, 2]], "float32")
     assert x.dtype == np.float32
     assert ops.asarray(x, "float32") is x
+    assert ops.to_host(ops.asarray(ops.stage([[3, 4]], "float32"), "float32")).tolist() == [[3, 4]]
     assert ops.to_host(x).tolist() == [[1, 2]]
     assert ops.to_host(ops.arange(3)).tolist() == [0, 1, 2]
     assert ops.to_host(ops.zeros((2, 1), "int32")).tolist() == [[0], [0]]

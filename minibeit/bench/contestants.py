@@ -1,7 +1,8 @@
 """The contestants behind one interface: a folder with a checkpoint in, a function from pixels to an output array out.
 
-Each gets the same weights, float32, the same number of threads, and its usual way of being used: transformers' classes
-under `inference_mode`, ONNX Runtime and OpenVINO with a model exported once from them at a fixed shape.
+Each gets the same weights, float32 (see `gpu` for others), the same number of threads, and its usual way of being used:
+transformers' classes under `inference_mode`, ONNX Runtime and OpenVINO with a model exported once from them at a fixed
+shape.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from . import gpu
 from .workloads import TASKS, Workload, model_class, pixels
 
 Forward = Callable[[np.ndarray], np.ndarray]
-BACKENDS = ("numba", "numpy")
+BACKENDS = ("numba", "numpy", "cupy")
 PEERS = {  # name -> what must be importable, the first one being that whose version counts
     "torch": ("torch", "transformers"),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript", "torch", "transformers"),
@@ -34,7 +36,8 @@ def missing(name: str) -> list[str]:
 
 def version(name: str) -> str:
     """Versions of what computes, as they stand beside the results."""
-    packages = {"numba": ("minibeit", "numba"), "numpy": ("minibeit", "numpy"), "torch": ("torch", "transformers")}
+    packages = {name: ("minibeit", name) for name in BACKENDS}
+    packages |= {name: ("torch", "transformers") for name in ("torch", *gpu.PEERS["torch"])}
     return ", ".join(f"{package} {_version(package)}" for package in packages.get(name, (name,)))
 
 
@@ -44,13 +47,17 @@ def _version(package: str) -> str:
 
         return __version__
     try:
+        if package == "cupy":  # the distribution is named after its CUDA: cupy-cuda12x
+            return str(import_module(package).__version__)
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ImportError, AttributeError):
         return "?"
 
 
 def label(name: str) -> str:
     """The name in tables."""
+    if name in gpu.CONTESTANTS:
+        return gpu.CONTESTANTS[name]
     return f"minibeit {name}" if name in BACKENDS else {"torch": "PyTorch eager"}.get(name, _OFFICIAL.get(name, name))
 
 
@@ -78,14 +85,28 @@ def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
             openvino.save_model(model, str(exports / EXPORTED[name]), compress_to_fp16=False)
 
 
-def load(name: str, workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+def load(
+    name: str,
+    workload: Workload,
+    folder: Path,
+    exports: Path,
+    threads: int,
+    dtype: str = "float32",
+    device: int | None = None,
+) -> Forward:
     """The contestant, ready to be called.
 
     minibeit's and NumPy's threads are set by the environment of the process (see `measure`); the peers' here.
     """
+    if name == "cupy":
+        model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
+        return gpu.minibeit_forward(model, _output)
     if name in BACKENDS:
         model = model_class(workload.task).from_pretrained(folder, backend=name)
         return lambda x: _output(model(x))
+    if name in gpu.CONTESTANTS:
+        torch = import_module("torch")
+        return gpu.torch_forward(torch, _transformers_model(workload, folder), _output, name, dtype, device)
     return {"torch": _load_torch, "onnxruntime": _load_onnx, "openvino": _load_openvino}[name](
         workload, folder, exports, threads
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import flops
+from . import flops, gpu
 from .contestants import EXPORTED, PEERS, label, missing, version
 from .profile import Entry
 from .workloads import TASKS, Workload, write_checkpoint
@@ -35,6 +35,13 @@ class Plan:
     starts: int = 1
     explicit: bool = False  # peers that the user named: a failing one is an error
     seconds: float = SECONDS
+    dtype: str = "float32"  # another one on a GPU only
+    device: int | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return bool(set(self.contestants) & set(gpu.CONTESTANTS))
 
 
 @dataclass
@@ -46,6 +53,7 @@ class Result:
     difference: float  # relative RMS from the first contestant's output
     peak_rss_bytes: int | None = None
     cold_starts: list[float] = field(default_factory=list)
+    peak_device_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -63,6 +71,7 @@ class Table:
     roofs: list[float]  # operations per second
     results: list[Result]
     skipped: list[str]
+    dtype: str = "float32"
 
     @property
     def roof(self) -> float | None:
@@ -79,6 +88,7 @@ class Table:
         return {
             **self.workload.to_dict(),
             "threads": self.threads,
+            "dtype": self.dtype,
             "gflop": self.operations / 1e9,
             "roof_gflops": {"median": None, "best": None}
             if not self.roofs
@@ -96,6 +106,7 @@ class Table:
                     "share_of_roof": self.rate(r) / self.roof if self.roof else None,
                     "relative_rms_from_first": r.difference,
                     "peak_rss_mb": None if r.peak_rss_bytes is None else r.peak_rss_bytes / 1e6,
+                    "peak_device_mb": None if r.peak_device_bytes is None else r.peak_device_bytes / 1e6,
                     "cold_start_s": statistics.median(r.cold_starts) if r.cold_starts else None,
                     "cold_starts_s": r.cold_starts,
                 }
@@ -140,19 +151,21 @@ def cpu_name() -> str:
     return f"{name} ({binding.get_host_cpu_name()}, {TILE.name})"
 
 
-def choose_peers(names: Sequence[str] | None, say: Say) -> tuple[str, ...]:
+def choose_peers(names: Sequence[str] | None, say: Say, on_gpu: bool = False) -> tuple[str, ...]:
     """The peers to race: those named, or all that are installed.  Raises ValueError or ImportError for named ones."""
-    chosen = []
-    for name in PEERS if names is None else names:
-        if name not in PEERS:
-            raise ValueError(f"--against: expected none or some of {', '.join(PEERS)}, found {name!r}")
+    chosen: list[str] = []
+    known = tuple(gpu.PEERS) if on_gpu else tuple(PEERS)
+    for name in known if names is None else names:
+        if name not in known:
+            place = " on a GPU" if on_gpu else ""
+            raise ValueError(f"--against: expected none or some of {', '.join(known)}{place}, found {name!r}")
         absent = missing(name)
         if absent and names is not None:
             raise ImportError(f"--against {name} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
         if absent:
             say(f"{label(name)} is left out: {', '.join(absent)} not installed")
         else:
-            chosen.append(name)
+            chosen += gpu.PEERS[name] if on_gpu else [name]
     return tuple(chosen)
 
 
@@ -170,6 +183,7 @@ def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
     for name in plan.contestants:
         exports = folder / f"{workload.model}-{workload.batch_size}-{name}"
         job = dict(workload=workload.to_dict(), folder=str(checkpoint), exports=str(exports))
+        options: dict[str, Any] = dict(dtype=plan.dtype, device=plan.device)
         if name in EXPORTED and not (exports / EXPORTED[name]).exists():
             say(f"{workload.name}: exporting for {label(name)}")
             problem = _lines(dict(job, job="export", name=name), plan.threads)[-1].get("error")
@@ -179,7 +193,7 @@ def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
                 skipped.append(f"{label(name)}: cannot be exported ({problem})")
                 say(f"{workload.name}: left out: {skipped[-1]}")
                 continue
-        jobs[name] = job
+        jobs[name] = job | options
     say(f"{workload.name}: {', '.join(map(label, jobs))} in turns")
     table = _interleave(workload, plan, jobs, skipped)
     for i in range(plan.starts):
@@ -193,20 +207,22 @@ def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: l
     root = Path(next(iter(jobs.values()))["folder"]).parent
     links = {name: job["exports"] for name, job in jobs.items()}
     common = dict(workload=workload.to_dict(), folder=str(root / workload.model), exports=links)
-    options = dict(names=list(jobs), threads=plan.threads, repeats=plan.repeats, seconds=plan.seconds)
+    options: dict[str, Any] = dict(names=list(jobs), threads=plan.threads, repeats=plan.repeats, seconds=plan.seconds)
+    options |= dict(dtype=plan.dtype, device=plan.device)
     lines = _lines(dict(common, **options, job="interleaved"), plan.threads)
     if "error" in lines[-1]:
         raise ValueError(f"{workload.name}: {lines[-1]['error']}")
     differences, measured = lines[0]["differences"], lines[1]
+    agree = gpu.allowed_difference(plan.dtype) if plan.on_gpu else AGREE
     for name, difference in differences.items():
-        if not difference < AGREE:
+        if not difference < agree:
             raise ValueError(
                 f"{workload.name}: the output of {label(name)} differs from {label(next(iter(jobs)))} by relative RMS "
-                f"{difference:.1e}, expected less than {AGREE:.0e}; nothing was timed"
+                f"{difference:.1e}, expected less than {agree:.0e}; nothing was timed"
             )
     results = [Result(name, measured["times"][name], differences[name]) for name in jobs]
     operations = flops.total(workload.config, TASKS[workload.task][0], workload.batch_size)
-    return Table(workload, plan.threads, operations, measured["roofs"], results, skipped)
+    return Table(workload, plan.threads, operations, measured["roofs"], results, skipped, plan.dtype)
 
 
 def _start(result: Result, job: dict[str, Any], threads: int) -> None:
@@ -219,11 +235,16 @@ def _start(result: Result, job: dict[str, Any], threads: int) -> None:
     result.cold_starts.append(arrivals[0] - start)
     if lines[1]["peak_rss_bytes"] is not None:
         result.peak_rss_bytes = max(lines[1]["peak_rss_bytes"], result.peak_rss_bytes or 0)
+    if lines[1]["peak_device_bytes"] is not None:
+        result.peak_device_bytes = max(lines[1]["peak_device_bytes"], result.peak_device_bytes or 0)
 
 
 def profile(name: str, workload: Workload, plan: Plan, folder: Path) -> tuple[dict[str, Entry], float]:
     """({op: cost}, seconds) of one forward pass of a backend, in a process of its own (see `profile.profile`)."""
-    job = dict(job="profile", name=name, workload=workload.to_dict(), folder=str(folder / workload.model))
+    job: dict[str, Any] = dict(
+        job="profile", name=name, workload=workload.to_dict(), folder=str(folder / workload.model)
+    )
+    job |= dict(dtype=plan.dtype, device=plan.device)
     line = _lines(dict(job, runs=plan.repeats or 5), plan.threads)[-1]
     if "error" in line:
         raise ValueError(f"{label(name)}: {line['error']}")

@@ -29,10 +29,10 @@ def profile(model: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry],
     What the ops leave over is work of the model itself: means, additions, changes of layout.
     """
     model(x)
-    original = model.ops
+    original, finish = model.ops, _finisher(model)
     entries: dict[str, Entry] = {}
     try:
-        model.ops = watched(original, entries)
+        model.ops = watched(original, entries, finish)
         start = time.perf_counter()
         for _ in range(runs):
             model(x)
@@ -46,19 +46,31 @@ def profile(model: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry],
     return dict(sorted(entries.items(), key=lambda item: -item[1].seconds)), seconds
 
 
-def watched(ops: Any, entries: dict[str, Entry]) -> SimpleNamespace:
-    """The same ops; each call is added to `entries`."""
+def _finisher(model: Any) -> Callable[[], None]:
+    """What waits until a GPU has done what it was told; a clock would see the telling alone."""
+    if model.ops.backend != "cupy":
+        return lambda: None
+    from ..ops.cupy_gpu.device import cupy
+
+    return lambda: cupy.cuda.get_current_stream().synchronize()
+
+
+def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = lambda: None) -> SimpleNamespace:
+    """The same ops; each call is added to `entries`, with the time until `finish` returns."""
     table = dict(vars(ops))
     for name, op in table.items():
         if name not in NOT_OPS:
-            table[name] = _watch(name, op, entries, ops.origin[name])
+            table[name] = _watch(name, op, entries, ops.origin[name], finish)
     return SimpleNamespace(**table)
 
 
-def _watch(name: str, op: Callable[..., Any], entries: dict[str, Entry], origin: str) -> Callable[..., Any]:
+def _watch(
+    name: str, op: Callable[..., Any], entries: dict[str, Entry], origin: str, finish: Callable[[], None]
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         result = op(*args, **kwargs)
+        finish()
         entry = entries.setdefault(name, Entry(origin))
         entry.seconds += time.perf_counter() - start
         entry.calls += 1
@@ -91,4 +103,6 @@ def _taps(layer: Any) -> int:
     weight = getattr(getattr(layer, "conv", layer), "weight", None)
     if isinstance(weight, np.ndarray):
         return weight.shape[2] * weight.shape[3]
+    if hasattr(layer, "taps"):  # of a GPU: one matrix each
+        return len(layer.taps)
     return 9 if hasattr(layer, "parts") else 1

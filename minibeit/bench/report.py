@@ -41,9 +41,15 @@ def _row(table: Table, result: Result) -> tuple[str, ...]:
         f"{table.workload.batch_size / result.median:.3g}",
         f"{rate / 1e9:.0f}",
         "" if table.roof is None else f"{100 * rate / table.roof:.0f} %",
-        "" if result.peak_rss_bytes is None else f"{result.peak_rss_bytes / 1e6:.0f}",
+        _megabytes(result),
         f"{sorted(result.cold_starts)[len(result.cold_starts) // 2]:.2f}" if result.cold_starts else "",
     )
+
+
+def _megabytes(result: Result) -> str:
+    """Memory of the device where a GPU computes, else of the process."""
+    peak = result.peak_rss_bytes if result.peak_device_bytes is None else result.peak_device_bytes
+    return "" if peak is None else f"{peak / 1e6:.0f}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -59,10 +65,15 @@ def footer(machine: dict[str, Any], tables: Sequence[Table]) -> list[str]:
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, load {load}; {machine['time']}",
         f"Python {machine['python']}, {', '.join(versions)}",
-        f"float32, random weights, medians of {_range(rounds)} rounds in which "
+        f"{tables[0].dtype}, random weights, medians of {_range(rounds)} rounds in which "
         "the contestants took turns in one process, after their outputs had been found to agree.",
         "The roof is what this CPU multiplies and adds from registers, on the same threads.",
     ]
+    if "gpu" in machine:
+        lines[-1] = (
+            f"{machine['gpu']}; times by device events, from pixels to outputs in main memory; "
+            "peak MB of the device's memory, as reserved."
+        )
     if any(table.workload.task == "segmentation" for table in tables):
         lines.append(DIRECT)
     return lines + [f"{table.workload.name}: {line}" for table in tables for line in table.skipped]
@@ -141,7 +152,7 @@ def write_plot(path: str | os.PathLike[str], machine: dict[str, Any], tables: Se
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(
         "milliseconds per image, shorter is better; dotted: as fast as this CPU can multiply and add\n"
-        f"float32, {tables[0].threads} threads, {machine['cpu']}",
+        f"{tables[0].dtype}, {machine.get('gpu') or str(tables[0].threads) + ' threads, ' + machine['cpu']}",
         fontsize=9,
     )
     memory = io.BytesIO()

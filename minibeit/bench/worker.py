@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import roof
+from . import gpu, roof
 from .contestants import export, load
 from .profile import profile
 from .workloads import Workload, model_class, pixels
@@ -49,17 +49,26 @@ def run_export(name: str, workload: dict[str, Any], folder: str, exports: str) -
     yield {"exported": True}
 
 
-def run_once(name: str, workload: dict[str, Any], folder: str, exports: str, threads: int) -> Iterator[dict[str, Any]]:
+def run_once(
+    name: str,
+    workload: dict[str, Any],
+    folder: str,
+    exports: str,
+    threads: int,
+    dtype: str = "float32",
+    device: int | None = None,
+) -> Iterator[dict[str, Any]]:
     """Loads one contestant and runs it: a line when the first output is there, a line with the peak memory."""
     shape = Workload(**workload)
     x = pixels(shape)
     start = time.perf_counter()
-    forward = load(name, shape, Path(folder), Path(exports), threads)
+    forward = load(name, shape, Path(folder), Path(exports), threads, dtype, device)
     first = forward(x)
     yield {"first_output": list(first.shape)}
     if time.perf_counter() - start < ONE_RUN:
         forward(x)
-    yield {"peak_rss_bytes": peak_rss()}
+    on_device = getattr(forward, "peak_bytes", None)
+    yield {"peak_rss_bytes": peak_rss(), "peak_device_bytes": None if on_device is None else on_device()}
 
 
 def run_interleaved(
@@ -70,11 +79,13 @@ def run_interleaved(
     threads: int,
     repeats: int | None,
     seconds: float,
+    dtype: str = "float32",
+    device: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Times all contestants in turns, after one run of each whose outputs must agree."""
     shape = Workload(**workload)
     x = pixels(shape)
-    contestants = {name: load(name, shape, Path(folder), Path(exports[name]), threads) for name in names}
+    contestants = {name: load(name, shape, Path(folder), Path(exports[name]), threads, dtype, device) for name in names}
     outputs, warm = {}, {}
     for name, forward in contestants.items():
         start = time.perf_counter()
@@ -88,17 +99,20 @@ def run_interleaved(
     rounds = repeats or max(3, min(25, round(seconds / sum(warm.values()))))
     roofs: list[float] = []
     runners: dict[str, Runner] = dict(contestants)
-    if roof.available():
+    if roof.available() and not set(names) & set(gpu.CONTESTANTS):
         roof.measure(threads)  # compiles
         runners[ROOF] = lambda _: roofs.extend(roof.measure(threads) for _ in range(15))
     times = take_turns(runners, x, rounds)
     yield {"times": {name: times[name] for name in names}, "roofs": roofs}
 
 
-def run_profile(name: str, workload: dict[str, Any], folder: str, runs: int) -> Iterator[dict[str, Any]]:
+def run_profile(
+    name: str, workload: dict[str, Any], folder: str, runs: int, dtype: str = "float32", device: int | None = None
+) -> Iterator[dict[str, Any]]:
     """Times the ops of one of minibeit's backends."""
     shape = Workload(**workload)
-    model = model_class(shape.task).from_pretrained(folder, backend=name)
+    options: dict[str, Any] = dict(dtype=dtype, device=device) if name == "cupy" else {}
+    model = model_class(shape.task).from_pretrained(folder, backend=name, **options)
     entries, seconds = profile(model, pixels(shape), runs)
     yield {"ops": {op: asdict(entry) for op, entry in entries.items()}, "seconds": seconds}
 
@@ -135,7 +149,10 @@ def take_turns(contestants: dict[str, Runner], x: Any, rounds: int) -> dict[str,
 
 
 def timed(forward: Runner, x: Any) -> float:
-    """Seconds of one run."""
+    """Seconds of one run, measured by the contestant itself if it can."""
+    measured = getattr(forward, "seconds", None)
+    if measured is not None:
+        return measured(x)
     start = time.perf_counter()
     forward(x)
     return time.perf_counter() - start

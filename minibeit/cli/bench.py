@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..bench.workloads import Workload
 
 HELP = "measure speed, memory and cold start, also of PyTorch, ONNX Runtime and OpenVINO"
+GPU_OPTIONS = "--dtype and --device go with --backend cupy alone"
 DESCRIPTION = """\
 Measures models of the published shapes with random weights: milliseconds (median and least), images per second,
 GFLOP/s, the share of what this CPU can multiply and add at all, the peak of the memory of a process that does nothing
@@ -50,8 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-b", "--batch-size", type=positive, nargs="+", default=[1], metavar="B", help="default 1")
     parser.add_argument("--threads", type=positive, metavar="N", help="of every contestant (default: all cores)")
     parser.add_argument(
-        "--backend", nargs="+", choices=["numba", "numpy"], default=["numba"], help="minibeit's own (default numba)"
+        "--backend",
+        nargs="+",
+        choices=["numba", "numpy", "cupy"],
+        default=["numba"],
+        help="minibeit's own (default numba); with cupy PyTorch runs on the GPU too, eager and compiled",
     )
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on a GPU")
+    parser.add_argument("--device", type=int, metavar="N", help="number of the GPU (default 0)")
     parser.add_argument(
         "--against",
         metavar="LIST",
@@ -75,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         report.check_plot()  # before the minutes, not after them
+    gpu = _gpu(args)
     races = _suite(args) if args.suite else _races(args)
-    facts, tables, before = machine(), [], load_average()
+    facts, tables, before = machine() | gpu, [], load_average()
     if isinstance(before, float) and before > 0.5:
         note(f"the machine is not idle (load {before}): the figures will be too slow")
     for _, group in itertools.groupby(races, lambda race: race[0].model):
@@ -98,6 +106,19 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         report.write_plot(args.plot, facts, tables)
     return 0
+
+
+def _gpu(args: argparse.Namespace) -> dict[str, str]:
+    """{"gpu": the device in words} if one is to be measured.  Raises what tells that there is none."""
+    if "cupy" not in args.backend:
+        if args.dtype != "float32" or args.device is not None:
+            raise UsageError(GPU_OPTIONS)
+        return {}
+    if args.backend != ["cupy"] or args.suite:
+        raise UsageError("--backend cupy is measured by itself, against PyTorch on the same GPU")
+    from ..bench.gpu import check
+
+    return {"gpu": check(args.dtype, args.device)}
 
 
 @contextmanager
@@ -129,9 +150,12 @@ def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
         workloads = [make(args.task, args.size, args.image_size, B) for B in args.batch_size]
     except ValueError as error:
         raise UsageError(str(error)) from error
-    contestants = (*dict.fromkeys(args.backend), *choose_peers(named, note))
+    on_gpu = args.backend == ["cupy"]
+    contestants = (*dict.fromkeys(args.backend), *choose_peers(named, note, on_gpu))
     starts = 5 if args.cold_start else 1
-    plan = Plan(contestants, _threads(args), args.repeats, starts, explicit=named is not None)
+    plan = Plan(
+        contestants, _threads(args), args.repeats, starts, named is not None, dtype=args.dtype, device=args.device
+    )
     return [(workload, plan) for workload in workloads]
 
 

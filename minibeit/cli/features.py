@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             dtype=args.dtype,
             backend=args.backend,
+            device=args.device,
             out_indices=(layer,),
             add_fpn=False,
             reshape_hidden_states=False,

@@ -14,17 +14,27 @@ if TYPE_CHECKING:
 SHIPPED = "digits"
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, what: str) -> None:
-    """--model, --backend and --dtype; `what` says which checkpoints the command takes."""
-    from ..ops import BACKENDS, DEFAULT_BACKEND
+def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool = True) -> None:
+    """--model, --backend, --device and --dtype; `what` says which checkpoints the command takes.
+
+    `half`: whether float16 and bfloat16 are offered.
+    """
+    from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES
 
     parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
     parser.add_argument(
         "--backend",
         choices=list(BACKENDS),
-        help=f"what computes (default {DEFAULT_BACKEND}, or $MINIBEIT_BACKEND); numpy is the slower reference",
+        help=f"what computes (default {DEFAULT_BACKEND}, or $MINIBEIT_BACKEND); numpy is the slower reference, "
+        "cupy a GPU",
     )
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="default float32")
+    parser.add_argument("--device", type=int, metavar="N", help="number of the GPU, with --backend cupy (default 0)")
+    parser.add_argument(
+        "--dtype",
+        choices=[*DTYPES, *(HALF_DTYPES if half else ())],
+        default="float32",
+        help=f"default float32{'; float16 and bfloat16 on a GPU' if half else ''}",
+    )
 
 
 def shipped_checkpoint() -> Path:
@@ -40,7 +50,7 @@ def load_model(model_class: Any, args: argparse.Namespace) -> Any:
     Raises CheckpointError for a checkpoint without the head of the task: a random one would answer at random.
     """
     check_head(args.model, model_class.task)
-    return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend)
+    return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend, device=args.device)
 
 
 def config_of(model: str) -> BeitConfig:

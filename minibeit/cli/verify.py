@@ -33,7 +33,7 @@ BLOCK = 0.4  # share of patches hidden when a model of masked image modelling ge
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)")
+    add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)", half=False)
     parser.add_argument("--task", help="treat the checkpoint as a model of this task")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="FILE", help="a picture as input")
@@ -174,17 +174,21 @@ def _candidate(
 ) -> tuple[Source, dict[str, str], tuple[str, ...]]:
     """What is verified, the code behind its ops, and globs of names it does not have."""
     from ..verify.check import model_source
-    from ..verify.exact import task_class
 
     if trace is not None:
         return trace.source(), {}, ()
-    model = task_class(job.task)(
-        job.config, arrays=_cast(job.arrays, args.dtype), dtype=args.dtype, backend=args.backend
-    )
+    model = _model(args, job)
     fused = model.ops.origin["attention"] != "numpy" and not args.attentions
     label = f"minibeit {model.ops.backend} {args.dtype}"
     leave_out = (PROBS,) if fused else ()
     return model_source(job, model, label, leave_out=leave_out), model.ops.origin, leave_out
+
+
+def _model(args: argparse.Namespace, job: Job) -> Any:
+    from ..verify.exact import task_class
+
+    arrays = _cast(job.arrays, args.dtype)
+    return task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend, device=args.device)
 
 
 def _cast(arrays: Any, dtype: str) -> Any:
@@ -202,14 +206,13 @@ def _bisect(args: argparse.Namespace, job: Job) -> int:
         out(f"{suspect.op:24} at most {suspect.worst_ratio:.1f}x NumPy float32's own error  {state}")
 
     leave_out = () if args.attentions else (PROBS,)
-    suspects = bisect(job, args.backend or default_backend(), leave_out, show)
+    suspects = bisect(job, args.backend or default_backend(), leave_out, show, args.device)
     guilty = [suspect.op for suspect in suspects if not suspect.report.ok]
     out(f"FAIL: {', '.join(guilty)}" if guilty else f"OK: each of {len(suspects)} fast ops is within budget by itself")
     return 1 if guilty or not suspects else 0
 
 
 def _save_trace(args: argparse.Namespace, job: Job) -> int:
-    from ..verify.exact import task_class
     from ..verify.trace_file import save_trace
 
     select = tuple(args.only or ["*"])
@@ -217,9 +220,7 @@ def _save_trace(args: argparse.Namespace, job: Job) -> int:
         source = _pytorch(args.against, job)
         save_trace(args.save_trace, job, source.run, source.label, select)
     else:
-        model = task_class(job.task)(
-            job.config, arrays=_cast(job.arrays, args.dtype), dtype=args.dtype, backend=args.backend
-        )
+        model = _model(args, job)
         label = f"minibeit {model.ops.backend} {args.dtype}"
         save_trace(
             args.save_trace,
@@ -266,7 +267,7 @@ def _published(args: argparse.Namespace) -> int:
     ids = [id for id, entry in labels.manifest().items() if entry.get("expected")]
     outcomes = []
     for id in ids if args.published == "all" else [args.published]:
-        for outcome in check_published(id, args.image, args.backend):
+        for outcome in check_published(id, args.image, args.backend, device=args.device):
             outcomes.append(outcome)
             out(f"{outcome.id:48} {outcome.status:8} {outcome.image}: {outcome.text}")
     checked = [outcome for outcome in outcomes if outcome.status != "skipped"]

@@ -42,6 +42,7 @@ __all__ = [
     "resize_bicubic",
     "resize_bilinear",
     "restore",
+    "stage",
     "to_host",
     "zeros",
 ]
@@ -67,6 +68,11 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
     """Context in which ops use `count` threads; here it does nothing, since NumPy follows its BLAS's settings."""
     return nullcontext()
+
+
+def stage(x: Any, dtype: str) -> np.ndarray:
+    """What a caller gave as an array of that dtype that can be checked where it is; `asarray` then takes it in."""
+    return np.asarray(x, dtype=dtype)
 
 
 def asarray(x: Any, dtype: str) -> np.ndarray:

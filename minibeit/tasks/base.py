@@ -13,7 +13,7 @@ from ..config import BeitConfig
 from ..errors import CheckpointError
 from ..model.encoder import encode
 from ..model.position_bias import PositionBias, position_biases
-from ..ops import get_ops
+from ..ops import get_ops, host_dtype
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 
@@ -26,9 +26,10 @@ GRIDS_KEPT = 4  # position biases are kept for the last few grids only
 class BeitPreTrainedModel:
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
-    `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64";
-    `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ones.  `num_threads` is how many
-    threads a call uses, by default MINIBEIT_NUM_THREADS or all cores.
+    `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64",
+    on a GPU also "float16" or "bfloat16"; `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its
+    fast ones.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
+    the number of a GPU, by default the first.
     """
 
     task: ClassVar[str]
@@ -42,24 +43,24 @@ class BeitPreTrainedModel:
         backend: str | None = None,
         only: Any | None = None,
         num_threads: int | None = None,
+        device: int | None = None,
         arrays: Mapping[str, Array] | None = None,
         prepared: Prepared | None = None,
     ) -> None:
         if not isinstance(config, BeitConfig):
             raise TypeError(f"config: expected a BeitConfig, found {type(config).__name__}; see BeitConfig.from_dict")
-        if dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype: expected 'float32' or 'float64', found {dtype!r}")
         self.config = config
         self.dtype = dtype
         self.num_threads = num_threads
-        self.ops = get_ops(backend, only)
+        self.device = device
+        self.ops = get_ops(backend, only, dtype, device)
         self._check_config()
         self._arrays = arrays
         if prepared is not None:
             self.params = self._restored(prepared)
         else:
             if arrays is None:
-                self._arrays = random_arrays(config, param_shapes(config, self.task), seed, dtype)
+                self._arrays = random_arrays(config, param_shapes(config, self.task), seed, host_dtype(dtype))
             self.params = self.ops.prepare(unflatten(shapes(config, self.task), self.arrays))
         self._biases: dict[tuple[int, int], tuple[PositionBias | None, ...]] = {}
 
@@ -72,6 +73,7 @@ class BeitPreTrainedModel:
         backend: str | None = None,
         only: Any | None = None,
         num_threads: int | None = None,
+        device: int | None = None,
         seed: int | None = 0,
         **config_overrides: Any,
     ) -> Self:
@@ -83,14 +85,14 @@ class BeitPreTrainedModel:
         mapped into memory and used as it is.  Raises FileNotFoundError or CheckpointError, one sentence that names the
         file and the tensor.
         """
+        options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
         file = prepared_file(path)
         if file is not None:
             prepared = read_prepared(file, {k: v for k, v in config_overrides.items() if k not in OPTIONS})
-            return cls(
-                prepared.config, dtype=dtype, backend=backend, only=only, num_threads=num_threads, prepared=prepared
-            )
-        config, arrays = load_checkpoint(path, cls.task, dtype, seed, config_overrides)
-        return cls(config, dtype=dtype, backend=backend, only=only, num_threads=num_threads, arrays=arrays)
+            return cls(prepared.config, **options, prepared=prepared)
+        get_ops(backend, only, dtype, device)  # says what is missing before gigabytes are read
+        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, config_overrides)
+        return cls(config, **options, arrays=arrays)
 
     def __call__(
         self,
@@ -155,7 +157,8 @@ class BeitPreTrainedModel:
         return (
             f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, "
             f"{c.num_attention_heads} heads, "
-            f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend})"
+            f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend}"
+            f"{'' if self.device is None else f' on GPU {self.device}'})"
         )
 
     def _restored(self, prepared: Prepared) -> Any:
@@ -175,7 +178,7 @@ class BeitPreTrainedModel:
     def _pixels(self, pixel_values: Any) -> Array:  # -> (B, C, height, width)
         """`pixel_values` in the model's dtype, checked.  Raises ValueError."""
         try:
-            x = self.ops.asarray(pixel_values, self.dtype)
+            x = self.ops.stage(pixel_values, self.dtype)
         except (TypeError, ValueError) as error:
             raise ValueError(f"pixel_values: expected numbers of shape (B, C, height, width): {error}") from error
         C, (ph, pw) = self.config.num_channels, self.config.patch_shape
@@ -194,7 +197,7 @@ class BeitPreTrainedModel:
             )
         if not self.ops.all_finite(x):
             raise ValueError("pixel_values: found NaN or infinite values; check the image and its normalisation")
-        return x
+        return self.ops.asarray(x, self.dtype)
 
     def _mask(self, bool_masked_pos: Any, grid: tuple[int, int], batch: int) -> Array | None:  # -> (B, P)
         """The mask, checked.  Raises ValueError for a wrong shape or a model without mask token."""
@@ -204,26 +207,26 @@ class BeitPreTrainedModel:
             raise ValueError(
                 "bool_masked_pos: this model has no mask token; it needs use_mask_token=True in its config"
             )
-        mask = self.ops.asarray(bool_masked_pos, "bool")
+        mask = self.ops.stage(bool_masked_pos, "bool")
         P = grid[0] * grid[1]
         if mask.shape != (batch, P):
             raise ValueError(
                 f"bool_masked_pos: expected shape (B, P) = ({batch}, {P}), one flag per patch, "
                 f"found {tuple(mask.shape)}"
             )
-        return mask
+        return self.ops.asarray(mask, "bool")
 
     def _label_array(self, labels: Any, classes: bool) -> Array:
         """`labels` as class numbers (int64), or in the model's dtype.  Raises ValueError for what is no number."""
         try:
-            array = self.ops.asarray(labels, "float64")
+            array = self.ops.stage(labels, "float64")
         except (TypeError, ValueError) as error:
             raise ValueError(f"labels: expected an array of numbers: {error}") from error
         if not self.ops.all_finite(array):
             raise ValueError("labels: found NaN or infinite values")
         if not classes:
-            return self.ops.asarray(array, self.dtype)
-        whole = self.ops.asarray(array, "int64")
+            return self.ops.stage(array, self.dtype)
+        whole = self.ops.stage(array, "int64")
         if bool((whole != array).any()):
             raise ValueError("labels: expected class numbers, which are integers, found fractions")
         return whole

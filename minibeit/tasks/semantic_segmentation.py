@@ -57,8 +57,8 @@ def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, t
     laterals.append(pyramid_pooling(ops, p, pyramid[3], config, trace))
     pyramid.clear()
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
-        y = laterals[i] + ops.resize_bilinear(laterals[i + 1], tuple(laterals[i].shape[2:]))
-        laterals[i] = trace.record(f"laterals.{i}", y)
+        size = tuple(laterals[i].shape[2:])
+        laterals[i] = trace.record(f"laterals.{i}", laterals[i] + ops.resize_bilinear(laterals[i + 1], size))
     for i, layer in enumerate(p.fpn_convs):
         laterals[i] = trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(laterals[i], layer))
     y = ops.conv_bn_relu_resized(laterals, p.fpn_bottleneck, tuple(laterals[0].shape[2:]))

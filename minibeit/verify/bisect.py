@@ -11,7 +11,10 @@ from ..ops import BACKENDS
 from .check import Job, Report, check, model_source
 from .exact import task_class
 
-NO_ARITHMETIC = ("prepare", "dump", "restore", "num_threads")
+NO_ARITHMETIC = {
+    *("prepare", "num_threads", "dump", "restore"),
+    *("all_finite", "arange", "asarray", "concatenate", "stage", "to_host", "zeros"),
+}
 
 
 @dataclass
@@ -35,12 +38,16 @@ def fast_ops(backend: str) -> list[str]:
 
 
 def bisect(
-    job: Job, backend: str, leave_out: Any = (), progress: Callable[[Suspect], Any] | None = None
+    job: Job,
+    backend: str,
+    leave_out: Any = (),
+    progress: Callable[[Suspect], Any] | None = None,
+    device: int | None = None,
 ) -> list[Suspect]:
     """One check per fast op; the guilty ones are those whose report is not ok."""
     suspects = []
     for op in fast_ops(backend):
-        model = task_class(job.task)(job.config, arrays=job.arrays, backend=backend, only={op})
+        model = task_class(job.task)(job.config, arrays=job.arrays, backend=backend, only={op}, device=device)
         source = model_source(job, model, f"minibeit, {op} of {backend} alone", leave_out)
         suspects.append(Suspect(op, check(job, source, leave_out=leave_out)))
         if progress is not None:

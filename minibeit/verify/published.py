@@ -13,6 +13,7 @@ from ..checkpoint.hub import resolve
 from ..image_processor import BeitImageProcessor
 from ..trace import Trace
 from .exact import task_class
+from .streams import host
 
 PLAIN = "every pixel value 0.5"  # the one published input that needs no picture
 LOOSE = 1e-3  # relative to the largest published number, where the source names no tolerance
@@ -30,7 +31,11 @@ class Outcome:
 
 
 def check_published(
-    id: str, image: Any | None = None, backend: str | None = None, entry: Mapping[str, Any] | None = None
+    id: str,
+    image: Any | None = None,
+    backend: str | None = None,
+    entry: Mapping[str, Any] | None = None,
+    device: int | None = None,
 ) -> list[Outcome]:
     """Downloads a checkpoint and compares every output that the manifest lists for it.
 
@@ -54,7 +59,7 @@ def check_published(
     if not wanted:
         return skipped
     folder = resolve(id)
-    model = task_class(entry["task"]).from_pretrained(folder, backend=backend)
+    model = task_class(entry["task"]).from_pretrained(folder, backend=backend, device=device)
     processor = BeitImageProcessor(**entry["preprocessing"]) if entry.get("preprocessing") else None
     return [_outcome(id, case, model, processor, image) for case in wanted] + skipped
 
@@ -91,9 +96,9 @@ def _found(case: Mapping[str, Any], logits: np.ndarray, trace: Trace) -> np.ndar
     """The part of the output that was published: its first entries along every axis."""
     output = case.get("output", "logits")
     if output == "sum of pooler_output":
-        return np.asarray(trace["pooler"].sum(dtype=np.float64))
+        return np.asarray(host(trace["pooler"]).sum(dtype=np.float64))
     if output == "sum of last_hidden_state":
         last = "norm" if "norm" in trace else [name for name in trace if name.endswith(".output")][-1]
-        return np.asarray(trace[last].sum(dtype=np.float64))
+        return np.asarray(host(trace[last]).sum(dtype=np.float64))
     shape = np.asarray(case["values"]).shape
     return logits[0][tuple(slice(0, n) for n in shape)].astype(np.float64)

@@ -1,0 +1,102 @@
+"""The contestants on a GPU: minibeit with CuPy, PyTorch eager and compiled, timed by events of the device.
+
+Each gets pixels in main memory and gives its output back there, so both ways of the data are part of every time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+CONTESTANTS = {"cupy": "minibeit cupy", "torch-cuda": "PyTorch eager", "torch-compiled": "PyTorch compiled"}
+PEERS = {"torch": ("torch-cuda", "torch-compiled")}  # what `--against` says -> who that is on a GPU
+# Relative RMS by which outputs may differ: what rounding to the dtype, or to TF32, costs a dozen blocks.
+AGREE = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+AGREE_TF32 = 1e-2
+
+
+class GpuForward:
+    """One contestant: a call computes, `seconds` measures one call, `peak_bytes` asks for the memory reserved."""
+
+    def __init__(
+        self, run: Callable[[np.ndarray], Any], event: Callable[[], Any], peak_bytes: Callable[[], int]
+    ) -> None:
+        self._run = run
+        self._event = event  # makes an event that has been recorded
+        self.peak_bytes = peak_bytes
+
+    def __call__(self, x: np.ndarray) -> Any:
+        return self._run(x)
+
+    def seconds(self, x: np.ndarray) -> float:
+        """Seconds of the device between the start and the end of one call."""
+        start = self._event()
+        self._run(x)
+        return self._event().since(start)
+
+
+def allowed_difference(dtype: str) -> float:
+    """How far outputs of a dtype may be apart, as relative RMS."""
+    tf32 = dtype == "float32" and os.environ.get("MINIBEIT_TF32") == "1"
+    return AGREE_TF32 if tf32 else AGREE[dtype]
+
+
+def check(dtype: str, device: int | None) -> str:
+    """The device in words.  Raises ImportError, DeviceError or ValueError where it cannot be measured on."""
+    from ..ops import get_ops
+
+    get_ops("cupy", dtype=dtype, device=device)
+    from ..ops.cupy_gpu.device import describe
+
+    return describe(device or 0)
+
+
+def minibeit_forward(model: Any, output: Callable[[Any], Any]) -> GpuForward:
+    """A model of minibeit as a contestant."""
+    from ..ops.cupy_gpu.device import cupy, peak_memory
+
+    index = model.device or 0
+
+    class Event:
+        def __init__(self) -> None:
+            with cupy.cuda.Device(index):
+                self.event = cupy.cuda.Event()
+                self.event.record()
+
+        def since(self, start: Event) -> float:
+            self.event.synchronize()
+            return cupy.cuda.get_elapsed_time(start.event, self.event) / 1000
+
+    return GpuForward(lambda x: output(model(x)), Event, lambda: peak_memory(index))
+
+
+def torch_forward(
+    torch: Any, model: Any, output: Callable[[Any], Any], name: str, dtype: str, device: int | None
+) -> GpuForward:
+    """A model of transformers as a contestant, in true float32 unless MINIBEIT_TF32=1.  Raises ValueError."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} finds no GPU; install the build of PyTorch for your CUDA")
+    place, kind = f"cuda:{device or 0}", getattr(torch, dtype)
+    tf32 = os.environ.get("MINIBEIT_TF32") == "1"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    model = model.to(place, kind)
+    if name == "torch-compiled":
+        model = torch.compile(model)
+
+    class Event:
+        def __init__(self) -> None:
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record(torch.cuda.current_stream(place))
+
+        def since(self, start: Event) -> float:
+            self.event.synchronize()
+            return start.event.elapsed_time(self.event) / 1000
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return output(model(pixel_values=torch.from_numpy(x).to(place, kind))).float().cpu().numpy()
+
+    return GpuForward(run, Event, lambda: torch.cuda.max_memory_reserved(place))

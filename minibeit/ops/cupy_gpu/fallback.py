@@ -1,0 +1,68 @@
+"""The ops of one model on one device; NumPy's definition of some in their place, to trace a difference to an op."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import arrays
+from .device import cupy, open_device, session
+from .prepare import prepare
+
+ARRAYS = ("all_finite", "arange", "asarray", "stage", "to_host", "zeros")  # where they are is all that these are about
+LEFT = ("dump", "restore")  # NumPy's say that there is nothing to store
+
+
+def on_device(
+    table: dict[str, Callable[..., Any]], origin: dict[str, str], dtype: str, device: int | None
+) -> dict[str, Callable[..., Any]]:
+    """`table` for models of `dtype` on the GPU of that number; what is NumPy's in it works on copies in main memory.
+
+    Raises what `device.open_device` does.
+    """
+    number = open_device(device)
+    on_cpu = {name for name, code in origin.items() if code == "numpy"} - {*ARRAYS, *LEFT, "prepare", "num_threads"}
+
+    def prepare_there(params: Any) -> Any:
+        with session(number, dtype):
+            return prepare(params, bool(on_cpu), dtype)
+
+    bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
+    bound.update({name: getattr(arrays, name) for name in ARRAYS})
+    bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
+    for name in (*ARRAYS, "prepare", "num_threads"):
+        origin[name] = "cupy"
+    return bound
+
+
+def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` of NumPy for arrays of the device and prepared leaves that kept their `.source`."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _up(op(*map(_down, args), **{name: _down(value) for name, value in kwargs.items()}))
+
+    return call
+
+
+def _down(x: Any) -> Any:
+    """`x` in main memory: an array, a leaf, a position bias, or a sequence of such."""
+    if isinstance(x, cupy.ndarray):
+        return arrays.to_host(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_down, x))
+    if hasattr(x, "source"):
+        return x.source
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(x, **{f.name: _down(getattr(x, f.name)) for f in dataclasses.fields(x)})
+    return x
+
+
+def _up(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_up, x))
+    return arrays.asarray(x, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else x

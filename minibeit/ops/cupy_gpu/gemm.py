@@ -1,0 +1,92 @@
+"""Matrix products by cuBLAS, called directly: strides, accumulation and the precision of the sums are said here.
+
+CuPy's own `matmul` copies what is not contiguous, has no accumulating form, and does not know bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from .device import cupy
+
+# Numbers of cuBLAS's types, fixed by its binary interface.
+_TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint16": 14}  # uint16 holds the bits of bfloat16
+_SUMS_IN_FLOAT32, _SUMS_IN_FLOAT64, _TF32 = 68, 70, 77
+_DEFAULT_ALGORITHM = -1
+
+
+def product(x: Any, weight: Any, y: Any, accumulate: bool = False) -> None:
+    """y = x W^T, or y += x W^T; x (n, k), W (m, k), y (n, m), each with numbers of a row side by side.
+
+    Sums are float32, or float64 for float64 arrays; float32 numbers are not rounded to TF32 unless MINIBEIT_TF32=1.
+    y may be float32 where x and W are float16 or bfloat16.
+    """
+    (n, k), m = x.shape, len(weight)
+    if n == 0 or m == 0:
+        return
+    compute, one, start = _precision(x, 1.0, float(accumulate))
+    cublas, handle = _cublas()
+    cublas.gemmEx(
+        handle, 1, 0, m, n, k, one,
+        weight.data.ptr, _type(weight), _row(weight), x.data.ptr, _type(x), _row(x),
+        start, y.data.ptr, _type(y), _row(y), compute, _DEFAULT_ALGORITHM,
+    )  # fmt: skip
+
+
+def batched_product(x: Any, weight: Any, y: Any, scale: float = 1.0, transposed: bool = True) -> None:
+    """y_i = scale x_i W_i^T for every i, or scale x_i W_i unless `transposed`.
+
+    x (batch, n, k), W (batch, m, k) or (batch, k, m), y (batch, n, m), each with numbers of a row side by side.
+    """
+    batch, n, k = x.shape
+    m = y.shape[2]
+    if batch == 0 or n == 0 or m == 0:
+        return
+    compute, factor, zero = _precision(x, scale, 0.0)
+    cublas, handle = _cublas()
+    cublas.gemmStridedBatchedEx(
+        handle, int(transposed), 0, m, n, k, factor,
+        weight.data.ptr, _type(weight), _row(weight), _step(weight), x.data.ptr, _type(x), _row(x), _step(x),
+        zero, y.data.ptr, _type(y), _row(y), _step(y), batch, compute, _DEFAULT_ALGORITHM,
+    )  # fmt: skip
+
+
+def _cublas() -> tuple[Any, int]:
+    from cupy.cuda import cublas
+
+    return cublas, cupy.cuda.device.get_cublas_handle()
+
+
+def _precision(x: Any, factor: float, start: float) -> tuple[int, int, int]:
+    """How sums are made, and where two numbers lie in main memory, in the sums' own dtype."""
+    if x.dtype == np.float64:
+        return _SUMS_IN_FLOAT64, _address(factor, "float64"), _address(start, "float64")
+    tf32 = x.dtype == np.float32 and os.environ.get("MINIBEIT_TF32") == "1"
+    return _TF32 if tf32 else _SUMS_IN_FLOAT32, _address(factor, "float32"), _address(start, "float32")
+
+
+_kept: list[Any] = []
+
+
+@cache
+def _address(value: float, dtype: str) -> int:
+    _kept.append(np.array(value, dtype))
+    return _kept[-1].ctypes.data
+
+
+def _type(array: Any) -> int:
+    return _TYPES[array.dtype.name]
+
+
+def _row(array: Any) -> int:
+    """Numbers from one row to the next; cuBLAS wants at least a row's length, also where there is only one row."""
+    return max(array.strides[-2] // array.itemsize, array.shape[-1])
+
+
+def _step(array: Any) -> int:
+    """Numbers from one matrix of a batch to the next."""
+    return array.strides[0] // array.itemsize

@@ -1,0 +1,45 @@
+"""Losses: sums over elements in float64, everything else in the dtype of the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .arrays import to_host
+from .device import cupy
+
+Array = Any
+
+
+def cross_entropy(logits: Array, labels: Array, ignore_index: int) -> Array:  # (n, K), (n,) -> ()
+    """See `reference.cross_entropy`."""
+    K = logits.shape[1]
+    labels = np.asarray(to_host(labels))
+    counted = np.flatnonzero(labels != ignore_index)
+    labels = labels[counted]
+    if labels.size and not (labels.min() >= 0 and labels.max() < K):
+        wrong = labels[(labels < 0) | (labels >= K)][0]
+        raise ValueError(f"labels: expected class numbers 0 to {K - 1} (or {ignore_index} to ignore), found {wrong}")
+    if not labels.size:
+        return cupy.asarray(np.array(np.nan, logits.dtype))
+    rows = logits[cupy.asarray(counted)]
+    shifted = rows - rows.max(1, keepdims=True)
+    log_sums = cupy.log(cupy.exp(shifted).sum(1))
+    chosen = shifted[cupy.arange(len(labels)), cupy.asarray(labels.astype(np.int64))]
+    return _mean(log_sums - chosen)
+
+
+def mse_loss(prediction: Array, target: Array) -> Array:  # (...), (...) -> ()
+    """See `reference.mse_loss`."""
+    return _mean(cupy.square(prediction - cupy.asarray(target, prediction.dtype)))
+
+
+def bce_with_logits(logits: Array, target: Array) -> Array:  # (...), (...) -> ()
+    """See `reference.bce_with_logits`."""
+    target = cupy.asarray(target, logits.dtype)
+    return _mean(cupy.maximum(logits, 0) - logits * target + cupy.log1p(cupy.exp(-cupy.abs(logits))))
+
+
+def _mean(x: Array) -> Array:
+    return x.mean(dtype=np.float64).astype(x.dtype)
