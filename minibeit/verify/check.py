@@ -17,6 +17,7 @@ from .budget import Yard
 from .compare import Difference, difference, distance, heat_map
 from .diagnosis import diagnose, fingerprint
 from .exact import Call, Log, float32_model, truth_model
+from .memory import Unused
 from .names import trace_shapes
 from .streams import RunSource, Source, Stream
 
@@ -157,6 +158,8 @@ class _Run:
         self.job, self.candidate, self.yardstick, self.wanted = job, candidate, yardstick, wanted
         # Everything else is an input of what is judged; the largest arrays of all are inputs of nothing.
         names = tuple(name for name in job.shapes() if wanted(name) or not name.endswith("attention.probs"))
+        self.names = names
+        self.unused = Unused(job.arrays)
         self.log = Log()
         truth = truth_model(job.config, job.task, job.arrays)
         replayed = truth_model(job.config, job.task, job.arrays, self.log)
@@ -185,25 +188,27 @@ class _Run:
             self.yardstick.close()
 
     def rows(self, heat: bool) -> Iterator[Row]:
-        expected = set()
-        self.log.take()
-        while (item := self.truth.advance()) is not None:
-            expected.add(item[0])
-            row = self._step(*item, heat)
-            del item  # at large sizes nothing may outlive its step
+        for name in self.names:
+            row = self._step(name, heat)
             if row is not None:
                 yield row
-        yield from self._extra(expected)
+        yield from self._extra()
 
-    def _step(self, name: str, truth: Any, heat: bool) -> Row | None:
-        """Takes every run to its array of that name; the replays go on with the array of the record before."""
-        found, theirs = self.found, self.theirs
-        exact = _next(self.replay, found)
-        single = _next(self.replay32, None if found is None else found.astype(np.float32, copy=False))
-        free = _next(self.numpy) if self.numpy else None
-        their_exact = _next(self.yard_replay, theirs) if self.yard_replay else None
-        self.found = found = self.candidate.take(name)
+    def _step(self, name: str, heat: bool) -> Row | None:
+        """Takes every run to its array of that name; the replays go on with the arrays of the record before.
+
+        The order is that of what the runs need beside their results, so that the largest come before many are alive.
+        """
+        before, their_before = self.found, self.theirs
+        self.unused.give_back()
         self.theirs = theirs = self.yardstick.take(name) if self.yardstick else None
+        self.found = found = self.candidate.take(name)
+        self.unused.give_back()
+        their_exact = _next(self.yard_replay, their_before) if self.yard_replay else None
+        exact = _next(self.replay, before)
+        truth = _next(self.truth)
+        free = _next(self.numpy) if self.numpy else None
+        single = _next(self.replay32, None if before is None else before.astype(np.float32, copy=False))
         if theirs is not None and theirs.shape != truth.shape:
             label = self.yardstick.label if self.yardstick else ""
             raise ValueError(f"{name}: {label} gives shape {theirs.shape}, expected {truth.shape}")
@@ -285,9 +290,9 @@ class _Run:
         elif row.total.rms_rel > row.total_limit:
             row.status = "total"
 
-    def _extra(self, expected: set[str]) -> Iterator[Row]:
+    def _extra(self) -> Iterator[Row]:
         for name in self.candidate.names:
-            if name not in expected and not name.startswith("input.") and self.wanted(name):
+            if name not in self.names and not name.startswith("input.") and self.wanted(name):
                 yield Row(name, "extra", note="the model of this config and task makes no array of this name")
 
 

@@ -110,7 +110,7 @@ def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[hypoth
         if result.shape != exact.shape:
             continue
         rest = 0 if result is exact else exact - result
-        for text, value in guesses(*call.args, **call.kwargs):
+        for text, value in guesses(*call.wide_args(), **call.kwargs):
             yield text, value + rest if np.shape(value) == exact.shape else value
 
 

@@ -27,16 +27,21 @@ CLASSES = {
     "backbone": "BeitBackbone",
 }
 STRIP_BYTES = 16 << 20  # what a strip of rows of a convolution may take
+MIXED = ("conv_bn_relu", "conv_bn_relu_resized", "concatenate")  # ops that need no float64 copy of their input
 
 
 @dataclass
 class Call:
-    """One op as it was called."""
+    """One op as it was called; its arguments are kept as they came, which takes half the memory."""
 
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+
+    def wide_args(self) -> tuple[Any, ...]:
+        """The arguments that the op computed with: float64."""
+        return tuple([_wide(part) for part in x] if isinstance(x, list) else _wide(x) for x in self.args)
 
 
 @dataclass
@@ -74,7 +79,7 @@ def float32_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray
 
 
 def double_ops(log: Log | None = None) -> SimpleNamespace:
-    """NumPy's ops, every float32 array among their arguments widened first."""
+    """NumPy's ops, every float32 array among their arguments widened first; large maps strip by strip."""
     table = {name: getattr(reference, name) for name in reference.__all__} | LEAN
     wrapped = {name: _widened(name, op, log) for name, op in table.items()}
     wrapped["asarray"] = lambda x, dtype: np.asarray(x, np.float64 if np.dtype(dtype).kind == "f" else dtype)
@@ -89,8 +94,7 @@ def _multiplied_only(name: str, array: np.ndarray) -> bool:
 
 def _widened(name: str, op: Callable[..., Any], log: Log | None) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(map(_wide, args))
-        result = op(*args, **kwargs)
+        result = op(*(args if name in MIXED else map(_wide, args)), **kwargs)
         if log is not None:
             log.calls.append(Call(name, args, kwargs, result))
         return result
@@ -99,11 +103,8 @@ def _widened(name: str, op: Callable[..., Any], log: Log | None) -> Callable[...
 
 
 def _wide(x: Any) -> Any:
-    if isinstance(x, np.ndarray):
-        return x.astype(np.float64) if x.dtype.kind == "f" and x.dtype != np.float64 else x
-    if isinstance(x, list):
-        return [_wide(part) for part in x]
-    return x
+    narrow = isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.dtype != np.float64
+    return x.astype(np.float64) if narrow else x
 
 
 # Convolutions strip by strip ----------------------------------------------------------------------------------------
@@ -117,32 +118,41 @@ def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out,
 
 
 def _add_conv2d(y: np.ndarray, x: np.ndarray, conv: Conv) -> None:
-    """Adds the convolution of x to y."""
-    B, C, h, w = x.shape
-    out, _, kh, _ = conv.weight.shape
-    rows = max(1, STRIP_BYTES // (max(C, out) * B * w * x.itemsize))
+    """Adds the convolution of x, enlarged to the size of y and in its precision, to y."""
+    B, out, h, w = y.shape
+    kh = conv.weight.shape[2]
+    rows = max(1, STRIP_BYTES // (max(x.shape[1], out) * B * w * y.itemsize))
     for first in range(0, h, rows):
         last = min(h, first + rows)
         above, below = max(0, first - kh // 2), min(h, last + kh // 2)
-        strip = reference.conv2d(x[:, :, above:below], conv)
+        strip = reference.conv2d(_enlarged(x, (h, w), slice(above, below), y.dtype), conv)
         y[:, :, first:last] += strip[:, :, first - above : strip.shape[2] - (below - last)]
 
 
+def _enlarged(x: np.ndarray, size: tuple[int, int], rows: slice, dtype: Any) -> np.ndarray:
+    """These rows of `reference.resize_bilinear(x, size)`."""
+    if x.shape[2] == size[0]:
+        part = x[:, :, rows].astype(dtype, copy=False)
+    else:
+        taps = reference._bilinear_taps(x.shape[2], size[0])
+        part = sum(np.take(x, index[rows], 2) * share[rows, None].astype(dtype) for index, share in taps)
+    return reference.resize_bilinear(part, (part.shape[2], size[1]))
+
+
 def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
-    """`reference.conv_bn_relu`, some rows at a time."""
-    return _normalised(conv2d(x, layer.conv), layer)
+    """`reference.conv_bn_relu`, some rows at a time, in the precision of the batch norm."""
+    return conv_bn_relu_resized([x], layer, x.shape[2:])
 
 
 def conv_bn_relu_resized(maps: Sequence[np.ndarray], layer: ConvBatchNorm, size: tuple[int, int]) -> np.ndarray:
     """`reference.conv_bn_relu_resized`, one map at a time: a convolution is the sum over its input channels."""
-    total, first = np.zeros((maps[0].shape[0], layer.conv.weight.shape[0], *size), maps[0].dtype), 0
+    y = np.zeros((maps[0].shape[0], layer.conv.weight.shape[0], *size), layer.bn.weight.dtype)
+    first = 0
     for x in maps:
         last = first + x.shape[1]
-        same = tuple(x.shape[2:]) == tuple(size)
-        part = Conv(layer.conv.weight[:, first:last], None)
-        _add_conv2d(total, x if same else resize_bilinear(x, size), part)
+        _add_conv2d(y, x, Conv(layer.conv.weight[:, first:last], None))
         first = last
-    return _normalised(total, layer)
+    return _normalised(y, layer)
 
 
 def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
