@@ -85,7 +85,7 @@ def test_kernels_that_are_launched_are_compiled(kernels):
 
 
 def test_sources_are_part_of_the_package():
-    settings = (FOLDER.parents[2] / "setup.cfg").read_text()
+    settings = (Path(__file__).parents[1] / "setup.cfg").read_text()
     assert "minibeit.ops.cupy_gpu = *.cu" in settings
     assert "    minibeit.ops.cupy_gpu\n" in settings
 
