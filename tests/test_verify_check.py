@@ -78,6 +78,22 @@ def test_a_source_hands_out_by_name_in_any_order():
     source.close()
 
 
+def test_a_source_stands_one_record_ahead():
+    steps = []
+
+    def run(trace):
+        for name in "abc":
+            steps.append(name)
+            trace.record(name, name)
+
+    source = RunSource("s", ["a", "b", "c"], run)
+    assert source.take("a") == "a"
+    assert steps == ["a", "b"]
+    assert source.take("b") == "b"
+    assert steps == ["a", "b", "c"]
+    source.close()
+
+
 # Comparison ---------------------------------------------------------------------------------------------------------
 
 
