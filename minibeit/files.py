@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,19 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > LARGEST_JSON:
         raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def mapped_file(array: Any) -> mmap.mmap | None:
+    """The file that an array is a read-only view of; None for any other array.
+
+    Pages of such a file may be dropped, they are read again when needed; a private copy would lose what was written.
+    """
+    base = array
+    while hasattr(base, "flags") or isinstance(base, memoryview):
+        if not base.readonly if isinstance(base, memoryview) else base.flags.writeable:
+            return None
+        base = base.obj if isinstance(base, memoryview) else base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def _umask() -> int:

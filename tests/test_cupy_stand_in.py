@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import random_configs
 import test_ops
-from conftest import distance, random_weights, tiny_config
+from conftest import distance, on_host, random_weights, tiny_config
 from cuda_on_cpu import kernels
-from cuda_on_cpu.backend import HostOps, cupy_backend, outputs
+from cuda_on_cpu.backend import cupy_backend, outputs
 from cuda_on_cpu.world import Event, counted, world
 from tolerances import EPS32, EPS64, FACTOR
 
 import minibeit
 from minibeit import BeitConfig
 from minibeit.errors import DeviceError
-from minibeit.ops import get_ops
+from minibeit.ops import get_ops, host_dtype
 from minibeit.params import LayerNorm
 from minibeit.verify.exact import CLASSES
 
@@ -35,16 +35,12 @@ RNG = np.random.default_rng(3)
 EVERY = {"output_hidden_states": True, "output_attentions": True}
 
 
-def host_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
-
-
 @pytest.fixture(scope="module", params=["float32", "float64", "float16", "float32 backwards", "bfloat16 backwards"])
 def device(request):
     """(ops, dtype): the backend for each dtype, and with threads in reverse order."""
     dtype, *order = request.param.split()
-    with cupy_backend(backwards=bool(order)) as cupy:
-        yield HostOps(cupy, dtype), dtype
+    with cupy_backend(backwards=bool(order)):
+        yield on_host(get_ops("cupy", dtype=dtype)), dtype
 
 
 @pytest.fixture

@@ -98,12 +98,9 @@ def load(
 
     minibeit's and NumPy's threads are set by the environment of the process (see `measure`); the peers' here.
     """
-    if name == "cupy":
-        model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
-        return gpu.minibeit_forward(model, _output)
     if name in BACKENDS:
-        model = model_class(workload.task).from_pretrained(folder, backend=name)
-        return lambda x: _output(model(x))
+        model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
+        return gpu.minibeit_forward(model, _output) if name in gpu.CONTESTANTS else lambda x: _output(model(x))
     if name in gpu.CONTESTANTS:
         torch = import_module("torch")
         return gpu.torch_forward(torch, _transformers_model(workload, folder), _output, name, dtype, device)

@@ -5,11 +5,12 @@ Each gets pixels in main memory and gives its output back there, so both ways of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from ..ops import get_ops, tf32_allowed
 
 CONTESTANTS = {"cupy": "minibeit cupy", "torch-cuda": "PyTorch eager", "torch-compiled": "PyTorch compiled"}
 PEERS = {"torch": ("torch-cuda", "torch-compiled")}  # what `--against` says -> who that is on a GPU
@@ -40,14 +41,11 @@ class GpuForward:
 
 def allowed_difference(dtype: str) -> float:
     """How far outputs of a dtype may be apart, as relative RMS."""
-    tf32 = dtype == "float32" and os.environ.get("MINIBEIT_TF32") == "1"
-    return AGREE_TF32 if tf32 else AGREE[dtype]
+    return AGREE_TF32 if dtype == "float32" and tf32_allowed() else AGREE[dtype]
 
 
 def check(dtype: str, device: int | None) -> str:
     """The device in words.  Raises ImportError, DeviceError or ValueError where it cannot be measured on."""
-    from ..ops import get_ops
-
     get_ops("cupy", dtype=dtype, device=device)
     from ..ops.cupy_gpu.device import describe
 
@@ -80,8 +78,7 @@ def torch_forward(
     if not torch.cuda.is_available():
         raise ValueError(f"torch {torch.__version__} finds no GPU; install the build of PyTorch for your CUDA")
     place, kind = f"cuda:{device or 0}", getattr(torch, dtype)
-    tf32 = os.environ.get("MINIBEIT_TF32") == "1"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32_allowed()
     model = model.to(place, kind)
     if name == "torch-compiled":
         model = torch.compile(model)

@@ -111,8 +111,7 @@ def run_profile(
 ) -> Iterator[dict[str, Any]]:
     """Times the ops of one of minibeit's backends."""
     shape = Workload(**workload)
-    options: dict[str, Any] = dict(dtype=dtype, device=device) if name == "cupy" else {}
-    model = model_class(shape.task).from_pretrained(folder, backend=name, **options)
+    model = model_class(shape.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
     entries, seconds = profile(model, pixels(shape), runs)
     yield {"ops": {op: asdict(entry) for op, entry in entries.items()}, "seconds": seconds}
 

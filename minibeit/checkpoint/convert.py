@@ -55,7 +55,7 @@ def convert(
     dtype: str = "float32",
     force: bool = False,
     seed: int = 0,
-    finish: Callable[[Path], None] | None = None,
+    finish: Callable[[Path, str], None] | None = None,
     **config_overrides: Any,
 ) -> Conversion:
     """Writes the checkpoint `source` (file, folder or Hub id) to the folder `destination`: config, weights, processor.
@@ -63,7 +63,8 @@ def convert(
     `task` defaults to the one the checkpoint was made for, and what that lacks is left out; for another one the
     missing head is drawn from `seed`, and a bias table shared by all blocks is copied to each, as fine-tuning starts.
     `image_size` resizes position bias tables and position embeddings (see `resize.resize_arrays`).  `finish` is called
-    with the written folder before it takes its place, and may change it.  The folder appears only when it is complete.
+    with the written folder and its task before it takes its place, and may change it.  The folder appears only when it
+    is complete.
     Raises FileExistsError for a destination that is not empty unless `force`, FileNotFoundError, CheckpointError and
     ValueError.
     """
@@ -200,7 +201,7 @@ def _write(
     dtype: str,
     counters: Mapping[str, np.ndarray],
     processor: dict[str, Any] | None,
-    finish: Callable[[Path], None] | None,
+    finish: Callable[[Path, str], None] | None,
 ) -> None:
     """Fills a folder beside `destination` and moves it, or for an existing one its files, into place."""
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def _write(
         if processor is not None:
             (made / PROCESSOR_NAME).write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if finish is not None:
-            finish(made)
+            finish(made, task)
         if not destination.exists():
             shutil.move(made, destination)
             return

@@ -15,7 +15,6 @@ import numpy as np
 
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
-from ..files import read_json
 from .formats import FOLDER_FILES, PREPARED_NAME, Loaded, load_file, write_safetensors
 
 FORMAT = "minibeit-prepared"  # the `format` in the file's metadata
@@ -60,11 +59,9 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     if not is_prepared(loaded) or not {"layout", "task"} <= set(metadata):
         raise CheckpointError(f"{file}: is no prepared file of minibeit; `minibeit convert --prepared` makes one")
     try:
-        config = BeitConfig.from_dict(read_json(file.parent / CONFIG_NAME), **(overrides or {}))
+        config = BeitConfig.from_pretrained(file.parent, **(overrides or {}))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no {CONFIG_NAME} beside it, without which it cannot be used") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file.parent / CONFIG_NAME}: {error}") from None
     arrays = {name: loaded.tensors.read(name, "float32") for name in loaded.tensors}
     return Prepared(file, config, metadata["task"], metadata["layout"], arrays)
 

@@ -63,12 +63,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prepare(folder: Path) -> None:
+def _prepare(folder: Path, task: str) -> None:
     """Replaces the weights in `folder` by prepared ones."""
     from ..checkpoint.convert import WEIGHTS_NAME
-    from ..checkpoint.load import open_checkpoint
     from ..verify.exact import task_class
 
-    task = str(open_checkpoint(folder).task)
     task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)
     (folder / WEIGHTS_NAME).unlink()

@@ -81,6 +81,11 @@ def host_dtype(dtype: str) -> str:
     return "float32" if dtype in HALF_DTYPES else dtype
 
 
+def tf32_allowed() -> bool:
+    """Whether a GPU may round the operands of float32 products to TF32: MINIBEIT_TF32=1."""
+    return os.environ.get("MINIBEIT_TF32") == "1"
+
+
 def _on_sources(op: Any) -> Any:
     """`op`, given the unpacked weights that a packed leaf keeps in `.source`."""
 

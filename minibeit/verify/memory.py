@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..files import mapped_file
+
 
 class Unused:
     """The memory that runs on `arrays` (weights) could do without."""
@@ -32,17 +34,8 @@ class Unused:
 
 def _mapped_files(arrays: Iterable[np.ndarray]) -> list[mmap.mmap]:
     """The files, mapped read-only, that these arrays are views of."""
-    files = {id(file): file for file in map(_mapped_file, arrays) if file is not None}
+    files = {id(file): file for file in map(mapped_file, arrays) if file is not None}
     return list(files.values()) if sys.platform.startswith("linux") else []  # elsewhere the advice means other things
-
-
-def _mapped_file(array: np.ndarray) -> mmap.mmap | None:
-    base: Any = array
-    while isinstance(base, (np.ndarray, memoryview)):
-        if isinstance(base, memoryview) and not base.readonly:
-            return None  # a private copy would lose what was written to it
-        base = base.obj if isinstance(base, memoryview) else base.base
-    return base if isinstance(base, mmap.mmap) else None
 
 
 def _malloc_trim() -> Any:

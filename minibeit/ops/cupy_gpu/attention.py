@@ -6,7 +6,7 @@ from typing import Any
 
 from .device import cupy
 from .gemm import batched_product, product
-from .kernels import MODEL_DTYPE, along_rows, block_size, kernel, operand, seen_dtype
+from .kernels import MODEL_DTYPE, along_rows, block_size, kernel, operand, or_null, seen_dtype
 from .prepare import DeviceAttention
 
 Array = Any
@@ -67,9 +67,5 @@ def _softmax(
         row, head = (step // table.itemsize for step in table.strides)
     kernel("softmax", dtype)(
         (len(scores) * N,), (block_size(-(-N // 4)),),
-        (scores, N, scores.shape[2], table, row, head, index, H, first, _or_null(probs), _or_null(keep)),
+        (scores, N, scores.shape[2], table, row, head, index, H, first, or_null(probs), or_null(keep)),
     )  # fmt: skip
-
-
-def _or_null(array: Array | None) -> Any:
-    return 0 if array is None else array

@@ -5,12 +5,12 @@ CuPy's own `matmul` copies what is not contiguous, has no accumulating form, and
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from .. import tf32_allowed
 from .device import cupy
 
 # Numbers of cuBLAS's types, fixed by its binary interface.
@@ -65,7 +65,7 @@ def _precision(x: Any, factor: float, start: float) -> tuple[int, int, int]:
     """How sums are made, and where two numbers lie in main memory, in the sums' own dtype."""
     if x.dtype == np.float64:
         return _SUMS_IN_FLOAT64, _address(factor, "float64"), _address(start, "float64")
-    tf32 = x.dtype == np.float32 and os.environ.get("MINIBEIT_TF32") == "1"
+    tf32 = x.dtype == np.float32 and tf32_allowed()
     return _TF32 if tf32 else _SUMS_IN_FLOAT32, _address(factor, "float32"), _address(start, "float32")
 
 

@@ -89,6 +89,11 @@ def over_channels(name: str, dtype: str, rows: int, channels: int, *args: Any) -
         kernel(name, dtype)((rows, -(-channels // CHANNEL_THREADS)), (CHANNEL_THREADS,), args)
 
 
+def or_null(array: Any | None) -> Any:
+    """An argument of a kernel that may be missing: then a null pointer."""
+    return 0 if array is None else array
+
+
 def block_size(count: int) -> int:
     """Threads for `count` pieces of work: whole warps, at most THREADS."""
     return min(THREADS, max(1, -(-count // _WARP)) * _WARP)

@@ -12,7 +12,7 @@ from typing import Any
 from . import winograd
 from .device import cupy
 from .gemm import product
-from .kernels import GELU, MODEL_DTYPE, PLAIN, RELU, along_rows, operand, over_channels, seen_dtype, visible
+from .kernels import GELU, MODEL_DTYPE, PLAIN, RELU, along_rows, operand, or_null, over_channels, seen_dtype, visible
 from .prepare import DeviceBatchNorm, DeviceConv, DeviceDeconv, DeviceLinear
 
 Array = Any
@@ -41,7 +41,7 @@ def _convolve(x: Array, taps: Array, bias: Array | None, kind: int, dtype: str) 
         _by_taps(source, taps, bias, y, False, kind, dtype)
     else:
         product(operand(source, dtype).reshape(-1, C), taps[0], y.reshape(-1, y.shape[3]))
-        along_rows("bias_activation", dtype, B * h * w, y.shape[3], y, _or_null(bias), y.shape[3], kind, suffix=", A")
+        along_rows("bias_activation", dtype, B * h * w, y.shape[3], y, or_null(bias), y.shape[3], kind, suffix=", A")
     return first(y)
 
 
@@ -89,7 +89,7 @@ def _by_taps(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, kin
             product(padded[start : start + count], weight, z[:count], accumulate=t > 0)
         along_rows(
             "finish_padded", dtype, len(x[images]) * h * w, out,
-            z, _or_null(bias), y[images], h, w, out, border, int(add), kind,
+            z, or_null(bias), y[images], h, w, out, border, int(add), kind,
         )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def _enlarged(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, ki
         product(operand(x[images], dtype).reshape(-1, C), weight, z)
         along_rows(
             "spread", dtype, count * h * w, out,
-            z, _or_null(bias), y[images], old_h, old_w, h, w, out, old_h / h, old_w / w, side, int(add), kind,
+            z, or_null(bias), y[images], old_h, old_w, h, w, out, old_h / h, old_w / w, side, int(add), kind,
         )  # fmt: skip
 
 
@@ -191,7 +191,3 @@ def _images(B: int, bytes_each: int) -> Iterator[slice]:
     """The images of a batch, as many at a time as WORK_BYTES allow."""
     count = max(1, WORK_BYTES // max(bytes_each, 1))
     return (slice(start, min(start + count, B)) for start in range(0, B, count))
-
-
-def _or_null(array: Array | None) -> Any:
-    return 0 if array is None else array

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ...params import (
-    BATCH_NORM_EPS,
     Attention,
     BatchNorm,
     Conv,
@@ -23,6 +22,7 @@ from ...params import (
     Linear,
     UperHead,
 )  # fmt: skip
+from ..folding import fold
 from .device import cupy
 from .kernels import operand, seen_dtype
 from .winograd import transformed
@@ -156,10 +156,8 @@ class _Preparation:
 
     def conv_bn(self, p: ConvBatchNorm, full_size: int = 0) -> DeviceConv:
         """The first `full_size` input channels see maps of the output's own size: Winograd serves them."""
-        scale, shift = fold(p.bn)
+        scale, shift = fold(p.bn, p.conv.bias)
         weight = np.asarray(p.conv.weight) * scale[:, None, None, None]  # float64
-        if p.conv.bias is not None:
-            shift = shift + p.conv.bias * scale
         out, C, side, _ = weight.shape
         taps = self.matrix(weight.reshape(out, C, side * side).transpose(2, 0, 1))
         fast = full_size > 0 and side == 3 and self.dtype == "float32"
@@ -191,9 +189,3 @@ class _Preparation:
 
     def matrix(self, array: Array) -> Array:
         return operand(cupy.asarray(np.ascontiguousarray(array, seen_dtype(self.dtype))), self.dtype)
-
-
-def fold(bn: BatchNorm) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) in float64 that stand for a batch norm."""
-    scale = bn.weight / np.sqrt(np.float64(bn.running_var) + BATCH_NORM_EPS)
-    return scale, bn.bias - bn.running_mean * scale

@@ -10,7 +10,7 @@ from typing import Any
 
 from .device import cupy
 from .gemm import product
-from .kernels import ACTIVATIONS, PLAIN, along_rows, operand, product_dtype, seen_dtype, visible
+from .kernels import ACTIVATIONS, PLAIN, along_rows, operand, or_null, product_dtype, seen_dtype, visible
 from .prepare import DeviceLinear, DeviceNorm
 
 Array = Any
@@ -48,7 +48,7 @@ def linear_residual(
     residual = visible(residual, layer.dtype)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
-    args = (branch, _or_null(layer.bias), _or_null(scale), residual, y, out)
+    args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)
     along_rows("residual", layer.dtype, y.size // out, out, *args)
     return y
 
@@ -63,9 +63,5 @@ def _product(x: Array, layer: DeviceLinear, dtype: Any) -> Array:
 def _bias_activation(y: Array, layer: DeviceLinear, kind: int, type_: str) -> None:
     """y = f(y + bias) in place."""
     out = y.shape[-1]
-    args = (y, _or_null(layer.bias), out, kind)
+    args = (y, or_null(layer.bias), out, kind)
     along_rows("bias_activation", layer.dtype, y.size // out, out, *args, suffix=f", {type_}")
-
-
-def _or_null(array: Array | None) -> Any:
-    return 0 if array is None else array

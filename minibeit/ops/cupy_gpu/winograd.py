@@ -13,7 +13,7 @@ import numpy as np
 
 from .device import cupy
 from .gemm import batched_product
-from .kernels import over_channels
+from .kernels import or_null, over_channels
 
 Array = Any
 POINTS = 36
@@ -43,5 +43,5 @@ def convolve(x: Array, weight: Array, bias: Array | None, y: Array, add: bool, k
         batched_product(v, weight, m)
         over_channels(
             "winograd_output", "float32", count, out,
-            m, 0 if bias is None else bias, y, h, w, out, first, count, int(add), kind,
+            m, or_null(bias), y, h, w, out, first, count, int(add), kind,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...files import mapped_file
 from .machine_code import Kernel
 from .memory import aligned
 from .pool import run
@@ -73,12 +74,7 @@ def release_pages(array: np.ndarray) -> None:
 
     Does nothing for any other array: there it would lose the data.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    base: Any = array
-    while isinstance(base, (np.ndarray, memoryview)) and not isinstance(getattr(base, "base", base), mmap.mmap):
-        base = base.obj if isinstance(base, memoryview) else base.base
-    if not isinstance(base, mmap.mmap) and not isinstance(getattr(base, "base", None), mmap.mmap):
+    if not sys.platform.startswith("linux") or mapped_file(array) is None:
         return
     page = mmap.PAGESIZE
     start = -(-array.ctypes.data // page) * page  # whole pages inside the array only

@@ -3,8 +3,8 @@
 Which thread does a task never changes its result, so results are the same at any number of threads.  numba's own
 thread layers are not used: the default one aborts the process when two Python threads call at once.
 
-The control block is an array of int64, one cache line per counter.  A worker that finds no job for about a millisecond
-goes to sleep on a Python semaphore; in between, an operation starts within a microsecond.
+A worker that finds no job for about a millisecond goes to sleep on a Python semaphore; in between, an operation starts
+within a microsecond.  kernels/pool.py is what caller and workers run.
 """
 
 from __future__ import annotations

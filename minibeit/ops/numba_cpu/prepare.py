@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ...params import (
-    BATCH_NORM_EPS,
     Attention,
     BatchNorm,
     Conv,
@@ -23,6 +22,7 @@ from ...params import (
     Linear,
     UperHead,
 )  # fmt: skip
+from ..folding import fold
 from .maps import PackedConv, PackedDeconv
 from .memory import aligned
 from .norm import PackedNorm
@@ -132,11 +132,10 @@ def _pack_head(p: UperHead, keep_source: bool) -> UperHead:
 
 def _fold(bn: BatchNorm | None, out: int, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(scale, bias) of every output channel that stand for the layer's bias and the batch norm behind it."""
-    start = np.zeros(out) if bias is None else np.float64(bias)
     if bn is None:
-        return np.ones(out, np.float32), start.astype(np.float32)
-    scale = bn.weight / np.sqrt(np.float64(bn.running_var) + BATCH_NORM_EPS)
-    return scale.astype(np.float32), ((start - bn.running_mean) * scale + bn.bias).astype(np.float32)
+        return np.ones(out, np.float32), np.zeros(out, np.float32) if bias is None else bias.astype(np.float32)
+    scale, shift = fold(bn, bias)
+    return scale.astype(np.float32), shift.astype(np.float32)
 
 
 def _arrays(bn: BatchNorm | None) -> tuple[Any, ...]:

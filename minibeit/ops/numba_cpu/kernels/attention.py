@@ -8,6 +8,7 @@ from numba import njit
 from ..attention import QUERY_ROWS
 from ..target import LANES, MR, NR, STEPS
 from .micro import multiply_tile
+from .pack import pack_panel
 from .vector import (
     arguments,
     exp,
@@ -22,23 +23,14 @@ from .vector import (
 )  # fmt: skip
 
 _ZERO, _LOW = np.float32(0), np.float32(-np.inf)
-_BLOCK = 16  # see pack.py
 
 
 @njit(error_model="numpy")
 def _pack_keys(keys, row_bytes, count, size, panels):
     """Keys (N, d) as panels of NR tokens: (ceil(N / NR), d, NR), zeros beyond the last token."""
     for first in range(0, count, NR):
-        panel, rows = panels + first * size * 4, min(NR, count - first)
-        for begin in range(0, size, _BLOCK):
-            end = min(begin + _BLOCK, size)
-            for j in range(rows):
-                row = keys + (first + j) * row_bytes
-                for e in range(begin, end):
-                    store_float(panel + (e * NR + j) * 4, load_float(row + 4 * e))
-            for j in range(rows, NR):
-                for e in range(begin, end):
-                    store_float(panel + (e * NR + j) * 4, _ZERO)
+        rows = min(NR, count - first)
+        pack_panel(keys + first * row_bytes, row_bytes, 4, rows, size, panels + first * size * 4, 0)
 
 
 @njit(error_model="numpy")
