@@ -15,7 +15,7 @@ import pytest
 
 from minibeit import BeitConfig
 from minibeit.model.position_bias import PositionBias
-from minibeit.ops import BACKENDS, get_ops
+from minibeit.ops import BACKENDS, NO_ARITHMETIC, get_ops
 from minibeit.params import param_shapes
 
 
@@ -58,14 +58,9 @@ def on_host(ops: Any) -> SimpleNamespace:
     def wrapped(op: Any) -> Any:
         return lambda *args, **kwargs: down(op(*map(up, args), **{name: up(x) for name, x in kwargs.items()}))
 
-    plain = {"backend", "origin", *BARE}
+    plain = {"backend", "origin", *NO_ARITHMETIC}
     table = {name: op if name in plain else wrapped(op) for name, op in vars(ops).items()}
     return SimpleNamespace(**table)
-
-
-BARE = {  # ops that are no arithmetic
-    *("all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "stage", "to_host", "zeros"),
-}
 
 
 @pytest.fixture(params=available_backends(), scope="session")

@@ -17,6 +17,9 @@ DEFAULT_BACKEND = "numba"
 GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of GPUs only
+NO_ARITHMETIC = {  # ops that only make, move, check or store arrays
+    *("all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "stage", "to_host", "zeros"),
+}
 
 
 def default_backend() -> str:

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from ..ops import BACKENDS
+from ..ops import BACKENDS, NO_ARITHMETIC
 from .check import Job, Report, check, model_source
 from .exact import task_class
-
-NO_ARITHMETIC = {
-    *("prepare", "num_threads", "dump", "restore"),
-    *("all_finite", "arange", "asarray", "concatenate", "stage", "to_host", "zeros"),
-}
 
 
 @dataclass
@@ -34,7 +29,9 @@ def fast_ops(backend: str) -> list[str]:
     module = BACKENDS[backend]
     if module is None:
         raise ValueError(f"backend {backend} is NumPy itself: there is no fast op to switch on")
-    return [name for name in import_module(f"minibeit.ops.{module}").__all__ if name not in NO_ARITHMETIC]
+    return [
+        name for name in import_module(f"minibeit.ops.{module}").__all__ if name not in {*NO_ARITHMETIC, "concatenate"}
+    ]
 
 
 def bisect(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import BeitConfig
+from ..ops import NO_ARITHMETIC
 from . import budget
 from .budget import Yard
 from .compare import Difference, difference, distance, heat_map
@@ -248,7 +249,7 @@ class _Run:
         return Yard(numpy_own, distance(theirs, their_exact)), Yard(total, total)
 
     def _row(self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yard, Yard], heat: bool) -> Row:
-        ops = tuple(dict.fromkeys(call.op for call in self.calls if call.op not in ("concatenate", "all_finite")))
+        ops = tuple(dict.fromkeys(call.op for call in self.calls if call.op not in {*NO_ARITHMETIC, "concatenate"}))
         if found is None:
             return Row(name, "missing", ops=ops, note=f"{self.candidate.label} has no array of this name")
         row = Row(name, "ok", found.shape, self.candidate.dtypes.get(name, found.dtype.name), ops)

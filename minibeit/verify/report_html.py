@@ -7,6 +7,7 @@ from html import escape
 
 import numpy as np
 
+from ..ops import NO_ARITHMETIC
 from .check import Report, Row
 from .compare import ULP_EDGES, Difference
 from .report_html_parts import SCRIPT, STYLE, heat_png
@@ -65,7 +66,7 @@ def _facts(report: Report) -> str:
         ("compared", f"{sum(row.own is not None for row in report.rows)} arrays in {report.seconds:.1f} s"),
     ]
     if report.origins:
-        fast = sorted(op for op, origin in report.origins.items() if origin != "numpy" and op != "prepare")
+        fast = sorted(op for op, origin in report.origins.items() if origin != "numpy" and op not in NO_ARITHMETIC)
         facts.append(("fast ops", ", ".join(fast) or "none"))
     return (
         "<dl>"

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from .. import NO_ARITHMETIC
 from . import arrays
 from .device import cupy, open_device, session
 from .prepare import prepare
 
 ARRAYS = ("all_finite", "arange", "asarray", "stage", "to_host", "zeros")  # where they are is all that these are about
-LEFT = ("dump", "restore")  # NumPy's say that there is nothing to store
 
 
 def on_device(
@@ -25,7 +25,7 @@ def on_device(
     Raises what `device.open_device` does.
     """
     number = open_device(device)
-    on_cpu = {name for name, code in origin.items() if code == "numpy"} - {*ARRAYS, *LEFT, "prepare", "num_threads"}
+    on_cpu = {name for name, code in origin.items() if code == "numpy"} - NO_ARITHMETIC
 
     def prepare_there(params: Any) -> Any:
         with session(number, dtype):
