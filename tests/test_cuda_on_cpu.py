@@ -69,6 +69,13 @@ def test_half_arithmetic_rounds_after_every_step(cupy):
     assert np.array_equal(y.get(), a * b + a)
 
 
+def test_threads_change_where_a_compiler_fortifies_jumps(cupy, monkeypatch):
+    monkeypatch.setattr(kernels, "FLAGS", ["-D_FORTIFY_SOURCE=2", *kernels.FLAGS])  # the default of some systems
+    x, y = randoms(2, 64), cupy.empty((2, 64), "float32")
+    cupy.RawKernel(samples.ROWS, "softmax")((2,), (32,), (cupy.asarray(x), y, np.int32(64)))
+    assert np.allclose(y.get().sum(1), 1)
+
+
 @ORDERS
 def test_softmax_of_one_warp(cupy, backwards, monkeypatch):
     monkeypatch.setattr(world, "backwards", backwards)
