@@ -195,7 +195,7 @@ def excess(task, config, given, dtype, seed=0) -> dict[str, float]:
 
 # Measured over MODELS and eight random models: 1.94, 2.72, 0.79 and 0.83 at most.  Over 150 random models (the slow
 # test, which allows twice as much): 3.9, 5.1, 2.0, 1.4.  They are narrow, so layer norms enlarge what the order of a
-# sum costs: 3.3 in float32 becomes 1.4 where the pretended cuBLAS adds in float64; Winograd's convolution costs 3.
+# sum costs: 3.3 in float32 becomes 1.4 where the pretended cuBLAS adds in float64.
 MODEL = {"float32": 2.5, "float64": 3.5, "float16": 1.25, "bfloat16": 1.25}
 
 

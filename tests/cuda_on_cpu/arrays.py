@@ -349,10 +349,11 @@ def array(obj: Any, dtype: Any = None, copy: Any = True, order: Any = "K", **kwa
 
 
 def ascontiguousarray(a: Any, dtype: Any = None) -> ndarray:
-    """`a` itself if it is contiguous and of that dtype, else a copy."""
+    """`a` itself if it is contiguous and of that dtype, else a copy; a single number becomes an array of one."""
     if not isinstance(a, ndarray):
         raise TypeError(f"Argument 'a' has incorrect type (expected cupy._core.core._ndarray_base, got {type(a)})")
     dtype = a.dtype if dtype is None else np.dtype(dtype)
+    a = a if a.ndim else a.reshape(1)
     return a if a.flags.c_contiguous and a.dtype == dtype else a.astype(dtype, order="C")
 
 

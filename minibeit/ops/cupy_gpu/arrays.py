@@ -42,7 +42,7 @@ def to_host(x: Array) -> np.ndarray:
         return x
     if x.dtype.name in ("float16", "uint16"):
         x = visible(x, MODEL_DTYPE[x.dtype.name])
-    return cupy.ascontiguousarray(x).get()
+    return x.get()
 
 
 def arange(stop: int) -> Array:

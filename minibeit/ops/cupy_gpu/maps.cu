@@ -144,76 +144,70 @@ __global__ void average_pool(
   y[blockIdx.x * C + c] = A(sum / double((bottom - top) * (right - left)));
 }
 
-// Winograd's F(4x4, 3x3) ---------------------------------------------------------------------------------------------
+// Winograd's F(2x2, 3x3) ---------------------------------------------------------------------------------------------
 
-// B^T d of six numbers that lie `step` apart, in place.
+// B^T d of four numbers that lie `step` apart, in place.
 __device__ inline void transform_input(A* d, int step) {
-  const A d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const A even = d4 - 4 * d2, odd = d3 - 4 * d1, even2 = d4 - d2, odd2 = 2 * (d3 - d1);
-  d[0] = 4 * d0 - 5 * d2 + d4;
-  d[step] = even + odd;
-  d[2 * step] = even - odd;
-  d[3 * step] = even2 + odd2;
-  d[4 * step] = even2 - odd2;
-  d[5 * step] = 4 * d1 - 5 * d3 + d5;
+  const A d1 = d[step], d2 = d[2 * step];
+  d[0] -= d2;
+  d[step] = d1 + d2;
+  d[2 * step] = d2 - d1;
+  d[3 * step] = d1 - d[3 * step];
 }
 
-// A^T m of six numbers that lie `step` apart: the first four places receive the result.
+// A^T m of four numbers that lie `step` apart: the first two places receive the result.
 __device__ inline void transform_output(A* m, int step) {
-  const A m0 = m[0], sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
-  const A sum2 = m[3 * step] + m[4 * step], difference2 = m[3 * step] - m[4 * step];
-  m[0] = m0 + sum + sum2;
-  m[step] = difference + 2 * difference2;
-  m[2 * step] = sum + 4 * sum2;
-  m[3 * step] = difference + 8 * difference2 + m[5 * step];
+  const A m1 = m[step], m2 = m[2 * step];
+  m[0] += m1 + m2;
+  m[step] = m1 - m2 - m[3 * step];
 }
 
-// x (B, h, w, C) -> v (36, tiles, C): tile number first + blockIdx.x, transformed; blockIdx.y counts stretches of channels.
+// x (B, h, w, C) -> v (16, tiles, C): tile number first + blockIdx.x, transformed; blockIdx.y counts stretches of channels.
 __global__ void winograd_input(
     const A* x, A* v, long long h, long long w, long long C, long long first, long long tiles) {
-  const long long across = (w + 3) / 4, down = (h + 3) / 4, tile = first + blockIdx.x;
-  const long long left = tile % across * 4 - 1, top = tile / across % down * 4 - 1, b = tile / across / down;
+  const long long across = (w + 1) / 2, down = (h + 1) / 2, tile = first + blockIdx.x;
+  const long long left = tile % across * 2 - 1, top = tile / across % down * 2 - 1, b = tile / across / down;
   const long long c = blockIdx.y * (long long)blockDim.x + threadIdx.x;
   if (c >= C) return;
-  A d[36];
-#pragma unroll
-  for (int i = 0; i < 6; i++)
-#pragma unroll
-    for (int j = 0; j < 6; j++) {
-      const long long row = top + i, column = left + j;
-      const bool inside = row >= 0 && row < h && column >= 0 && column < w;
-      d[i * 6 + j] = inside ? x[((b * h + row) * w + column) * C + c] : A(0);
-    }
-#pragma unroll
-  for (int j = 0; j < 6; j++) transform_input(d + j, 6);
-#pragma unroll
-  for (int i = 0; i < 6; i++) transform_input(d + 6 * i, 1);
-#pragma unroll
-  for (int p = 0; p < 36; p++) v[(p * tiles + blockIdx.x) * C + c] = d[p];
-}
-
-// m (36, tiles, C) -> y (B, h, w, C) = f(products + bias, or + y).
-__global__ void winograd_output(
-    const A* m, const A* bias, A* y, long long h, long long w, long long C, long long first, long long tiles,
-    long long add, long long kind) {
-  const long long across = (w + 3) / 4, down = (h + 3) / 4, tile = first + blockIdx.x;
-  const long long left = tile % across * 4, top = tile / across % down * 4, b = tile / across / down;
-  const long long c = blockIdx.y * (long long)blockDim.x + threadIdx.x;
-  if (c >= C) return;
-  A d[36];
-#pragma unroll
-  for (int p = 0; p < 36; p++) d[p] = m[(p * tiles + blockIdx.x) * C + c];
-#pragma unroll
-  for (int j = 0; j < 6; j++) transform_output(d + j, 6);
-#pragma unroll
-  for (int i = 0; i < 4; i++) transform_output(d + 6 * i, 1);
+  A d[16];
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 4; j++) {
+      const long long row = top + i, column = left + j;
+      const bool inside = row >= 0 && row < h && column >= 0 && column < w;
+      d[i * 4 + j] = inside ? x[((b * h + row) * w + column) * C + c] : A(0);
+    }
+#pragma unroll
+  for (int j = 0; j < 4; j++) transform_input(d + j, 4);
+#pragma unroll
+  for (int i = 0; i < 4; i++) transform_input(d + 4 * i, 1);
+#pragma unroll
+  for (int p = 0; p < 16; p++) v[(p * tiles + blockIdx.x) * C + c] = d[p];
+}
+
+// m (16, tiles, C) -> y (B, h, w, C) = f(products + bias, or + y).
+__global__ void winograd_output(
+    const A* m, const A* bias, A* y, long long h, long long w, long long C, long long first, long long tiles,
+    long long add, long long kind) {
+  const long long across = (w + 1) / 2, down = (h + 1) / 2, tile = first + blockIdx.x;
+  const long long left = tile % across * 2, top = tile / across % down * 2, b = tile / across / down;
+  const long long c = blockIdx.y * (long long)blockDim.x + threadIdx.x;
+  if (c >= C) return;
+  A d[16];
+#pragma unroll
+  for (int p = 0; p < 16; p++) d[p] = m[(p * tiles + blockIdx.x) * C + c];
+#pragma unroll
+  for (int j = 0; j < 4; j++) transform_output(d + j, 4);
+#pragma unroll
+  for (int i = 0; i < 2; i++) transform_output(d + 4 * i, 1);
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++)
       if (top + i < h && left + j < w) {
         Numbers<1> sum;
-        sum.v[0] = d[i * 6 + j];
+        sum.v[0] = d[i * 4 + j];
         finish<1>(sum, bias, y + ((b * h + top + i) * w + left + j) * C, c, add != 0, int(kind));
       }
 }

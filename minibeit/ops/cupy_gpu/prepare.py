@@ -66,7 +66,7 @@ class DeviceConv:
 
     taps: Array  # (side * side, out, C)
     bias: Array  # (out,)
-    winograd: Array | None  # (36, out, leading channels, which see maps of full size)
+    winograd: Array | None  # (16, out, leading channels, which see maps of full size)
     dtype: str
     source: Any = None
 
