@@ -23,6 +23,7 @@ FUNCTIONS = {
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
+LAUNCHERS = ("along_rows", "warp_by_row", "over_channels", "kernel")
 REFUSED = {"dump", "restore"}  # there is nothing to store: the reference's say so
 DTYPES = ("float32", "float64", *HALF_DTYPES)
 
@@ -34,7 +35,7 @@ def kernels():
         from minibeit.ops.cupy_gpu import kernels
 
         return SimpleNamespace(
-            NAMES=kernels.NAMES,
+            names={dtype: kernels.names(dtype) for dtype in DTYPES},
             ACTIVATIONS=kernels.ACTIVATIONS,
             sources={dtype: kernels.source(dtype) for dtype in DTYPES},
         )
@@ -72,11 +73,11 @@ def test_activations_are_those_of_the_config(kernels):
 
 
 def test_kernels_that_are_launched_are_compiled(kernels):
-    compiled = {name.partition("<")[0] for name in kernels.NAMES}
+    compiled = {name.partition("<")[0] for names in kernels.names.values() for name in names}
     launched = set()
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("along_rows", "over_channels", "kernel"):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in LAUNCHERS:
                 first = node.args[0]
                 if isinstance(first, ast.Constant):
                     launched.add(first.value)
@@ -93,11 +94,11 @@ def test_sources_are_part_of_the_package():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_compile(dtype, kernels, tmp_path):
     """By CuPy's compiler where it is installed, else by nvcc; neither needs a GPU."""
-    text = kernels.sources[dtype]
+    text, names = kernels.sources[dtype], kernels.names[dtype]
     if importlib.util.find_spec("cupy") is not None:
-        assert compiled_by_nvrtc(text, kernels.NAMES) > 10_000
+        assert compiled_by_nvrtc(text, names) > 10_000
     elif shutil.which("nvcc"):
-        assert compiled_by_nvcc(text, kernels.NAMES, tmp_path) > 10_000
+        assert compiled_by_nvcc(text, names, tmp_path) > 10_000
     else:
         pytest.skip("neither CuPy nor nvcc is installed")
 

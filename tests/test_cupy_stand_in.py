@@ -151,6 +151,11 @@ MODELS = {
     "model positions larger": ("model", {"use_absolute_position_embeddings": True}, {"pixel_values": LARGER}),
     "classes": ("image_classification", BIAS, CLASSES_OF),
     "classes shared": ("image_classification", {**SHARED, "use_mean_pooling": False, **NO_SCALE}, {}),
+    "classes, heads of 64": (
+        "image_classification",
+        {**BIAS, "hidden_size": 128, "num_attention_heads": 2},
+        CLASSES_OF,
+    ),
     "classes odd": ("image_classification", {**BIAS, **ODD, "hidden_act": "quick_gelu"}, CLASSES_OF),
     "regression": ("image_classification", {"num_labels": 1}, {"labels": np.array([0.5, -1, 2])}),
     "multi label": ("image_classification", BIAS, {"labels": np.eye(5, dtype=np.float32)[[1, 1, 4]]}),

@@ -1,6 +1,6 @@
 """The backend for NVIDIA GPUs: the ops of `reference` by cuBLAS and kernels that CuPy compiles when first needed.
 
-device.py   finding CuPy, driver and device; memory    kernels.cu, maps.cu, kernels.py  the kernels and their launches
+device.py   finding CuPy, driver and device; memory    *.cu, kernels.py                 the kernels and their launches
 gemm.py     cuBLAS                                     prepare.py                       weights on the device
 arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              fallback.py  `on_device`
 

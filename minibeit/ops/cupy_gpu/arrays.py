@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .device import cupy
-from .kernels import DTYPES, MODEL_DTYPE, visible
+from .kernels import DTYPES, model_dtype, visible
 
 Array = Any
 
@@ -40,8 +40,8 @@ def to_host(x: Array) -> np.ndarray:
     """See `reference.to_host`; what products read in float16 or bfloat16 comes back as float32."""
     if not isinstance(x, cupy.ndarray):
         return x
-    if x.dtype.name in ("float16", "uint16"):
-        x = visible(x, MODEL_DTYPE[x.dtype.name])
+    if x.dtype.char in "eH":
+        x = visible(x, model_dtype(x))
     return x.get()
 
 

@@ -3,7 +3,9 @@
 //   T        what matrix products read: A itself, __half or __nv_bfloat16
 //   STORAGE  which of the three T is: 0, 1, 2
 // and the headers of T.  One block serves one row (a token, a pixel, a row of scores), its threads run along the row.
-// W numbers are loaded and stored at a time: 4 where the row's length allows it.  Maps stand in maps.cu.
+// W numbers are loaded and stored at a time: 4 where the row's length allows it.  Attention and maps have files of their
+// own.  Sizes come as 64-bit numbers, as CuPy passes integers of Python; what is divided by within a row is made 32-bit
+// first, since a GPU divides 64-bit numbers by long code.
 
 __device__ inline A wide(A x) { return x; }
 #if STORAGE == 1
@@ -51,13 +53,19 @@ template <int W> __device__ inline void add_product(Numbers<W>& sum, const Numbe
 __device__ inline A larger(A x, A y) { return y > x || y != y ? y : x; }
 __device__ inline A clip(A x, A low, A high) { return x < low ? low : x > high ? high : x; }
 
-// The same sum (or maximum) in every thread of the block, whose size is a multiple of 32.
-template <bool MAXIMUM> __device__ A over_block(A x) {
-  __shared__ A parts[32];
+// The same sum (or maximum) in every thread of a warp.
+template <bool MAXIMUM> __device__ A over_warp(A x) {
   for (int step = 16; step > 0; step /= 2) {
     const A other = __shfl_xor_sync(0xffffffffu, x, step);
     x = MAXIMUM ? larger(x, other) : x + other;
   }
+  return x;
+}
+
+// The same in every thread of the block, whose size is a multiple of 32.
+template <bool MAXIMUM> __device__ A over_block(A x) {
+  __shared__ A parts[32];
+  x = over_warp<MAXIMUM>(x);
   if (blockDim.x == 32) return x;
   __syncthreads();  // the parts of the reduction before this one have been read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
@@ -69,7 +77,11 @@ template <bool MAXIMUM> __device__ A over_block(A x) {
 
 // Activations: the numbers are those of kernels.ACTIVATIONS ----------------------------------------------------------
 
-__device__ inline A gelu(A x) { return A(0.5) * x * erfc(-x * A(0.70710678118654752440)); }
+// erfc keeps the digits of the left tail, which half precision does not have: there erf, half the work, does.
+__device__ inline A gelu(A x) {
+  const A scaled = x * A(0.70710678118654752440);
+  return A(0.5) * x * (STORAGE == 0 ? erfc(-scaled) : 1 + erf(scaled));
+}
 __device__ inline A gelu_tanh(A x) {
   return A(0.5) * x * (1 + tanh(A(0.79788456080286535588) * (x + A(0.044715) * x * x * x)));
 }
@@ -100,33 +112,45 @@ __device__ inline A activate(A x, int kind) {
   }
 }
 
+// f of all numbers; which f is asked once for all of them, so that the usual one may be interleaved.
+template <int W> __device__ inline void activate_all(Numbers<W>& x, int kind) {
+  if (kind == 1) {
+    for (int i = 0; i < W; i++) x.v[i] = gelu(x.v[i]);
+  } else if (kind != 0) {
+    for (int i = 0; i < W; i++) x.v[i] = activate(x.v[i], kind);
+  }
+}
+
 // y = f(x + bias), or f(x + what is in y) where `add`; a null bias is none.
 template <int W> __device__ inline void finish(Numbers<W> x, const A* bias, A* y, long long c, bool add, int kind) {
   if (add) add_product<W>(x, load<W>(y + c), A(1));
   if (bias) add_product<W>(x, load<W>(bias + c), A(1));
-  for (int i = 0; i < W; i++) x.v[i] = activate(x.v[i], kind);
+  activate_all<W>(x, kind);
   store<W>(y + c, x);
 }
 
 // Rows ---------------------------------------------------------------------------------------------------------------
 
+// A warp for each row: nothing waits for a barrier, and a row is read again from the first-level cache.
 template <int W> __global__ void layer_norm(
-    const A* x, const A* weight, const A* bias, T* y, long long D, double eps) {
-  x += blockIdx.x * D;
-  y += blockIdx.x * D;
-  const int step = blockDim.x * W, first = threadIdx.x * W;
+    const A* x, const A* weight, const A* bias, T* y, long long rows, long long D, double eps) {
+  const long long row = blockIdx.x * (long long)(blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  x += row * D;
+  y += row * D;
+  const int step = 32 * W, first = threadIdx.x % 32 * W;
   A sum = 0;
   for (int c = first; c < D; c += step) {
     const Numbers<W> v = load<W>(x + c);
     for (int i = 0; i < W; i++) sum += v.v[i];
   }
-  const A mean = over_block<false>(sum) / A(D);
+  const A mean = over_warp<false>(sum) / A(D);
   A squares = 0;
   for (int c = first; c < D; c += step) {
     const Numbers<W> v = load<W>(x + c);
     for (int i = 0; i < W; i++) squares += (v.v[i] - mean) * (v.v[i] - mean);
   }
-  const A deviation = sqrt(over_block<false>(squares) / A(D) + A(eps));
+  const A deviation = sqrt(over_warp<false>(squares) / A(D) + A(eps));
   for (int c = first; c < D; c += step) {
     Numbers<W> v = load<W>(x + c);
     const Numbers<W> w = load<W>(weight + c), b = load<W>(bias + c);
@@ -141,7 +165,7 @@ template <int W, class S> __global__ void bias_activation(S* y, const A* bias, l
   for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
     Numbers<W> v = load<W>(y + c);
     if (bias) add_product<W>(v, load<W>(bias + c), A(1));
-    for (int i = 0; i < W; i++) v.v[i] = activate(v.v[i], int(kind));
+    activate_all<W>(v, int(kind));
     store<W>(y + c, v);
   }
 }
@@ -156,55 +180,6 @@ template <int W> __global__ void residual(
     const Numbers<W> s = scale ? load<W>(scale + c) : all<W>(A(1)), r = load<W>(before + row + c);
     for (int i = 0; i < W; i++) v.v[i] = r.v[i] + s.v[i] * v.v[i];
     store<W>(y + row + c, v);
-  }
-}
-
-// (B, N, 3, H, d) + bias -> (3, B, H, N, d).
-template <int W> __global__ void split_heads(
-    const T* x, const A* bias, T* y, long long B, long long N, long long H, long long d) {
-  const long long b = blockIdx.x / N, n = blockIdx.x % N, C = 3 * H * d;
-  for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
-    Numbers<W> v = load<W>(x + blockIdx.x * C + c);
-    add_product<W>(v, load<W>(bias + c), A(1));
-    const long long part = c / (H * d), h = c / d % H;
-    store<W>(y + (((part * B + b) * H + h) * N + n) * d + c % d, v);
-  }
-}
-
-// (B, H, N, d) -> (B, N, H, d).
-template <int W> __global__ void merge_heads(const T* x, T* y, long long N, long long H, long long d) {
-  const long long b = blockIdx.x / N, n = blockIdx.x % N;
-  for (int c = threadIdx.x * W; c < H * d; c += blockDim.x * W)
-    store<W>(y + blockIdx.x * H * d + c, load<W>(x + ((b * H + c / d) * N + n) * d + c % d));
-}
-
-// One row of scores becomes probabilities, in place: softmax(scores + bias), as T from the start of the row on.
-// bias = table[index[a, b], h]; `first` is the number of the first (image, head) pair of this chunk.  `probs`, if
-// there, receives what is in use before `keep`, the factors of dropout; both are (B, H, N, N).
-__global__ void softmax(
-    A* scores, long long N, long long stride, const A* table, long long table_row, long long table_head,
-    const int* index, long long H, long long first, A* probs, const A* keep) {
-  const long long pair = first + blockIdx.x / N, a = blockIdx.x % N, place = (pair * N + a) * N;
-  A* row = scores + blockIdx.x * stride;
-  A largest = A(-3e38);
-  for (int b = threadIdx.x; b < N; b += blockDim.x) {
-    if (table) row[b] += table[index[a * N + b] * table_row + pair % H * table_head];
-    largest = larger(largest, row[b]);
-  }
-  largest = over_block<true>(largest);
-  A sum = 0;
-  for (int b = threadIdx.x; b < N; b += blockDim.x) {
-    row[b] = exp(row[b] - largest);
-    sum += row[b];
-  }
-  sum = over_block<false>(sum);
-  for (int b = threadIdx.x; b - threadIdx.x < N; b += blockDim.x) {
-    A p = b < N ? row[b] / sum : A(0);
-    if (STORAGE != 0) __syncthreads();  // a T is written over an A that another thread has just read
-    if (b >= N) continue;
-    if (probs) probs[place + b] = p;
-    if (keep) p *= keep[place + b];
-    reinterpret_cast<T*>(row)[b] = narrow<T>(p);
   }
 }
 

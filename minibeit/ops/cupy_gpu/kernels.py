@@ -1,4 +1,4 @@
-"""The kernels of kernels.cu and maps.cu, compiled for a dtype and a device when needed, and how they are launched."""
+"""The kernels of the .cu files, compiled for a dtype and a device when needed, and how they are launched."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 
 from .device import cupy
 
-FILES = ("kernels.cu", "maps.cu")
+FILES = ("kernels.cu", "attention.cu", "maps.cu")
+HALF_FILES = ("attend.cu",)
 THREADS = 256  # at most, of a block that walks along a row
+ROWS_OF_A_BLOCK = 4  # where each row has a warp of its own
 CHANNEL_THREADS = 128  # of a block that serves a stretch of channels, one each
 _WARP = 32
 
@@ -24,7 +26,7 @@ DTYPES: dict[str, tuple[str, str, int, str, str]] = {
     "float16": ("float32", "float16", 1, "__half", "#include <cuda_fp16.h>\n"),
     "bfloat16": ("float32", "uint16", 2, "__nv_bfloat16", "#include <cuda_bf16.h>\n"),
 }
-MODEL_DTYPE = {"float32": "float32", "float64": "float64", "float16": "float16", "uint16": "bfloat16"}
+_BY_CHARACTER = {"f": "float32", "d": "float64", "e": "float16", "H": "bfloat16"}  # dtype.name is slow to ask for
 
 ACTIVATIONS = {
     "linear": 0, "gelu": 1, "gelu_python": 1, "relu": 2, "gelu_accurate": 3, "gelu_fast": 3, "gelu_new": 3,
@@ -39,13 +41,19 @@ _BY_WIDTH = (
     *("pad", "finish_padded", "spread", "interleave", "max_pool"),
 )
 _ALONE = ("softmax", "average_pool", "winograd_input", "winograd_output")
-NAMES = (
+_HALF = ("spread_bias", "attend")  # where products read float16 or bfloat16
+_ALL = (
     *(f"{name}<{width}>" for name in _BY_WIDTH for width in (1, 4)),
-    *(f"bias_activation<{width}, {type_}>" for type_ in "AT" for width in (1, 4)),
+    *(f"bias_activation<{width}, {type_}>" for type_ in "AT" for width in (1, 4, 8)),
     *(f"convert<{width}, {types}>" for types in ("A, T", "T, A") for width in (1, 4)),
     *(f"resize<{width}, {taps}>" for taps in (2, 4) for width in (1, 4)),
     *_ALONE,
 )
+
+
+def names(dtype: str) -> tuple[str, ...]:
+    """The kernels for a model's dtype."""
+    return (*_ALL, *_HALF) if DTYPES[dtype][2] else _ALL
 
 
 def source(dtype: str) -> str:
@@ -54,12 +62,13 @@ def source(dtype: str) -> str:
     sums = "double" if seen == "float64" else "float"
     head = f"#define STORAGE {storage}\n{header}typedef {sums} A;\ntypedef {type_} T;\n"
     folder = resources.files(__package__)
-    return head + "".join(folder.joinpath(name).read_text() for name in FILES)
+    files = (*FILES, *HALF_FILES) if storage else FILES
+    return head + "".join(folder.joinpath(name).read_text() for name in files)
 
 
 @cache
 def _module(dtype: str, device: int) -> Any:
-    return cupy.RawModule(code=source(dtype), options=("--std=c++17",), name_expressions=NAMES)
+    return cupy.RawModule(code=source(dtype), options=("--std=c++17",), name_expressions=names(dtype))
 
 
 @cache
@@ -68,19 +77,30 @@ def _function(name: str, dtype: str, device: int) -> Callable[..., None]:
 
 
 def kernel(name: str, dtype: str) -> Callable[..., None]:
-    """The kernel `name` (one of `NAMES`) for a model's dtype on the current device."""
+    """The kernel `name` (one of `names`) for a model's dtype on the current device."""
     return _function(name, dtype, cupy.cuda.runtime.getDevice())
 
 
-def along_rows(name: str, dtype: str, rows: int, length: int, *args: Any, suffix: str = "", unit: int = 0) -> None:
+def along_rows(
+    name: str, dtype: str, rows: int, length: int, *args: Any, suffix: str = "", unit: int = 0, most: int = 4
+) -> None:
     """Launches `name<W suffix>` with a block for each of `rows` rows of `length` numbers.
 
-    W is 4 where `unit` (by default the row), a stretch that lies together in memory, is a multiple of 4.
+    W is 8 (if `most` is) or 4 where `unit`, a stretch that lies together in memory (by default the row), is a multiple
+    of it, else 1.
     """
     if rows == 0 or length == 0:
         return
-    width = 4 if (unit or length) % 4 == 0 and _aligned(args) else 1
+    width = _width(unit or length, most, args)
     kernel(f"{name}<{width}{suffix}>", dtype)((rows,), (block_size(length // width),), args)
+
+
+def warp_by_row(name: str, dtype: str, rows: int, length: int, *args: Any) -> None:
+    """Launches `name<W>` with a warp for each of `rows` rows of `length` numbers, W as in `along_rows`."""
+    if rows == 0 or length == 0:
+        return
+    blocks = -(-rows // ROWS_OF_A_BLOCK)
+    kernel(f"{name}<{_width(length, 4, args)}>", dtype)((blocks,), (ROWS_OF_A_BLOCK * _WARP,), args)
 
 
 def over_channels(name: str, dtype: str, rows: int, channels: int, *args: Any) -> None:
@@ -99,9 +119,13 @@ def block_size(count: int) -> int:
     return min(THREADS, max(1, -(-count // _WARP)) * _WARP)
 
 
-def _aligned(args: tuple[Any, ...]) -> bool:
-    """Whether four numbers at a time may be read from the start of every array on (views may begin anywhere)."""
-    return all(a.data.ptr % (4 * a.itemsize) == 0 for a in args if isinstance(a, cupy.ndarray))
+def _width(length: int, most: int, args: tuple[Any, ...]) -> int:
+    """How many numbers may be read at a time from rows of that length (views may begin anywhere)."""
+    arrays = [a for a in args if isinstance(a, cupy.ndarray)]
+    for width in (8, 4):
+        if width <= most and length % width == 0 and all(a.data.ptr % (width * a.itemsize) == 0 for a in arrays):
+            return width
+    return 1
 
 
 # What the ops begin and end with -------------------------------------------------------------------------------------
@@ -110,6 +134,11 @@ def _aligned(args: tuple[Any, ...]) -> bool:
 def seen_dtype(dtype: str) -> Any:
     """The NumPy dtype of the arrays that model code sees in a model of that dtype."""
     return np.dtype(DTYPES[dtype][0])
+
+
+def model_dtype(x: Any) -> str:
+    """The dtype of the model that an array which products read belongs to."""
+    return _BY_CHARACTER[x.dtype.char]
 
 
 def product_dtype(dtype: str) -> Any:
@@ -133,7 +162,7 @@ def _converted(x: Any, dtype: str, wanted: Any, types: str) -> Any:
         return x
     y = cupy.empty(x.shape, wanted)
     if x.size:
-        width = 4 if x.size % 4 == 0 and _aligned((x, y)) else 1
+        width = _width(x.size, 4, (x, y))
         blocks = -(-x.size // (width * THREADS))
         kernel(f"convert<{width}, {types}>", dtype)((blocks,), (THREADS,), (x, y, x.size))
     return y

@@ -12,7 +12,7 @@ from typing import Any
 from . import winograd
 from .device import cupy
 from .gemm import product
-from .kernels import GELU, MODEL_DTYPE, PLAIN, RELU, along_rows, operand, or_null, over_channels, seen_dtype, visible
+from .kernels import GELU, PLAIN, RELU, along_rows, model_dtype, operand, or_null, over_channels, seen_dtype, visible
 from .prepare import DeviceBatchNorm, DeviceConv, DeviceDeconv, DeviceLinear
 
 Array = Any
@@ -182,7 +182,7 @@ def first(y: Array) -> Array:  # (B, h, w, C) -> (B, C, h, w)
 
 def _plain(x: Array) -> tuple[Array, str]:
     """A map channels-last, and a dtype whose kernels serve it, for ops without weights."""
-    dtype = MODEL_DTYPE[x.dtype.name]
+    dtype = model_dtype(x)
     source = last(x, dtype)
     return source, source.dtype.name
 

@@ -10,7 +10,17 @@ from typing import Any
 
 from .device import cupy
 from .gemm import product
-from .kernels import ACTIVATIONS, PLAIN, along_rows, operand, or_null, product_dtype, seen_dtype, visible
+from .kernels import (
+    ACTIVATIONS,
+    PLAIN,
+    along_rows,
+    operand,
+    or_null,
+    product_dtype,
+    seen_dtype,
+    visible,
+    warp_by_row,
+)
 from .prepare import DeviceLinear, DeviceNorm
 
 Array = Any
@@ -21,7 +31,8 @@ def layer_norm(x: Array, norm: DeviceNorm, eps: float) -> Array:  # (..., D) -> 
     x = visible(x, norm.dtype)
     y = cupy.empty(x.shape, product_dtype(norm.dtype))
     D = x.shape[-1]
-    along_rows("layer_norm", norm.dtype, x.size // max(D, 1), D, x, norm.weight, norm.bias, y, D, float(eps))
+    rows = x.size // max(D, 1)
+    warp_by_row("layer_norm", norm.dtype, rows, D, x, norm.weight, norm.bias, y, rows, D, float(eps))
     return y
 
 
@@ -29,14 +40,14 @@ def linear(x: Array, layer: DeviceLinear) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear`."""
     y = _product(x, layer, seen_dtype(layer.dtype))
     if layer.bias is not None:
-        _bias_activation(y, layer, PLAIN, "A")
+        bias_activation(y, layer, PLAIN, "A")
     return y
 
 
 def linear_activation(x: Array, layer: DeviceLinear, activation: str) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear_activation`.  The result is what products read."""
     y = _product(x, layer, product_dtype(layer.dtype))
-    _bias_activation(y, layer, ACTIVATIONS[activation], "T")
+    bias_activation(y, layer, ACTIVATIONS[activation], "T")
     return y
 
 
@@ -60,8 +71,9 @@ def _product(x: Array, layer: DeviceLinear, dtype: Any) -> Array:
     return y
 
 
-def _bias_activation(y: Array, layer: DeviceLinear, kind: int, type_: str) -> None:
+def bias_activation(y: Array, layer: DeviceLinear, kind: int, type_: str) -> None:
     """y = f(y + bias) in place."""
     out = y.shape[-1]
     args = (y, or_null(layer.bias), out, kind)
-    along_rows("bias_activation", layer.dtype, y.size // out, out, *args, suffix=f", {type_}")
+    most = 8 if y.itemsize == 2 else 4  # 16 bytes at a time
+    along_rows("bias_activation", layer.dtype, y.size // out, out, *args, suffix=f", {type_}", most=most)

@@ -142,3 +142,56 @@ inline __nv_bfloat162 __float2bfloat162_rn(float a) { return {a, a}; }
 inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
 inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 a, __nv_bfloat16 b) { return {a, b}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 a) { return {a.x, a.y}; }
+
+// Products of small matrices, spread over a warp as the instructions mma.m16n8k16 and ldmatrix want them: of lane
+// 4 g + t, `a` holds rows g and g + 8, columns 2 t and 2 t + 8 and those beside them; `b` the same rows of column g.
+template <class S>
+void mma_m16n8k16(float* c, const unsigned* a, unsigned b0, unsigned b1, int line = __builtin_LINE()) {
+    struct Left {
+        unsigned v[4];
+    } mine = {{a[0], a[1], a[2], a[3]}};
+    struct Right {
+        unsigned v[2];
+    } own = {{b0, b1}};
+    const int group = emulation::lane() / 4, quad = emulation::lane() % 4;
+    float rows[2][16], columns[2][16];
+    auto unpack = [](unsigned pair, float* to) {
+        S halves[2];
+        memcpy(halves, &pair, sizeof pair);
+        to[0] = float(halves[0]);
+        to[1] = float(halves[1]);
+    };
+    for (int t = 0; t < 4; ++t) {
+        const Left x = emulation::shuffle(0xffffffffu, mine, 4 * group + t, "mma", line);
+        for (int i = 0; i < 4; ++i) unpack(x.v[i], rows[i % 2] + i / 2 * 8 + 2 * t);
+        for (int e = 0; e < 2; ++e) {
+            const Right y = emulation::shuffle(0xffffffffu, own, 4 * (2 * quad + e) + t, "mma", line);
+            for (int i = 0; i < 2; ++i) unpack(y.v[i], columns[e] + i * 8 + 2 * t);
+        }
+    }
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) c[i] += rows[i / 2][k] * columns[i % 2][k];
+}
+
+template <bool TRANSPOSED>
+void ldmatrix_x4(unsigned* r, const unsigned short* row, int line = __builtin_LINE()) {
+    if (uintptr_t(row) % 16) emulation::fail("ldmatrix: a row does not begin at a multiple of 16 bytes", line);
+    const int group = emulation::lane() / 4, quad = emulation::lane() % 4;
+    for (int i = 0; i < 4; ++i)
+        for (int e = 0; e < 2; ++e) {
+            const int number = TRANSPOSED ? 2 * quad + e : group, column = TRANSPOSED ? group : 2 * quad + e;
+            const unsigned short* from = emulation::shuffle(0xffffffffu, row, 8 * i + number, "ldmatrix", line);
+            r[i] = e ? r[i] | unsigned(from[column]) << 16 : from[column];
+        }
+}
+
+// Copies that a GPU makes in the background are made at once; what reads too early is not found here.
+inline void copy_async(void* to, const void* from, bool there) {
+    if (uintptr_t(to) % 16 || uintptr_t(from) % 16) emulation::fail("cp.async: an address is no multiple of 16", 0);
+    if (there)
+        memcpy(to, from, 16);
+    else
+        memset(to, 0, 16);
+}
+inline void commit_copies() {}
+inline void wait_for_all_groups_but_one() {}
