@@ -129,6 +129,34 @@ def test_winograd_is_nearly_as_exact_as_the_sum(size, part):
     assert np.abs(found - exact).max() < 5 * np.abs(own - exact).max()
 
 
+@pytest.mark.parametrize("count", [1 << 20, (5 << 20) // 4 + 3])
+def test_large_arrays_go_up_in_pieces(count, part):
+    ops, arrays = get_ops("cupy"), part("arrays")
+    x = random(count)
+    with counted() as seen:
+        found = ops.asarray(x, "float32")
+        assert all(copy.nbytes <= arrays.PIECE_BYTES for copy in seen.copies)
+    assert np.array_equal(ops.to_host(found), x)
+    assert np.array_equal(ops.to_host(ops.asarray(x[::-1], "float64")), x[::-1].astype(np.float64))
+
+
+@pytest.mark.parametrize("place", [0, 1_200_000, -1])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_found(wrong, place, part):
+    ops, x = get_ops("cupy"), random(1_500_000)
+    assert ops.all_finite(x)
+    x[place] = wrong
+    assert not ops.all_finite(x)
+
+
+def test_sums_that_overflow_are_finite(part, recwarn):
+    ops = get_ops("cupy")
+    assert ops.all_finite(np.full(1_500_000, 3e38, np.float32))
+    assert ops.all_finite(np.full(50, 3e38, np.float32))
+    assert not ops.all_finite(np.array([np.inf, -np.inf], np.float32))
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+
+
 def test_a_single_number_has_no_axes_on_either_side(part):
     ops = get_ops("cupy")
     prediction = ops.asarray(random(3), "float32")

@@ -227,6 +227,7 @@ def build() -> dict[str, ModuleType]:
         Event=pretended.Event,
         MemoryPool=pretended.MemoryPool,
         MemoryPointer=MemoryPointer,
+        alloc_pinned_memory=pretended.alloc_pinned_memory,
         get_elapsed_time=pretended.get_elapsed_time,
         get_current_stream=lambda device_id=-1: pretended.null_stream,
         get_allocator=lambda: pretended.allocator[0],

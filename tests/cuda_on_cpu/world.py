@@ -165,6 +165,23 @@ class MemoryPointer:
     def device(self) -> Device:
         return Device(self.device_id)
 
+    def __add__(self, offset: int) -> MemoryPointer:
+        return MemoryPointer(self.mem, self.ptr - self.mem.ptr + offset)
+
+    def copy_from_host_async(self, mem: int, size: int, stream: Any = None) -> None:
+        """Copies `size` bytes from the address `mem`, at once; here that memory need not be pinned."""
+        if not 0 <= size <= self.mem.ptr + self.mem.size - self.ptr:
+            raise CUDARuntimeError(1)
+        world.note_copy("upload", size)
+        ctypes.memmove(self.ptr, mem, size)
+
+
+def alloc_pinned_memory(size: int) -> Any:
+    """Memory of the host as a buffer with its address in `ptr`."""
+    made = type("PinnedMemoryPointer", (ctypes.c_char * size,), {})()
+    made.ptr = ctypes.addressof(made)
+    return made
+
 
 class MemoryPool:
     """Counts what is in use and what would be kept for later, per device; refuses above its limit."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,8 @@ from .device import cupy
 from .kernels import DTYPES, model_dtype, visible
 
 Array = Any
+PIECE_BYTES = 2 << 20  # of large arrays in main memory, which threads check and copy piece by piece
+MOST_THREADS = 8
 
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
@@ -29,7 +34,40 @@ def asarray(x: Any, dtype: str) -> Array:
     wanted = _numpy_dtype(dtype)
     if isinstance(x, cupy.ndarray):
         return x.astype(wanted, copy=False)
-    return cupy.asarray(np.ascontiguousarray(x, wanted).reshape(np.shape(x)))
+    return _upload(np.ascontiguousarray(x, wanted).reshape(np.shape(x)))
+
+
+def _upload(x: np.ndarray) -> Array:
+    """`x`, contiguous, on the device.
+
+    A device copies from pinned memory only.  CuPy moves an array there by one thread, which for a batch of images takes
+    longer than the way to the device; here several do, and pieces travel while others are being moved.
+    """
+    if x.nbytes < 2 * PIECE_BYTES:
+        return cupy.asarray(x)
+    y = cupy.empty(x.shape, x.dtype)
+    pinned, stream = cupy.cuda.alloc_pinned_memory(x.nbytes), cupy.cuda.get_current_stream()
+    source, staged = x.reshape(-1).view(np.uint8), np.frombuffer(pinned, np.uint8, x.nbytes)
+
+    def move(piece: slice) -> slice:
+        staged[piece] = source[piece]
+        return piece
+
+    for piece in _piece_by_piece(move, x.nbytes, PIECE_BYTES):
+        (y.data + piece.start).copy_from_host_async(pinned.ptr + piece.start, piece.stop - piece.start, stream)
+    stream.synchronize()  # before the pinned memory goes back to its pool
+    return y
+
+
+def _piece_by_piece(work: Callable[[slice], Any], size: int, piece: int) -> Iterator[Any]:
+    """The results of `work` on each piece of 0 to size, in order; threads do it if there are several."""
+    pieces = [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
+    return _threads().map(work, pieces) if len(pieces) > 1 else map(work, pieces)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "minibeit-upload")
 
 
 def _numpy_dtype(dtype: Any) -> Any:
@@ -68,6 +106,5 @@ def all_finite(x: Array) -> bool:
     if isinstance(x, cupy.ndarray):
         return bool(cupy.isfinite(x).all())
     flat = x.reshape(-1)
-    if flat.dtype.kind == "f" and np.isfinite(np.dot(flat, flat)):  # one quick pass; squares may overflow, though
-        return True
-    return bool(np.isfinite(flat).all())
+    pieces = _piece_by_piece(lambda piece: bool(np.isfinite(flat[piece]).all()), flat.size, PIECE_BYTES // x.itemsize)
+    return all(pieces)
