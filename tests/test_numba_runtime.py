@@ -12,8 +12,11 @@ import pytest
 
 pytest.importorskip("numba")
 
+from llvmlite import binding as llvm
+
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import memory, pack, pool
+from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool
+from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
 OPS = get_ops("numba")
@@ -34,6 +37,33 @@ def test_the_same_bits_at_any_number_of_threads():
             for _ in range(20):
                 assert np.array_equal(OPS.linear(x, layer), expected)
     assert threading.active_count() >= 4  # the workers are there: the equality above was earned
+
+
+def test_more_threads_than_a_job_has_shares_or_tasks():
+    layer, x = layer_and_rows(400, 96, 400)
+    expected = OPS.linear(x, layer).copy()
+    with numba_cpu.num_threads(pool.SHARES + 3):
+        for _ in range(3):
+            assert np.array_equal(OPS.linear(x, layer), expected)
+
+
+def test_every_task_is_done_once_whoever_does_it():
+    """A kernel that adds 1 at its task's place, for numbers of tasks around the number of threads."""
+    done = np.zeros(1000, np.float32)
+    kernel = machine_code.Kernel("count_tasks", "count_task")
+    for threads in (1, 2, 3, 7):
+        for tasks in (1, 2, 3, 5, 7, 8, 1000):
+            done[:] = 0
+            with numba_cpu.num_threads(threads):
+                pool.run(kernel, tasks, (done.ctypes.data,))
+            assert (done[:tasks] == 1).all() and not done[tasks:].any(), (threads, tasks)
+
+
+def test_rows_are_cut_so_that_each_is_multiplied_once():
+    for count in (1, 5, 6, 7, 91, 92, 197, 577, 1576, 5000):
+        for threads in (1, 2, 3, 16):
+            side, blocks, group = gemm.task_layout(count, 12, threads)
+            assert blocks % side == 0 and 1 <= group <= 12 and blocks <= -(-count // TILE.rows)
 
 
 def test_many_python_threads_may_call_at_once():
@@ -189,13 +219,24 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cpu, tile", [("haswell", "avx2"), ("nehalem", "portable")])
-def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile):
+@pytest.mark.parametrize(
+    "cpu, tile, rows",
+    [
+        ("haswell", "avx2", 6),
+        ("nehalem", "portable", 4),
+        ("skylake-avx512", "avx512", 6),
+        ("znver4", "avx512", 12),
+    ],
+)
+def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile, rows):
     import platform
 
     if platform.machine() != "x86_64":
         pytest.skip("names of x86-64 CPUs")
-    check = f"from minibeit.ops.numba_cpu.target import TILE; assert TILE.name == {tile!r}, TILE\n"
+    features = llvm.get_host_cpu_features()
+    if tile == "avx512" and not features.get("avx512bf16" if cpu == "znver4" else "avx512f"):
+        pytest.skip(f"this CPU lacks instructions of {cpu}")
+    check = f"from minibeit.ops.numba_cpu.target import TILE; assert (TILE.name, TILE.rows) == {tile, rows}, TILE\n"
     run_python(
         check + "import pytest; raise SystemExit(pytest.main(['-q', '-x', 'tests/test_numba_ops.py']))",
         NUMBA_CPU_NAME=cpu,

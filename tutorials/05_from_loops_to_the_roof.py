@@ -243,8 +243,11 @@ climb("numba, blocked, 4 rows", lambda: blocked(x, panels_64))
 # ## 8. The register tile
 #
 # The last step is to load and store `y` not at all while summing: a tile of it, MR rows by NR columns, must live in
-# registers from the first product to the last. On AVX-512 that is 12 rows x 2 vectors of 16: 24 of the 32 registers
-# are sums. A step of `k` then loads 2 vectors of `W` and 12 single numbers of `x`, and does 24 FMAs with them.
+# registers from the first product to the last. On AVX-512 that is 6 rows x 4 vectors of 16, or 12 x 2: 24 of the 32
+# registers are sums. A step of `k` then loads 4 vectors of `W` and 6 single numbers of `x`, and does 24 FMAs with them.
+# (12 x 2 asks for 14 loads. That does not matter to a CPU that does one FMA of 16 numbers in a cycle, as Zen 4 does.
+# One that does two has to fetch and decode twice as many instructions in the same time, and where it shares its core
+# with another program, instructions are what runs short.)
 #
 # Written as Python loops, even with numba, the compiler decides what lives in registers, and it decides otherwise. So
 # minibeit writes the tile one level lower, in LLVM's own language, from Python: `multiply_tile` in
@@ -260,8 +263,8 @@ def tiles(x, x_bytes, panels, y, y_bytes, count, steps, number):
         panel = panels + p * steps * NR * 4
         for i in range(0, count, MR):
             multiply_tile(
-                min(MR, count - i), x + i * x_bytes, x_bytes, panel, NR * 4, y + i * y_bytes + p * NR * 4, y_bytes,
-                steps, 0, 0, panel, 0,
+                min(MR, count - i), x + i * x_bytes, x_bytes, panel, y + i * y_bytes + p * NR * 4, y_bytes, steps,
+                0, 0, panel, 0,
             )  # fmt: skip
 
 
@@ -357,7 +360,7 @@ plt.show()
 # | reordered sums | 2 | 8: one `x`, one `W` | 0.25 |
 # | `k` in the middle | 2 | 12: one `W`, one `y` loaded and stored | 0.17 |
 # | four rows | 8 | 36: one `W`, four `y` loaded and stored | 0.22 |
-# | register tile | 2 MR NR | 4 (MR + NR) | 4.4 for 12 x 32 |
+# | register tile | 2 MR NR | 4 (MR + NR) | 5.5 for 6 x 64, 4.4 for 12 x 32 |
 #
 # A program can hardly be faster than its operations per byte times the bytes per second: the slanted line. Nor faster
 # than the roof: the flat line. (The slanted line was measured with one store for two loads; a loop that loads more

@@ -8,10 +8,11 @@ import numpy as np
 
 from .machine_code import Kernel
 from .memory import padded
-from .pool import run
+from .pool import get_num_threads, run
 from .target import LANES, MR, NR
 
-QUERY_ROWS = 32 * MR  # query rows per task; each task packs its head's keys and values anew
+_QUERY_ROWS = 384 // MR * MR  # query rows per task, at most; each task packs its head's keys and values anew
+_TASKS_PER_THREAD = 8
 
 
 _attention = Kernel("minibeit.ops.numba_cpu.kernels.attention", "attention")
@@ -39,12 +40,13 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.
         values = np.ascontiguousarray(bias.table)
         table = (values.ctypes.data, values.strides[0], *bias.grid)
         offsets = len(values)
-    chunks = -(-N // QUERY_ROWS)
+    halves = get_num_threads() * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
+    rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
     arguments = (
-        q.ctypes.data, k.ctypes.data, v.ctypes.data, context.ctypes.data, H, N, d, chunks,
+        q.ctypes.data, k.ctypes.data, v.ctypes.data, context.ctypes.data, H, N, d, rows,
         *q.strides[:3], context.strides[1], scale.ctypes.data, *table,
     )  # fmt: skip
-    up = -(-N // NR) * NR
-    floats = up * d + -(-d // NR) * NR * N + MR * (d + up + 16 + NR + 1) + offsets + 2 * LANES + 64
-    run(_attention, B * H * chunks, arguments, 4 * floats + 128)
+    up = -(-N // LANES) * LANES
+    floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64
+    run(_attention, B * H * -(-N // rows), arguments, 4 * floats + 128)
     return context

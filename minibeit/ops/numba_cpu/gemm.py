@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from .machine_code import Kernel
-from .memory import padded, rows
+from .memory import padded, row_bytes, rows
 from .pack import PackedLinear
-from .pool import run
-from .target import MR, NR
+from .pool import get_num_threads, run
+from .target import LANES, MR, NR
 
 PLAIN, GELU, RELU, RESIDUAL = 0, 1, 2, 3  # what follows + bias
-ROW_BLOCK = 17 * MR  # rows that one task keeps in the second-level cache
+ROW_BLOCK = (204 if LANES == 16 else 102) // MR * MR  # rows that one task keeps in the second-level cache
 TILE_BYTES = MR * NR * 4
-_TASKS = 64
+_TASKS = 96
 _SMALL = 1 << 20  # multiplications; some ten microseconds
 
 
@@ -33,43 +35,45 @@ def product(
     """
     x_rows, count, x_bytes = rows(x)
     y = padded((*x.shape[:-1], layer.out))
-    y_bytes = rows(y)[2]
+    y_bytes = row_bytes(y)
     if scale is not None:
         scale = np.ascontiguousarray(scale, np.float32)
     residual_address = residual_bytes = 0
     if residual is not None:
         residual, _, residual_bytes = rows(residual)
         residual_address = residual.ctypes.data
-    by_panel, group, block = task_layout(count, layer.panels.shape[0])
     run_products(
         1, (x_rows.ctypes.data, x_bytes, count, layer.steps, *layer.addresses, layer.out),
         (y.ctypes.data, y_bytes, mode, 0 if scale is None else scale.ctypes.data, residual_address, residual_bytes),
-        (by_panel, group, block, block * y_bytes, 0, 0, 0),
+        (*task_layout(count, layer.panels.shape[0], get_num_threads()), MR, MR * y_bytes, 0, 0, 0),
     )  # fmt: skip
     return y
 
 
 def run_products(number: int, inputs: tuple[int, ...], outputs: tuple[int, ...], layout: tuple[int, ...]) -> None:
     """Runs `number` products; see `kernels/gemm.py` for the arguments, in its order."""
-    count, out, group, block = inputs[2], inputs[6], layout[1], layout[2]
+    count, out, blocks, group = inputs[2], inputs[6], layout[1], layout[2]
     panels = -(-out // NR)
-    tasks = number * -(-count // block) * -(-panels // group)
+    tasks = number * blocks * -(-panels // group)
     small = number * count * inputs[3] * out < _SMALL
     run(_product, tasks, (*inputs, *outputs, *layout), TILE_BYTES, small)
 
 
-def task_layout(count: int, panels: int) -> tuple[int, int, int]:
-    """(by panel?, panels per task, rows per task) for a product of `count` rows.
+@lru_cache(maxsize=256)
+def task_layout(count: int, panels: int, threads: int) -> tuple[int, int, int]:
+    """(blocks of rows side by side, blocks, panels per task) for a product of `count` rows on `threads` threads.
 
-    Some 64 tasks or more where there is work for them, so that a thread that lost time is not waited for.  Few rows go
-    panel by panel, so that a weight comes from memory once; many go block by block, so that a block of rows stays in
-    the second-level cache while the panels pass.  Blocks are of equal height, so that none is a narrow rest.
+    Rows are cut into stripes that stay in a second-level cache while the panels pass, each thread having stripes of its
+    own where that leaves them high enough.  A stripe goes as several blocks side by side where it takes that to make
+    some 100 tasks, so that a thread that lost time is not waited for.
     """
-    tiles = -(-count // MR)
-    few = count < 1.5 * ROW_BLOCK
-    blocks = min(-(-_TASKS // panels), max(1, tiles // 4)) if few else round(count / ROW_BLOCK)
-    block = -(-tiles // blocks) * MR
-    return int(few), 1 if few else panel_group(panels, -(-count // block)), block
+    stripes = max(1, round(count / ROW_BLOCK))
+    shared_out = -(-stripes // threads) * threads
+    if count >= shared_out * ROW_BLOCK * 0.45:
+        stripes = shared_out
+    group = panel_group(panels, stripes)
+    side = min(-(-_TASKS // (stripes * panels)), max(1, count // (4 * MR * stripes)))
+    return side, stripes * side, group
 
 
 def panel_group(panels: int, blocks: int) -> int:

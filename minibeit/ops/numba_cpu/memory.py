@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import threading
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,22 +36,23 @@ class _Recycler:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._buffers: dict[int, list[np.ndarray]] = {}  # by size; sizes and buffers in order of use, the latest last
+        # By size: buffers, and where in them a line begins; sizes and buffers in order of use, the latest last.
+        self._buffers: dict[int, list[tuple[np.ndarray, int]]] = {}
         self._bytes = 0
 
-    def take(self, size: int) -> np.ndarray:
-        """A buffer of at least `size` bytes that holds no result."""
-        size = -(-size // _STEP) * _STEP
+    def take(self, size: int) -> tuple[np.ndarray, int]:
+        """A buffer that holds no result, and where in it `size` bytes begin on a cache line."""
+        size = -(-(size + _LINE) // _STEP) * _STEP
         if size > _KEPT_BYTES // 4:
-            return np.empty(size, np.uint8)
+            return _buffer(size)
         with self._lock:
             buffers = self._buffers.pop(size, [])
             self._buffers[size] = buffers
             for i in range(len(buffers)):
-                if sys.getrefcount(buffers[i]) == _UNUSED:
+                if sys.getrefcount(buffers[i][0]) == _UNUSED:
                     buffers.append(buffers.pop(i))
                     return buffers[-1]
-            buffers.append(np.empty(size, np.uint8))
+            buffers.append(_buffer(size))
             self._bytes += size
             kept = buffers[-1]
             self._trim()
@@ -66,8 +68,13 @@ class _Recycler:
                 del self._buffers[size]
 
 
-_probe = [np.empty(0)]
-_UNUSED = sys.getrefcount(_probe[0])  # the list and the argument; the number depends on the interpreter
+def _buffer(size: int) -> tuple[np.ndarray, int]:
+    raw = np.empty(size, np.uint8)
+    return raw, -raw.ctypes.data % _LINE
+
+
+_probe = [_buffer(0)]
+_UNUSED = sys.getrefcount(_probe[0][0])  # the tuple and the argument; the number depends on the interpreter
 _recycler = _Recycler()
 
 
@@ -83,17 +90,29 @@ if hasattr(os, "register_at_fork"):
 def padded(shape: tuple[int, ...]) -> np.ndarray:
     """An uninitialised float32 array for a result; its rows lie an odd number of cache lines apart.
 
-    Rows a multiple of 4096 bytes apart would fall into the same sets of the first-level cache, and a tile of 12 rows
-    would not fit there.
+    Rows a multiple of 4096 bytes apart would fall into the same sets of the first-level cache, and the rows of a
+    tile would not fit there.
     """
+    size, strides = _padding(shape)
+    raw, start = _recycler.take(size)
+    return np.ndarray(shape, _FLOAT32, raw, start, strides)
+
+
+def row_bytes(y: np.ndarray) -> int:
+    """Bytes between rows of a padded array."""
+    return y.strides[-2] if y.ndim > 1 else y.nbytes
+
+
+@lru_cache(maxsize=256)
+def _padding(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """(bytes, strides) of a padded array."""
     lines = -(-4 * shape[-1] // _LINE)
     size = (lines + 1 - lines % 2) * _LINE
     strides: tuple[int, ...] = (4,)
     for length in shape[-2::-1]:
         strides = (size, *strides)
         size *= length
-    raw = _recycler.take(size + _LINE)
-    return np.ndarray(shape, _FLOAT32, raw, -raw.ctypes.data % _LINE, strides)
+    return size, strides
 
 
 def rows(x: np.ndarray) -> tuple[np.ndarray, int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .machine_code import Kernel
-from .memory import padded, rows
+from .memory import padded, row_bytes, rows
 from .pool import run
 
 ROWS = 32  # rows per task
@@ -45,7 +45,7 @@ def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray: 
     y = padded(x.shape)
     _kept, eps_address = _constant(eps)
     arguments = (
-        x_rows.ctypes.data, x_bytes, count, x.shape[-1], *norm.addresses, y.ctypes.data, rows(y)[2], eps_address,
+        x_rows.ctypes.data, x_bytes, count, x.shape[-1], *norm.addresses, y.ctypes.data, row_bytes(y), eps_address,
     )  # fmt: skip
     run(_layer_norm, -(-count // ROWS), arguments, small=x.size < _SMALL)
     return y

@@ -1,4 +1,4 @@
-"""Threads: workers that wait in machine code, a counter from which all take tasks, one job at a time per process.
+"""Threads: workers that wait in machine code, counters from which they take tasks, one job at a time per process.
 
 Which thread does a task never changes its result, so results are the same at any number of threads.  numba's own
 thread layers are not used: the default one aborts the process when two Python threads call at once.
@@ -21,25 +21,26 @@ import numpy as np
 from .machine_code import Kernel
 from .memory import aligned
 
-CONTROL_BYTES = 384  # see kernels/pool.py
+SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
+_CONTROL_BYTES = 256 + 64 * SHARES  # see kernels/pool.py
 
 _execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 5)
-_wait = Kernel("minibeit.ops.numba_cpu.kernels.pool", "wait", 2)
+_wait = Kernel("minibeit.ops.numba_cpu.kernels.pool", "wait", 3)
 
 
 class _Pool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.control = aligned((CONTROL_BYTES // 8,), np.int64)
+        self.control = aligned((_CONTROL_BYTES // 8,), np.int64)
         self.control[:] = 0
         self.control_address = self.control.ctypes.data
         self.workers: list[tuple[np.ndarray, threading.Semaphore]] = []
         self.scratch = aligned((0,), np.uint8)
         self.scratch_address = 0
 
-    def _serve(self, asleep: np.ndarray, bell: threading.Semaphore) -> None:
+    def _serve(self, asleep: np.ndarray, bell: threading.Semaphore, thread: int) -> None:
         while True:
-            _wait(self.control_address, asleep.ctypes.data)
+            _wait(self.control_address, asleep.ctypes.data, thread)
             bell.acquire()
 
     def wake(self, threads: int) -> None:
@@ -49,7 +50,8 @@ class _Pool:
                 asleep, bell = aligned((8,), np.int64), threading.Semaphore(0)
                 asleep[:] = 0
                 self.workers.append((asleep, bell))
-                threading.Thread(target=self._serve, args=(asleep, bell), daemon=True, name=f"minibeit-{i}").start()
+                name, arguments = f"minibeit-{i + 1}", (asleep, bell, i + 1)
+                threading.Thread(target=self._serve, args=arguments, daemon=True, name=name).start()
             asleep, bell = self.workers[i]
             if asleep[0]:
                 asleep[0] = 0

@@ -17,8 +17,8 @@ from .gemm import PLAIN, run_products, task_layout
 from .machine_code import Kernel
 from .memory import aligned, padded, rows
 from .pack import pack_matrix, padded_bias
-from .pool import run
-from .target import NR
+from .pool import get_num_threads, run
+from .target import MR, NR
 
 _GROUP = 128  # output channels in work at a time
 
@@ -89,11 +89,10 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
     for panels, size in zip(layer.groups, layer.sizes):
         z = padded((*x.shape[:3], 9 * size))
         z_bytes = z.strides[2]
-        by_panel, group, block = task_layout(count, len(panels))
         run_products(
             1, (x_rows.ctypes.data, x_bytes, count, layer.channels, panels.ctypes.data, zeros.ctypes.data, 9 * size),
             (z.ctypes.data, z_bytes, PLAIN, 0, 0, 0),
-            (by_panel, group, block, block * z_bytes, 0, 0, 0),
+            (*task_layout(count, len(panels), get_num_threads()), MR, MR * z_bytes, 0, 0, 0),
         )  # fmt: skip
         spread(z, y, channel, size, 3, bias, bias is None, relu)
         channel += size

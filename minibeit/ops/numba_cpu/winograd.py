@@ -20,7 +20,7 @@ from .pool import run
 from .target import LANES, MR, NR
 
 POINTS = 36
-_CHUNK = 12 * MR  # tiles in work at a time: 36 * 204 * 768 floats are 23 MB
+_CHUNK = 144 // MR * MR  # tiles in work at a time: 36 * 204 * 768 floats are 23 MB
 _VECTOR = 4 * LANES
 
 
@@ -72,7 +72,7 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
         run_products(
             POINTS, (v.ctypes.data, v.strides[1], tiles, C, layer.panels.ctypes.data, zeros.ctypes.data, layer.out),
             (m.ctypes.data, m.strides[1], PLAIN, 0, 0, 0),
-            (0, group, _CHUNK, 0, v.strides[0], 2 * m.strides[0], m.strides[0]),
+            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0]),
         )  # fmt: skip
         run(_transform_output, tiles, (
             m.ctypes.data, m.strides[1], m.strides[0], layer.out,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..attention import QUERY_ROWS
 from ..target import LANES, MR, NR, STEPS
-from .micro import multiply_tile
+from .micro import multiply_narrow_tile, multiply_tile, prefetch_tile
 from .pack import pack_panel
 from .vector import (
     arguments,
@@ -25,28 +24,37 @@ from .vector import (
 _ZERO, _LOW = np.float32(0), np.float32(-np.inf)
 
 
+# Columns beyond the last whole panel of NR go by panels of LANES: 197 keys are three of 64 and one of 16.
+
+
 @njit(error_model="numpy")
-def _pack_keys(keys, row_bytes, count, size, panels):
-    """Keys (N, d) as panels of NR tokens: (ceil(N / NR), d, NR), zeros beyond the last token."""
-    for first in range(0, count, NR):
-        rows = min(NR, count - first)
-        pack_panel(keys + first * row_bytes, row_bytes, 4, rows, size, panels + first * size * 4, 0)
+def _pack_keys(keys, row_bytes, count, size, panels, scale):
+    """Keys (N, d) times the number at `scale` as panels (d, NR or LANES) of tokens, zeros beyond the last token."""
+    whole = count // NR * NR
+    for first in range(0, whole, NR):
+        pack_panel(keys + first * row_bytes, row_bytes, 4, NR, size, panels + first * size * 4, NR, scale, 0)
+    for first in range(whole, count, LANES):
+        rows, source = min(LANES, count - first), keys + first * row_bytes
+        pack_panel(source, row_bytes, 4, rows, size, panels + first * size * 4, LANES, scale, 0)
 
 
 @njit(error_model="numpy")
 def _pack_values(values, row_bytes, count, size, panels):
-    """Values (N, d) as panels of NR columns: (ceil(d / NR), N, NR), zeros beyond the last column."""
-    for first in range(0, size, NR):
-        panel, columns = panels + first * count * 4, min(NR, size - first)
-        whole = columns // LANES * LANES
-        for k in range(count):
-            row, target = values + k * row_bytes + 4 * first, panel + k * NR * 4
-            for j in range(0, whole, LANES):
-                store(target + 4 * j, load(row + 4 * j))
-            for j in range(whole, columns):
-                store_float(target + 4 * j, load_float(row + 4 * j))
-            for j in range(columns, NR):
-                store_float(target + 4 * j, _ZERO)
+    """Values (N, d) as panels (N, NR or LANES) of columns, zeros beyond the last column."""
+    whole = size // NR * NR
+    for k in range(count):
+        row = values + k * row_bytes
+        for first in range(0, whole, NR):
+            for j in range(0, NR, LANES):
+                store(panels + (first * count + k * NR + j) * 4, load(row + 4 * (first + j)))
+        for first in range(whole, size, LANES):
+            target, columns = panels + (first * count + k * LANES) * 4, min(LANES, size - first)
+            if columns == LANES:
+                store(target, load(row + 4 * first))
+                continue
+            store(target, splat(_ZERO))
+            for j in range(columns):
+                store_float(target + 4 * j, load_float(row + 4 * (first + j)))
 
 
 @njit(error_model="numpy")
@@ -111,36 +119,57 @@ def _softmax_row(scores, count, padded_count):
 
 
 @njit(error_model="numpy")
-def _store_context(tile, count, size, factors, context, context_bytes):
+def _store_context(tile, count, columns, factors, context, context_bytes):
     """Context rows = tile / sum of the row's exponentials."""
     for i in range(count):
-        _scale_row(tile + i * NR * 4, min(size, NR), load_float(factors + 4 * i), context + i * context_bytes)
+        _scale_row(tile + i * NR * 4, columns, load_float(factors + 4 * i), context + i * context_bytes)
+
+
+@njit(error_model="numpy")
+def _weigh_values(n, scores, score_bytes, count, values, tile):
+    """tile = the scores of n rows @ one panel of NR values."""
+    for step in range(0, count, STEPS):
+        b = values + step * NR * 4
+        multiply_tile(
+            n, scores + 4 * step, score_bytes, b, tile, NR * 4, min(STEPS, count - step), tile if step > 0 else 0,
+            NR * 4, b, 0,
+        )  # fmt: skip
+
+
+@njit(error_model="numpy")
+def _weigh_narrow_values(n, scores, score_bytes, count, values, tile):
+    """tile = the scores of n rows @ one panel of LANES values."""
+    for step in range(0, count, STEPS):
+        b = values + step * LANES * 4
+        multiply_narrow_tile(
+            n, scores + 4 * step, score_bytes, b, tile, NR * 4, min(STEPS, count - step), tile if step > 0 else 0,
+            NR * 4, b, 0,
+        )  # fmt: skip
 
 
 def attention(args, task, thread):
-    """One head of one image, up to QUERY_ROWS query rows."""
+    """One head of one image, `query_rows` query rows or what is left of them."""
     (
-        scratch, scratch_bytes, q, k, v, context, heads, count, size, chunks, image_bytes, head_bytes, row_bytes,
-        context_bytes, scale_at, table, table_bytes, grid_rows, grid_columns,
+        scratch, scratch_bytes, q, k, v, context, heads, count, size, query_rows, image_bytes, head_bytes, row_bytes,
+        context_bytes, scale, table, table_bytes, grid_rows, grid_columns,
     ) = arguments(args, 19)  # fmt: skip
     scratch = scratch + thread * scratch_bytes
 
+    chunks = (count + query_rows - 1) // query_rows
     image, head, chunk = task // (heads * chunks), task // chunks % heads, task % chunks
     offset = image * image_bytes + head * head_bytes
-    padded_count = (count + NR - 1) // NR * NR
-    value_panels = (size + NR - 1) // NR
-    scale = load_float(scale_at)
+    padded_count = (count + LANES - 1) // LANES * LANES
+    padded_size = (size + LANES - 1) // LANES * LANES
 
     keys = scratch
     values = keys + padded_count * size * 4
-    queries = values + value_panels * count * NR * 4
     score_bytes = padded_count * 4 + 64  # not a power of two
-    scores = queries + MR * size * 4
+    scores = values + padded_size * count * 4
     tile = scores + MR * score_bytes + 64
     factors = tile + MR * NR * 4
     reversed_ = factors + MR * 4
 
-    _pack_keys(k + offset, row_bytes, count, size, keys)
+    _pack_keys(k + offset, row_bytes, count, size, keys, scale)
     _pack_values(v + offset, row_bytes, count, size, values)
     to_cls = row0 = corner = _ZERO
     if table != 0:
@@ -150,27 +179,30 @@ def attention(args, task, thread):
         to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
         corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
 
-    first_row = chunk * QUERY_ROWS
-    last_row = min(first_row + QUERY_ROWS, count)
+    first_row = chunk * query_rows
+    last_row = min(first_row + query_rows, count)
+    whole_keys, whole_values = count // NR * NR, size // NR * NR
     for row in range(first_row, last_row, MR):
-        n = min(MR, last_row - row)
-        for i in range(n):
-            _scale_row(q + offset + (row + i) * row_bytes, size, scale, queries + i * size * 4)
-            if table != 0:
+        n, queries = min(MR, last_row - row), q + offset + row * row_bytes
+        target = context + (image * count + row) * context_bytes + head * size * 4
+        prefetch_tile(target, context_bytes)
+        if table != 0:
+            for i in range(n):
                 _bias_row(scores + i * score_bytes, row + i, grid_rows, grid_columns, reversed_, to_cls, row0, corner)
-        for panel in range(padded_count // NR):
-            b, here = keys + panel * size * NR * 4, scores + panel * NR * 4
-            addend = here if table != 0 else 0
-            multiply_tile(n, queries, size * 4, b, NR * 4, here, score_bytes, size, addend, score_bytes, b, 0)
+        for first in range(0, whole_keys, NR):
+            b, here = keys + first * size * 4, scores + 4 * first
+            more = here if table != 0 else 0
+            multiply_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0)
+        for first in range(whole_keys, count, LANES):
+            b, here = keys + first * size * 4, scores + 4 * first
+            more = here if table != 0 else 0
+            multiply_narrow_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0)
         for i in range(n):
             total = _softmax_row(scores + i * score_bytes, count, padded_count)
             store_float(factors + 4 * i, np.float32(1) / total)
-        for panel in range(value_panels):
-            b = values + panel * count * NR * 4
-            for step in range(0, count, STEPS):
-                multiply_tile(
-                    n, scores + 4 * step, score_bytes, b + step * NR * 4, NR * 4, tile, NR * 4,
-                    min(STEPS, count - step), tile if step > 0 else 0, NR * 4, b, 0,
-                )  # fmt: skip
-            target = context + (image * count + row) * context_bytes + (head * size + panel * NR) * 4
-            _store_context(tile, n, size - panel * NR, factors, target, context_bytes)
+        for first in range(0, whole_values, NR):
+            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, tile)
+            _store_context(tile, n, NR, factors, target + 4 * first, context_bytes)
+        for first in range(whole_values, size, LANES):
+            _weigh_narrow_values(n, scores, score_bytes, count, values + first * count * 4, tile)
+            _store_context(tile, n, min(LANES, size - first), factors, target + 4 * first, context_bytes)

@@ -48,25 +48,27 @@ def _finish_last_tile(tile, count, mode, scale, residual, residual_bytes, c, c_b
 def product(args, task, thread):
     """One block of rows times one group of panels, of one of several products that differ only in addresses.
 
-    Row i of block n of product p goes to
-    c + n * c_block_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
+    Rows come in units of `unit` rows, which are parted evenly into `blocks`; `side` blocks after one another go through
+    the panels side by side.  Row i of unit n of product p goes to
+    c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
     """
     (
         scratch, scratch_bytes, a, a_bytes, count, steps, weights, bias, out, c, c_bytes, mode, scale, residual,
-        residual_bytes, by_panel, group, block, c_block_bytes, a_product_bytes, c_pair_bytes, c_odd_bytes,
-    ) = arguments(args, 22)  # fmt: skip
+        residual_bytes, side, blocks, group, unit, c_unit_bytes, a_product_bytes, c_pair_bytes, c_odd_bytes,
+    ) = arguments(args, 23)  # fmt: skip
     tile = scratch + thread * scratch_bytes
-    panels = (out + NR - 1) // NR
-    groups, blocks = (panels + group - 1) // group, (count + block - 1) // block
-    nth, here, first = task // (groups * blocks), task // groups % blocks, task % groups * group
-    if by_panel != 0:  # all row blocks of one panel, then the next panel
-        here, first = task % blocks, task // blocks % groups * group
-    first_row, last = here * block, min(first + group, panels)
-    rows_here = min(block, count - first_row)
+    panels, units = (out + NR - 1) // NR, (count + unit - 1) // unit
+    groups = (panels + group - 1) // group
+    nth, first = task // (groups * blocks), task // side % groups * group
+    beside = task % side
+    block = task // (side * groups) % (blocks // side) * side + beside
+    first_unit = block * units // blocks
+    first_row, last = first_unit * unit, min(first + group, panels)
+    rows_here = min((block + 1) * units // blocks * unit, count) - first_row
     tiles = (rows_here + MR - 1) // MR
-    ahead_step = (NR * 4 + tiles - 1) // tiles
+    ahead_step = (NR * 4 + side * tiles - 1) // (side * tiles)
     a += nth * a_product_bytes + first_row * a_bytes
-    c += here * c_block_bytes + nth // 2 * c_pair_bytes + nth % 2 * c_odd_bytes
+    c += first_unit * c_unit_bytes + nth // 2 * c_pair_bytes + nth % 2 * c_odd_bytes
     residual += first_row * residual_bytes
     weights += nth * panels * steps * NR * 4
     for panel in range(first, last):
@@ -76,7 +78,7 @@ def product(args, task, thread):
         scale_here = scale + column if scale != 0 else 0
         for i in range(0, rows_here, MR):
             rows = min(MR, rows_here - i)
-            ahead = following + i // MR * steps * ahead_step
+            ahead = following + (beside * tiles + i // MR) * steps * ahead_step
             here, residual_here = c + i * c_bytes + column, residual + i * residual_bytes + column
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
@@ -86,7 +88,7 @@ def product(args, task, thread):
                 prefetch_tile(residual_here, residual_bytes)
             for k in range(0, steps, STEPS):
                 multiply_tile(
-                    rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, NR * 4, target, target_bytes,
+                    rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, target, target_bytes,
                     min(STEPS, steps - k), addend, addend_bytes, ahead + k * ahead_step, ahead_step,
                 )  # fmt: skip
                 addend, addend_bytes = target, target_bytes

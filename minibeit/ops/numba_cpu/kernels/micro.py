@@ -11,6 +11,7 @@ from ..target import LANES, MR, NR, TILE
 from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir
 
 VECTORS = TILE.vectors
+_UNROLL = 4  # steps of the sum in one round of the loop
 _NEAR = 8  # steps: by then a row of B has come from the second-level cache to the first
 
 
@@ -53,92 +54,127 @@ def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
     return value
 
 
-def _emit_tile(builder, rows, a, lda, b, ldb, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
-    """C[0:rows, 0:NR] = addend + A[0:rows, 0:steps] @ B[0:steps, 0:NR]; leaves the builder after the stores.
-
-    The accumulators are phi nodes, so LLVM keeps them in registers: nothing is spilled as long as the tile fits.
-    """
-    entry = builder.block
-    loop, done, add_c, store_c = (
-        builder.append_basic_block(f"{name}_{rows}") for name in ("steps", "done", "add_c", "store_c")
-    )
-    builder.branch(loop)
+def _emit_loop(builder, name, count, values, body):
+    """`values` after `count` times values = body(values), count >= 0; leaves the builder behind the loop."""
+    entry, loop, after = builder.block, builder.append_basic_block(name), builder.append_basic_block(f"after_{name}")
+    builder.cbranch(builder.icmp_signed(">", count, _const(0)), loop, after)
     builder.position_at_end(loop)
-    names = ("step", "a_address", "b_address", "ahead_address")
-    step, a_here, b_here, ahead_here = (builder.phi(I64, name) for name in names)
-    sums = [[builder.phi(FLOATS) for _ in range(VECTORS)] for _ in range(rows)]
-    for phi, value in ((step, _const(0)), (a_here, a), (b_here, b), (ahead_here, ahead)):
+    left = builder.phi(I64)
+    left.add_incoming(count, entry)
+    carried = [builder.phi(value.type) for value in values]
+    results = body(carried)
+    for phi, value, result in zip(carried, values, results):
         phi.add_incoming(value, entry)
-    for i in range(rows):
-        for j in range(VECTORS):
-            sums[i][j].add_incoming(ir.Constant(FLOATS, None), entry)
-    _emit_prefetch(builder, ahead_here)
-    for j in range(0, 4 * LANES * VECTORS, 64):
-        _emit_prefetch(builder, builder.add(b_here, _const(_NEAR * 4 * LANES * VECTORS + j)), 3)
-    columns = [_load(builder, builder.add(b_here, _const(4 * LANES * j)), FLOATS) for j in range(VECTORS)]
-    results = [[None] * VECTORS for _ in range(rows)]
-    for i in range(rows):
-        scalar = _load(builder, builder.add(a_here, builder.mul(lda, _const(i))), F32)
-        spread = splat_ir(builder, scalar)
-        for j in range(VECTORS):
-            results[i][j] = fma_ir(builder, spread, columns[j], sums[i][j])
-    following = builder.add(step, _const(1))
-    step.add_incoming(following, loop)
-    a_here.add_incoming(builder.add(a_here, _const(4)), loop)
-    b_here.add_incoming(builder.add(b_here, ldb), loop)
-    ahead_here.add_incoming(builder.add(ahead_here, ahead_step), loop)
-    for i in range(rows):
-        for j in range(VECTORS):
-            sums[i][j].add_incoming(results[i][j], loop)
-    builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
+        phi.add_incoming(result, loop)
+    following = builder.sub(left, _const(1))
+    left.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed(">", following, _const(0)), loop, after)
+    builder.position_at_end(after)
+    finals = [builder.phi(value.type) for value in values]
+    for phi, value, result in zip(finals, values, results):
+        phi.add_incoming(value, entry)
+        phi.add_incoming(result, loop)
+    return finals
 
-    builder.position_at_end(done)
+
+def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step):
+    """Accumulators of A @ B for `rows` rows and `vectors` vectors of columns, row after row.
+
+    They are phi nodes, so LLVM keeps them in registers: nothing is spilled as long as the tile fits.  Each three rows
+    of A have a pointer of their own that LLVM must not derive from another one: it would compute one address a row and
+    step, and those additions take the units that multiply.
+    """
+    lda = _opaque(builder, lda)
+    starts = [_opaque(builder, builder.add(a, builder.mul(lda, _const(i)))) for i in range(0, rows, 3)]
+    row_bytes = 4 * LANES * vectors
+
+    def several(count):
+        def body(carried):
+            ahead_here, b_here, *others = carried
+            a_here, sums = others[: len(starts)], others[len(starts) :]
+            _emit_prefetch(builder, ahead_here)
+            for k in range(count):
+                for j in range(0, row_bytes, 64):
+                    _emit_prefetch(builder, builder.add(b_here, _const((_NEAR + k) * row_bytes + j)), 3)
+                at = [builder.add(b_here, _const(k * row_bytes + 4 * LANES * j)) for j in range(vectors)]
+                columns = [_load(builder, address, FLOATS) for address in at]
+                for i in range(rows):
+                    address = builder.add(a_here[i // 3], builder.mul(lda, _const(i % 3)))
+                    spread = splat_ir(builder, _load(builder, builder.add(address, _const(4 * k)), F32))
+                    for j, column in enumerate(columns):
+                        sums[i * vectors + j] = fma_ir(builder, spread, column, sums[i * vectors + j])
+            advances = [builder.mul(ahead_step, _const(count)), _const(count * row_bytes)]
+            advances += [_const(4 * count)] * len(starts)
+            pointers = [ahead_here, b_here, *a_here]
+            return [builder.add(pointer, advance) for pointer, advance in zip(pointers, advances)] + sums
+
+        return body
+
+    values = [ahead, b, *starts] + [ir.Constant(FLOATS, None)] * (rows * vectors)
+    whole, rest = builder.sdiv(steps, _const(_UNROLL)), builder.srem(steps, _const(_UNROLL))
+    values = _emit_loop(builder, f"steps_{rows}", whole, values, several(_UNROLL))
+    return _emit_loop(builder, f"last_steps_{rows}", rest, values, several(1))[2 + len(starts) :]
+
+
+def _emit_tile(builder, rows, vectors, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
+    """C = addend + A @ B for `rows` rows and `vectors` vectors of columns; leaves the builder after the stores."""
+    sums = _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step)
+    places = [(i, j) for i in range(rows) for j in range(vectors)]
+    done, add_c, store_c = (builder.block, *(builder.append_basic_block(f"{n}_{rows}") for n in ("add_c", "store_c")))
     builder.cbranch(builder.icmp_signed("!=", addend, _const(0)), add_c, store_c)
     builder.position_at_end(add_c)
-    totals = [[None] * VECTORS for _ in range(rows)]
-    for i in range(rows):
-        for j in range(VECTORS):
-            more = _load(builder, _place(builder, addend, ld_addend, i, j), FLOATS)
-            totals[i][j] = builder.fadd(results[i][j], more)
+    more = [_load(builder, _place(builder, addend, ld_addend, *place), FLOATS) for place in places]
+    totals = [builder.fadd(value, other) for value, other in zip(sums, more)]
     builder.branch(store_c)
     builder.position_at_end(store_c)
-    for i in range(rows):
-        for j in range(VECTORS):
-            value = builder.phi(FLOATS)
-            value.add_incoming(results[i][j], done)
-            value.add_incoming(totals[i][j], add_c)
-            results[i][j] = value
-    for i in range(rows):
-        for j in range(VECTORS):
-            builder.store(results[i][j], pointer(builder, _place(builder, c, ldc, i, j), FLOATS)).align = 4
+    results = [builder.phi(FLOATS) for _ in places]
+    for result, value, total in zip(results, sums, totals):
+        result.add_incoming(value, done)
+        result.add_incoming(total, add_c)
+    for result, place in zip(results, places):
+        builder.store(result, pointer(builder, _place(builder, c, ldc, *place), FLOATS)).align = 4
+
+
+def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The same integer, of which LLVM knows nothing any more."""
+    return builder.call(ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0"), [value])
 
 
 def _place(builder: ir.IRBuilder, c: ir.Value, ldc: ir.Value, row: int, column: int) -> ir.Value:
     return builder.add(builder.add(c, builder.mul(ldc, _const(row))), _const(4 * LANES * column))
 
 
-@intrinsic
-def multiply_tile(typingctx, rows, a, lda, b, ldb, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
-    """C[0:rows, 0:NR] = addend + A @ B for 1 <= rows <= MR and steps >= 1.
+def _tile_product(vectors):
+    """multiply(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step), for panels of `vectors` vectors.
 
-    All arguments are integers: addresses and row strides in bytes.  `addend` 0 stands for zeros, C itself for +=, and
-    with a row stride of 0 it is one row that is added to all.  `ahead` advances by `ahead_step` bytes per step and is
-    only prefetched: the next panel, which would otherwise be waited for.
+    C[0:rows] = addend + A @ B for 1 <= rows <= MR, B being a panel (steps, vectors * LANES).  All arguments are
+    integers: addresses and row strides in bytes.  `addend` 0 stands for zeros, C itself for +=, and with a row stride
+    of 0 it is one row that is added to all.  `ahead` advances by `ahead_step` bytes a step and is only prefetched: the
+    next panel, which would otherwise be waited for.
     """
-    signature = types.void(*[types.intp] * 12)
 
-    def codegen(context, builder, signature, arguments):
-        rows, *rest = arguments
-        blocks = [builder.append_basic_block(f"rows_{i}") for i in range(1, MR + 1)]
-        end = builder.append_basic_block("tile_end")
-        switch = builder.switch(rows, blocks[-1])
-        for i, block in enumerate(blocks, 1):
-            if i < MR:
-                switch.add_case(_const(i), block)
-            builder.position_at_end(block)
-            _emit_tile(builder, i, *rest)
-            builder.branch(end)
-        builder.position_at_end(end)
-        return context.get_dummy_value()
+    @intrinsic
+    def multiply(typingctx, rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
+        signature = types.void(*[types.intp] * 11)
 
-    return signature, codegen
+        def codegen(context, builder, signature, arguments):
+            rows, *rest = arguments
+            blocks = [builder.append_basic_block(f"rows_{i}") for i in range(1, MR + 1)]
+            end = builder.append_basic_block("tile_end")
+            switch = builder.switch(rows, blocks[-1])
+            for i, block in enumerate(blocks, 1):
+                if i < MR:
+                    switch.add_case(_const(i), block)
+                builder.position_at_end(block)
+                _emit_tile(builder, i, vectors, *rest)
+                builder.branch(end)
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply
+
+
+multiply_tile = _tile_product(VECTORS)
+multiply_narrow_tile = _tile_product(1)

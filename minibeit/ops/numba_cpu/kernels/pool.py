@@ -1,27 +1,34 @@
 """What the threads of the pool run: the caller's side and the workers' side of a job.
 
-The control block is an array of int64, one cache line per counter.
+The control block is an array of int64, one cache line per counter.  Tasks are numbered, and thread i begins with the
+i-th share of the numbers, so that from one job to the next it finds its rows in its own caches; a thread that is done
+takes tasks of the others' shares.
 """
 
 from __future__ import annotations
 
 from numba import njit
 
+from ..pool import SHARES
 from .vector import add_atomic, call_task, load_atomic, pause, sched_yield, store_atomic
 
-_SEQUENCE, _OPEN, _NEXT, _ACTIVE, _JOINED = 0, 64, 128, 192, 256  # byte offsets
-_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 320, 328, 336, 344
+_SEQUENCE, _OPEN, _ACTIVE = 0, 64, 128  # byte offsets
+_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 192, 200, 208, 216
+_NEXT = 256  # the next task of each share
 _SPINS = 40_000  # about a millisecond of pauses
 
 
 @njit(error_model="numpy")
 def _work(control, thread):
     function, arguments = load_atomic(control + _FUNCTION), load_atomic(control + _ARGUMENTS)
-    count = load_atomic(control + _COUNT)
-    task = add_atomic(control + _NEXT, 1)
-    while task < count:
-        call_task(function, arguments, task, thread)
-        task = add_atomic(control + _NEXT, 1)
+    count, shares = load_atomic(control + _COUNT), min(load_atomic(control + _LIMIT), SHARES)
+    for i in range(shares):
+        share = (thread + i) % shares
+        counter, end = control + _NEXT + 64 * share, count * (share + 1) // shares
+        task = add_atomic(counter, 1)
+        while task < end:
+            call_task(function, arguments, task, thread)
+            task = add_atomic(counter, 1)
 
 
 def execute(control, function, arguments, count, limit):
@@ -30,8 +37,9 @@ def execute(control, function, arguments, count, limit):
     store_atomic(control + _ARGUMENTS, arguments)
     store_atomic(control + _COUNT, count)
     store_atomic(control + _LIMIT, limit)
-    store_atomic(control + _NEXT, 0)
-    store_atomic(control + _JOINED, 0)
+    shares = min(limit, SHARES)
+    for share in range(shares):
+        store_atomic(control + _NEXT + 64 * share, count * share // shares)
     add_atomic(control + _SEQUENCE, 1)
     store_atomic(control + _OPEN, 1)
     _work(control, 0)
@@ -44,17 +52,16 @@ def execute(control, function, arguments, count, limit):
             sched_yield()
 
 
-def wait(control, asleep):
-    """A worker: serves jobs until none came for a while, then marks itself asleep and returns."""
+def wait(control, asleep, thread):
+    """Worker number `thread`: serves jobs until none came for a while, then marks itself asleep and returns."""
     seen, idle = -1, 0
     while True:
         if load_atomic(control + _OPEN) == 1 and load_atomic(control + _SEQUENCE) != seen:
             add_atomic(control + _ACTIVE, 1)  # from here the job cannot end, if it is still open
             if load_atomic(control + _OPEN) == 1:
                 seen = load_atomic(control + _SEQUENCE)
-                ticket = add_atomic(control + _JOINED, 1)
-                if ticket < load_atomic(control + _LIMIT) - 1:
-                    _work(control, ticket + 1)
+                if thread < load_atomic(control + _LIMIT):
+                    _work(control, thread)
             add_atomic(control + _ACTIVE, -1)
             store_atomic(asleep, 0)
             idle = 0

@@ -186,6 +186,28 @@ def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return fma_ir(builder, half, erf, half)
 
 
+def _emit_transpose(builder, source, row_bytes, target, target_bytes, factors):
+    """A block of LANES x LANES numbers, turned, times `factors`.
+
+    A stage of `step` swaps the lanes k + step of row i with the lanes k of row i + step, for i and k without that bit.
+    """
+    addresses = [builder.add(source, builder.mul(row_bytes, ir.Constant(I64, i))) for i in range(LANES)]
+    rows = [_emit_load(builder, address) for address in addresses]
+    step = 1
+    while step < LANES:
+        low = [k if k & step == 0 else LANES + k - step for k in range(LANES)]
+        high = [k + step if k & step == 0 else LANES + k for k in range(LANES)]
+        masks = [ir.Constant(ir.VectorType(I32, LANES), mask) for mask in (low, high)]
+        for i in range(LANES):
+            if i & step == 0:
+                pair = rows[i], rows[i + step]
+                rows[i], rows[i + step] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        step *= 2
+    for i, row in enumerate(rows):
+        address = builder.add(target, builder.mul(target_bytes, ir.Constant(I64, i)))
+        _emit_store(builder, address, builder.fmul(row, factors))
+
+
 def _emit_sqrt(builder, x):
     kind = ir.FunctionType(F32, [F32])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.f32"), [x])
@@ -200,6 +222,7 @@ store = _vector_intrinsic((types.intp, vector), types.void, _emit_store)
 load_int = _vector_intrinsic((types.intp,), types.intp, _emit_load_int)
 load_float = _vector_intrinsic((types.intp,), types.float32, _emit_load_f32)
 store_float = _vector_intrinsic((types.intp, types.float32), types.void, _emit_store_f32)
+transpose = _vector_intrinsic((*(types.intp,) * 4, vector), types.void, _emit_transpose)
 sqrt = _vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
 splat = _vector_intrinsic((types.float32,), vector, lambda builder, x: splat_ir(builder, x))
 fma = _vector_intrinsic((vector, vector, vector), vector, fma_ir)
