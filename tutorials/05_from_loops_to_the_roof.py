@@ -360,13 +360,14 @@ plt.show()
 # | reordered sums | 2 | 8: one `x`, one `W` | 0.25 |
 # | `k` in the middle | 2 | 12: one `W`, one `y` loaded and stored | 0.17 |
 # | four rows | 8 | 36: one `W`, four `y` loaded and stored | 0.22 |
-# | register tile | 2 MR NR | 4 (MR + NR) | 5.5 for 6 x 64, 4.4 for 12 x 32 |
+# | register tile | 2 MR NR | 4 (MR + NR) | 2.7 for 6 x 64, 4.4 for 12 x 32 |
 #
 # A program can hardly be faster than its operations per byte times the bytes per second: the slanted line. Nor faster
 # than the roof: the flat line. (The slanted line was measured with one store for two loads; a loop that loads more
-# per store, or whose unrolled body uses a number twice, may lie somewhat above it.) The lines meet at about half an
-# operation per byte, and only the register tile is right of that point: for all others the slanted line is the limit,
-# even if the cache were used perfectly.
+# per store, or whose unrolled body uses a number twice, may lie somewhat above it.) The lines meet at half an operation
+# per byte or at one, and only the register tile is right of that point: for all others the slanted line is the limit,
+# even if the cache were used perfectly. (Right of it more operations per byte gain nothing: 6 x 64 moves more bytes
+# than 12 x 32 does, by fewer instructions.)
 #
 # Points far below the line have another reason besides. With `k` in the middle all of `W` comes from a far cache for
 # every row. The blocks cured that: `W` stayed near. The tile keeps `y` nearer than any cache.

@@ -16,6 +16,7 @@ PLAIN, GELU, RELU, RESIDUAL = 0, 1, 2, 3  # what follows + bias
 ROW_BLOCK = (204 if LANES == 16 else 102) // MR * MR  # rows that one task keeps in the second-level cache
 TILE_BYTES = MR * NR * 4
 _TASKS = 96
+_LONG = 2000  # steps; two longer panels would not fit a second-level cache, so their products go in two halves
 _SMALL = 1 << 20  # multiplications; some ten microseconds
 
 
@@ -42,11 +43,16 @@ def product(
     if residual is not None:
         residual, _, residual_bytes = rows(residual)
         residual_address = residual.ctypes.data
-    run_products(
-        1, (x_rows.ctypes.data, x_bytes, count, layer.steps, *layer.addresses, layer.out),
-        (y.ctypes.data, y_bytes, mode, 0 if scale is None else scale.ctypes.data, residual_address, residual_bytes),
-        (*task_layout(count, layer.panels.shape[0], get_num_threads()), MR, MR * y_bytes, 0, 0, 0),
-    )  # fmt: skip
+    layout = (*task_layout(count, layer.panels.shape[0], get_num_threads()), MR, MR * y_bytes, 0, 0, 0)
+    (panels, bias), out, steps = layer.addresses, layer.out, layer.steps
+    x_address, y_address, panel_bytes = x_rows.ctypes.data, y.ctypes.data, 4 * NR * steps
+    half = steps // 2 if steps > _LONG and out % NR == 0 else 0
+    if half:
+        first = (x_address, x_bytes, count, half, panels, bias, out)
+        run_products(1, first, (y_address, y_bytes, PLAIN, 0, 0, 0), (*layout, panel_bytes, 0))
+    inputs = (x_address + 4 * half, x_bytes, count, steps - half, panels + 4 * NR * half, bias, out)
+    outputs = (y_address, y_bytes, mode, 0 if scale is None else scale.ctypes.data, residual_address, residual_bytes)
+    run_products(1, inputs, outputs, (*layout, panel_bytes, half))
     return y
 
 

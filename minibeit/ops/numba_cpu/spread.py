@@ -85,14 +85,14 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
     """y = f(conv(up(x)) + bias), or f(y + conv(up(x))) without `bias`; x (B, h', w', C) is enlarged to y's size."""
     x_rows, count, x_bytes = rows(x)
     channel = 0
-    zeros = padded_bias(None, 9 * _GROUP)
+    zeros, panel_bytes = padded_bias(None, 9 * _GROUP), 4 * NR * layer.channels
     for panels, size in zip(layer.groups, layer.sizes):
         z = padded((*x.shape[:3], 9 * size))
         z_bytes = z.strides[2]
         run_products(
             1, (x_rows.ctypes.data, x_bytes, count, layer.channels, panels.ctypes.data, zeros.ctypes.data, 9 * size),
             (z.ctypes.data, z_bytes, PLAIN, 0, 0, 0),
-            (*task_layout(count, len(panels), get_num_threads()), MR, MR * z_bytes, 0, 0, 0),
+            (*task_layout(count, len(panels), get_num_threads()), MR, MR * z_bytes, 0, 0, 0, panel_bytes, 0),
         )  # fmt: skip
         spread(z, y, channel, size, 3, bias, bias is None, relu)
         channel += size

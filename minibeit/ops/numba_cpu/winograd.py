@@ -72,7 +72,7 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
         run_products(
             POINTS, (v.ctypes.data, v.strides[1], tiles, C, layer.panels.ctypes.data, zeros.ctypes.data, layer.out),
             (m.ctypes.data, m.strides[1], PLAIN, 0, 0, 0),
-            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0]),
+            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0], C * NR * 4, 0),
         )  # fmt: skip
         run(_transform_output, tiles, (
             m.ctypes.data, m.strides[1], m.strides[0], layer.out,

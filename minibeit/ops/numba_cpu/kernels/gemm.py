@@ -49,13 +49,14 @@ def product(args, task, thread):
     """One block of rows times one group of panels, of one of several products that differ only in addresses.
 
     Rows come in units of `unit` rows, which are parted evenly into `blocks`; `side` blocks after one another go through
-    the panels side by side.  Row i of unit n of product p goes to
-    c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
+    the panels side by side.  With `onto` the product is added to what is in C, in place of the bias.  Row i of unit n
+    of product p goes to c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
     """
     (
         scratch, scratch_bytes, a, a_bytes, count, steps, weights, bias, out, c, c_bytes, mode, scale, residual,
         residual_bytes, side, blocks, group, unit, c_unit_bytes, a_product_bytes, c_pair_bytes, c_odd_bytes,
-    ) = arguments(args, 23)  # fmt: skip
+        panel_bytes, onto,
+    ) = arguments(args, 25)  # fmt: skip
     tile = scratch + thread * scratch_bytes
     panels, units = (out + NR - 1) // NR, (count + unit - 1) // unit
     groups = (panels + group - 1) // group
@@ -70,10 +71,10 @@ def product(args, task, thread):
     a += nth * a_product_bytes + first_row * a_bytes
     c += first_unit * c_unit_bytes + nth // 2 * c_pair_bytes + nth % 2 * c_odd_bytes
     residual += first_row * residual_bytes
-    weights += nth * panels * steps * NR * 4
+    weights += nth * panels * panel_bytes
     for panel in range(first, last):
-        b = weights + panel * steps * NR * 4
-        following = b + steps * NR * 4 if panel + 1 < panels else b
+        b = weights + panel * panel_bytes
+        following = b + panel_bytes if panel + 1 < panels else b
         column, columns = panel * NR * 4, out - panel * NR
         scale_here = scale + column if scale != 0 else 0
         for i in range(0, rows_here, MR):
@@ -82,7 +83,7 @@ def product(args, task, thread):
             here, residual_here = c + i * c_bytes + column, residual + i * residual_bytes + column
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
-            addend, addend_bytes = bias + column, 0
+            addend, addend_bytes = (here, c_bytes) if onto != 0 else (bias + column, 0)
             prefetch_tile(here, c_bytes)
             if mode == RESIDUAL:
                 prefetch_tile(residual_here, residual_bytes)
