@@ -126,25 +126,15 @@ def _store_context(tile, count, columns, factors, context, context_bytes):
 
 
 @njit(error_model="numpy")
-def _weigh_values(n, scores, score_bytes, count, values, tile):
-    """tile = the scores of n rows @ one panel of NR values."""
+def _weigh_values(n, scores, score_bytes, count, values, width, tile):
+    """tile = the scores of n rows @ one panel of values, NR or LANES wide."""
     for step in range(0, count, STEPS):
-        b = values + step * NR * 4
-        multiply_tile(
-            n, scores + 4 * step, score_bytes, b, tile, NR * 4, min(STEPS, count - step), tile if step > 0 else 0,
-            NR * 4, b, 0,
-        )  # fmt: skip
-
-
-@njit(error_model="numpy")
-def _weigh_narrow_values(n, scores, score_bytes, count, values, tile):
-    """tile = the scores of n rows @ one panel of LANES values."""
-    for step in range(0, count, STEPS):
-        b = values + step * LANES * 4
-        multiply_narrow_tile(
-            n, scores + 4 * step, score_bytes, b, tile, NR * 4, min(STEPS, count - step), tile if step > 0 else 0,
-            NR * 4, b, 0,
-        )  # fmt: skip
+        a, b, length = scores + 4 * step, values + step * width * 4, min(STEPS, count - step)
+        sums = tile if step > 0 else 0
+        if width == NR:
+            multiply_tile(n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0)
+        else:
+            multiply_narrow_tile(n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0)
 
 
 def attention(args, task, thread):
@@ -201,8 +191,8 @@ def attention(args, task, thread):
             total = _softmax_row(scores + i * score_bytes, count, padded_count)
             store_float(factors + 4 * i, np.float32(1) / total)
         for first in range(0, whole_values, NR):
-            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, tile)
+            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, NR, tile)
             _store_context(tile, n, NR, factors, target + 4 * first, context_bytes)
         for first in range(whole_values, size, LANES):
-            _weigh_narrow_values(n, scores, score_bytes, count, values + first * count * 4, tile)
+            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, LANES, tile)
             _store_context(tile, n, min(LANES, size - first), factors, target + 4 * first, context_bytes)
