@@ -96,6 +96,17 @@ def test_sum_lengths(steps):
     check("linear", (x, layer), (x, OPS.prepare(layer)))
 
 
+@pytest.mark.parametrize("steps", [2001, 3072, 4096])
+def test_long_sums_in_two_halves(steps):
+    """`out` fills whole panels of every target: only then is a long sum parted."""
+    layer, x, scale, residual = linear_layer(128, steps), normal(3, 13, steps), normal(4, 128), normal(5, 13, 128)
+    packed = OPS.prepare(layer)
+    check("linear", (x, layer), (x, packed))
+    check("linear_activation", (x, layer, "gelu"), (x, packed, "gelu"))
+    check("linear_activation", (x, layer, "relu"), (x, packed, "relu"))
+    check("linear_residual", (x, layer, scale, residual), (x, packed, scale, residual))
+
+
 def test_a_patch_convolution_is_a_linear_layer():
     from minibeit.params import Embeddings
 

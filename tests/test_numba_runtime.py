@@ -59,7 +59,7 @@ def test_every_task_is_done_once_whoever_does_it():
             assert (done[:tasks] == 1).all() and not done[tasks:].any(), (threads, tasks)
 
 
-def test_rows_are_cut_so_that_each_is_multiplied_once():
+def test_rows_are_cut_into_no_more_blocks_than_there_are_tiles():
     for count in (1, 5, 6, 7, 91, 92, 197, 577, 1576, 5000):
         for threads in (1, 2, 3, 16):
             side, blocks, group = gemm.task_layout(count, 12, threads)

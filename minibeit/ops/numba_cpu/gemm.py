@@ -43,7 +43,7 @@ def product(
     if residual is not None:
         residual, _, residual_bytes = rows(residual)
         residual_address = residual.ctypes.data
-    layout = (*task_layout(count, layer.panels.shape[0], get_num_threads()), MR, MR * y_bytes, 0, 0, 0)
+    layout = row_layout(count, layer.panels.shape[0], y_bytes)
     (panels, bias), out, steps = layer.addresses, layer.out, layer.steps
     x_address, y_address, panel_bytes = x_rows.ctypes.data, y.ctypes.data, 4 * NR * steps
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
@@ -63,6 +63,11 @@ def run_products(number: int, inputs: tuple[int, ...], outputs: tuple[int, ...],
     tasks = number * blocks * -(-panels // group)
     small = number * count * inputs[3] * out < _SMALL
     run(_product, tasks, (*inputs, *outputs, *layout), TILE_BYTES, small)
+
+
+def row_layout(count: int, panels: int, c_bytes: int) -> tuple[int, ...]:
+    """The layout of one product whose rows all lie `c_bytes` apart, but for its last two numbers."""
+    return (*task_layout(count, panels, get_num_threads()), MR, MR * c_bytes, 0, 0, 0)
 
 
 @lru_cache(maxsize=256)

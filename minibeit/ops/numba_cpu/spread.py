@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from .gemm import PLAIN, run_products, task_layout
+from .gemm import PLAIN, row_layout, run_products
 from .machine_code import Kernel
 from .memory import aligned, padded, rows
 from .pack import pack_matrix, padded_bias
-from .pool import get_num_threads, run
-from .target import MR, NR
+from .pool import run
+from .target import NR
 
 _GROUP = 128  # output channels in work at a time
 
@@ -92,7 +92,7 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
         run_products(
             1, (x_rows.ctypes.data, x_bytes, count, layer.channels, panels.ctypes.data, zeros.ctypes.data, 9 * size),
             (z.ctypes.data, z_bytes, PLAIN, 0, 0, 0),
-            (*task_layout(count, len(panels), get_num_threads()), MR, MR * z_bytes, 0, 0, 0, panel_bytes, 0),
+            (*row_layout(count, len(panels), z_bytes), panel_bytes, 0),
         )  # fmt: skip
         spread(z, y, channel, size, 3, bias, bias is None, relu)
         channel += size

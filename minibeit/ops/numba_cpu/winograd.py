@@ -20,7 +20,7 @@ from .pool import run
 from .target import LANES, MR, NR
 
 POINTS = 36
-_CHUNK = 144 // MR * MR  # tiles in work at a time: 36 * 204 * 768 floats are 23 MB
+_CHUNK = 144 // MR * MR  # tiles in work at a time: 36 * 144 * 768 floats are 16 MB
 _VECTOR = 4 * LANES
 
 
