@@ -10,7 +10,7 @@ from .machine_code import Kernel
 from .memory import padded, row_bytes, rows
 from .pack import PackedLinear
 from .pool import get_num_threads, run
-from .target import LANES, MR, NR
+from .target import LANES, MR, NR, STEPS
 
 PLAIN, GELU, RELU, RESIDUAL = 0, 1, 2, 3  # what follows + bias
 ROW_BLOCK = (204 if LANES == 16 else 102) // MR * MR  # rows that one task keeps in the second-level cache
@@ -29,10 +29,12 @@ def product(
     mode: int = PLAIN,
     scale: np.ndarray | None = None,
     residual: np.ndarray | None = None,
+    at_once: int = STEPS,
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """f(x W^T + b) in float32, f being `mode`: nothing, GELU, ReLU, or residual + scale * ( ).
 
-    The result's rows may lie further apart than their length (see `memory.padded`).
+    `at_once` products are summed in one go.  The result's rows may lie further apart than their length (see
+    `memory.padded`).
     """
     x_rows, count, x_bytes = rows(x)
     y = padded((*x.shape[:-1], layer.out))
@@ -49,10 +51,10 @@ def product(
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
     if half:
         first = (x_address, x_bytes, count, half, panels, bias, out)
-        run_products(1, first, (y_address, y_bytes, PLAIN, 0, 0, 0), (*layout, panel_bytes, 0))
+        run_products(1, first, (y_address, y_bytes, PLAIN, 0, 0, 0), (*layout, panel_bytes, at_once, 0))
     inputs = (x_address + 4 * half, x_bytes, count, steps - half, panels + 4 * NR * half, bias, out)
     outputs = (y_address, y_bytes, mode, 0 if scale is None else scale.ctypes.data, residual_address, residual_bytes)
-    run_products(1, inputs, outputs, (*layout, panel_bytes, half))
+    run_products(1, inputs, outputs, (*layout, panel_bytes, at_once, half))
     return y
 
 
@@ -66,7 +68,7 @@ def run_products(number: int, inputs: tuple[int, ...], outputs: tuple[int, ...],
 
 
 def row_layout(count: int, panels: int, c_bytes: int) -> tuple[int, ...]:
-    """The layout of one product whose rows all lie `c_bytes` apart, but for its last two numbers."""
+    """The layout of one product whose rows all lie `c_bytes` apart, but for its last three numbers."""
     return (*task_layout(count, panels, get_num_threads()), MR, MR * c_bytes, 0, 0, 0)
 
 

@@ -12,7 +12,7 @@ from . import gemm
 from .memory import padded, rows
 from .pack import PackedLinear
 from .spread import PackedTaps, convolve_enlarged, spread
-from .target import LANES, NR
+from .target import LANES, NR, STEPS
 from .winograd import PackedWinograd, convolve
 
 
@@ -79,7 +79,7 @@ def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndar
     gemm.run_products(
         4, (x_rows.ctypes.data, x_bytes, count, C, layer.panels.ctypes.data, layer.bias.ctypes.data, layer.out),
         (y.ctypes.data, 2 * pixel, mode, 0, 0, 0),
-        (1, B * h, group, w, 2 * row, 0, row, pixel, C * NR * 4, 0),
+        (1, B * h, group, w, 2 * row, 0, row, pixel, C * NR * 4, STEPS, 0),
     )  # fmt: skip
     return first(y)
 

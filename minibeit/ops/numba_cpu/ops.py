@@ -26,6 +26,7 @@ from .maps import (
 from .norm import PackedNorm, layer_norm_rows
 from .pack import PackedLinear
 from .prepare import PackedAttention, is_float32
+from .target import FEW_STEPS
 
 _GELUS = ("gelu", "gelu_python")
 
@@ -41,7 +42,7 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear`."""
     if not _fits(x, layer):
         return reference.linear(x, _plain(layer))
-    return gemm.product(x, layer)
+    return gemm.product(x, layer, at_once=FEW_STEPS)
 
 
 def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:  # (..., in) -> (..., out)

@@ -18,7 +18,7 @@ from .machine_code import Kernel
 from .memory import aligned, padded, rows
 from .pack import pack_matrix, padded_bias
 from .pool import run
-from .target import NR
+from .target import NR, STEPS
 
 _GROUP = 128  # output channels in work at a time
 
@@ -92,7 +92,7 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
         run_products(
             1, (x_rows.ctypes.data, x_bytes, count, layer.channels, panels.ctypes.data, zeros.ctypes.data, 9 * size),
             (z.ctypes.data, z_bytes, PLAIN, 0, 0, 0),
-            (*row_layout(count, len(panels), z_bytes), panel_bytes, 0),
+            (*row_layout(count, len(panels), z_bytes), panel_bytes, STEPS, 0),
         )  # fmt: skip
         spread(z, y, channel, size, 3, bias, bias is None, relu)
         channel += size

@@ -82,7 +82,8 @@ def choose_tile() -> Tile:
 
 TILE = choose_tile()
 LANES, MR, NR = TILE.lanes, TILE.rows, TILE.columns
-STEPS = 384  # products summed in one go; a sum of such sums has a smaller rounding error than one long sum
+STEPS = 384  # products summed in one go: the rounding errors of a sum of such sums are smaller than of one long sum
+FEW_STEPS = 96  # the same for layers that take little of the time, of which the last one has the last word
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from .machine_code import Kernel
 from .memory import aligned, padded
 from .pack import is_hollow, padded_bias
 from .pool import run
-from .target import LANES, MR, NR
+from .target import LANES, MR, NR, STEPS
 
 POINTS = 36
 _CHUNK = 144 // MR * MR  # tiles in work at a time: 36 * 144 * 768 floats are 16 MB
@@ -72,7 +72,7 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
         run_products(
             POINTS, (v.ctypes.data, v.strides[1], tiles, C, layer.panels.ctypes.data, zeros.ctypes.data, layer.out),
             (m.ctypes.data, m.strides[1], PLAIN, 0, 0, 0),
-            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0], C * NR * 4, 0),
+            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0], C * NR * 4, STEPS, 0),
         )  # fmt: skip
         run(_transform_output, tiles, (
             m.ctypes.data, m.strides[1], m.strides[0], layer.out,

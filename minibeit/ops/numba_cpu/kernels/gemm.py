@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from ..gemm import GELU, PLAIN, RELU, RESIDUAL
-from ..target import LANES, MR, NR, STEPS
+from ..target import LANES, MR, NR
 from .micro import multiply_tile, prefetch_tile
 from .vector import arguments, fma, gelu, load, load_float, maximum, splat, store, store_float
 
@@ -49,14 +49,15 @@ def product(args, task, thread):
     """One block of rows times one group of panels, of one of several products that differ only in addresses.
 
     Rows come in units of `unit` rows, which are parted evenly into `blocks`; `side` blocks after one another go through
-    the panels side by side.  With `onto` the product is added to what is in C, in place of the bias.  Row i of unit n
+    the panels side by side.  `at_once` steps are summed in registers, then added to those before.  With `onto` the
+    product is added to what is in C, in place of the bias.  Row i of unit n
     of product p goes to c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
     """
     (
         scratch, scratch_bytes, a, a_bytes, count, steps, weights, bias, out, c, c_bytes, mode, scale, residual,
         residual_bytes, side, blocks, group, unit, c_unit_bytes, a_product_bytes, c_pair_bytes, c_odd_bytes,
-        panel_bytes, onto,
-    ) = arguments(args, 25)  # fmt: skip
+        panel_bytes, at_once, onto,
+    ) = arguments(args, 26)  # fmt: skip
     tile = scratch + thread * scratch_bytes
     panels, units = (out + NR - 1) // NR, (count + unit - 1) // unit
     groups = (panels + group - 1) // group
@@ -87,10 +88,10 @@ def product(args, task, thread):
             prefetch_tile(here, c_bytes)
             if mode == RESIDUAL:
                 prefetch_tile(residual_here, residual_bytes)
-            for k in range(0, steps, STEPS):
+            for k in range(0, steps, at_once):
                 multiply_tile(
                     rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, target, target_bytes,
-                    min(STEPS, steps - k), addend, addend_bytes, ahead + k * ahead_step, ahead_step,
+                    min(at_once, steps - k), addend, addend_bytes, ahead + k * ahead_step, ahead_step,
                 )  # fmt: skip
                 addend, addend_bytes = target, target_bytes
             if columns < NR:
