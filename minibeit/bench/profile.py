@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-NOT_OPS = ("backend", "origin", "prepare", "num_threads")
+from ..ops import reference
+
+NOT_OPS = ("backend", "origin", "prepare", "num_threads", "deferred")
 
 
 @dataclass
@@ -57,7 +59,7 @@ def _finisher(model: Any) -> Callable[[], None]:
 
 def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = lambda: None) -> SimpleNamespace:
     """The same ops; each call is added to `entries`, with the time until `finish` returns."""
-    table = dict(vars(ops))
+    table = dict(vars(ops), deferred=reference.deferred)
     for name, op in table.items():
         if name not in NOT_OPS:
             table[name] = _watch(name, op, entries, ops.origin[name], finish)

@@ -35,11 +35,12 @@ def encode(
     x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
     x = trace.record("embeddings", x)
     states = {0: x}
-    for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
-        rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
-        x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
-        if i + 1 in collect:
-            states[i + 1] = x
+    with ops.deferred(rng is None and trace.silent):  # then only ops look into arrays until the last block is done
+        for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
+            rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
+            x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
+            if i + 1 in collect:
+                states[i + 1] = x
     if p.norm is not None:
         x = trace.record("norm", ops.layer_norm(x, p.norm, config.layer_norm_eps))
     return x, [states[i] for i in collect]

@@ -18,7 +18,8 @@ GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of GPUs only
 NO_ARITHMETIC = {  # ops that only make, move, check or store arrays
-    *("all_finite", "arange", "asarray", "dump", "num_threads", "prepare", "restore", "stage", "to_host", "zeros"),
+    *("all_finite", "arange", "asarray", "deferred", "dump", "num_threads", "prepare", "restore", "stage", "to_host"),
+    "zeros",
 }
 
 
@@ -59,9 +60,10 @@ def get_ops(
             return SimpleNamespace(backend=backend, origin=origin, **fast.on_device(table, origin, dtype, device))
         if only is not None:  # NumPy ops get the weights as they were before packing
             table["prepare"] = functools.partial(fast.prepare, keep_source=True)
-            for name in table:
-                if origin[name] == "numpy" and name != "prepare":
-                    table[name] = _on_sources(table[name])
+        beside = fast.settled if only is None else _on_sources
+        for name in table:
+            if origin[name] == "numpy" and name != "prepare":
+                table[name] = beside(table[name])
     return SimpleNamespace(backend=backend, origin=origin, **table)
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "conv_transpose",
     "conv_transpose_bn_gelu",
     "cross_entropy",
+    "deferred",
     "dump",
     "layer_norm",
     "linear",
@@ -67,6 +68,11 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
     """Context in which ops use `count` threads; here it does nothing, since NumPy follows its BLAS's settings."""
+    return nullcontext()
+
+
+def deferred(wanted: bool = True) -> AbstractContextManager[Any]:
+    """Context in which, if `wanted`, only ops look into arrays, so that ops may run when it ends; here they do not."""
     return nullcontext()
 
 

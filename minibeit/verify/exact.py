@@ -83,7 +83,7 @@ def double_ops(log: Log | None = None) -> SimpleNamespace:
     table = {name: getattr(reference, name) for name in reference.__all__} | LEAN
     wrapped = {name: _widened(name, op, log) for name, op in table.items()}
     wrapped["asarray"] = lambda x, dtype: np.asarray(x, np.float64 if np.dtype(dtype).kind == "f" else dtype)
-    for name in ("zeros", "arange", "num_threads"):
+    for name in ("zeros", "arange", "num_threads", "deferred"):
         wrapped[name] = getattr(reference, name)
     return SimpleNamespace(backend="numpy", origin=dict.fromkeys(wrapped, "numpy"), **wrapped)
 

@@ -11,7 +11,7 @@ multiplied with them are stored so, while sums, softmax, norms, activations and 
 
 from __future__ import annotations
 
-from .arrays import all_finite, arange, asarray, concatenate, num_threads, stage, to_host, zeros
+from .arrays import all_finite, arange, asarray, concatenate, deferred, num_threads, stage, to_host, zeros
 from .attention import attention, project_qkv
 from .fallback import on_device as on_device
 from .losses import bce_with_logits, cross_entropy, mse_loss
@@ -43,6 +43,7 @@ __all__ = [
     "conv_transpose",
     "conv_transpose_bn_gelu",
     "cross_entropy",
+    "deferred",
     "layer_norm",
     "linear",
     "linear_activation",

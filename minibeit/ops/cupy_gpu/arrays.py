@@ -24,6 +24,11 @@ def num_threads(count: int | None) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def deferred(wanted: bool = True) -> AbstractContextManager[Any]:
+    """See `reference.deferred`: a GPU runs every op later than it is told."""
+    return nullcontext()
+
+
 def stage(x: Any, dtype: str) -> Array:
     """See `reference.stage`: what comes from main memory stays there, to be checked before it is uploaded."""
     return asarray(x, dtype) if isinstance(x, cupy.ndarray) else np.asarray(x, _numpy_dtype(dtype))

@@ -6,6 +6,7 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 target.py             the CPU: its vectors, the register tile of the matrix product
 kernels/              what is compiled: imported only where a kernel is not on disk yet
 machine_code.py, pool.py   machine code that is kept on disk, and the threads that run it
+memory.py, inputs.py  memory of results, addresses of arguments
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "conv_bn_relu_resized",
     "conv_transpose",
     "conv_transpose_bn_gelu",
+    "deferred",
     "dump",
     "layer_norm",
     "linear",
@@ -48,6 +51,7 @@ if not COMPILED:
         conv_bn_relu_resized,
         conv_transpose,
         conv_transpose_bn_gelu,
+        deferred,
         dump,
         layer_norm,
         linear,
@@ -62,6 +66,10 @@ if not COMPILED:
     def prepare(params: Any, keep_source: bool = False) -> Any:
         """The parameters as they are: without a compiler NumPy serves every op."""
         return params
+
+    def settled(op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op as it is: nothing waits."""
+        return op
 
 else:
     from .ops import (
@@ -80,6 +88,8 @@ else:
         project_qkv,
         resize_bilinear,
     )  # fmt: skip
+    from .pool import deferred
+    from .pool import settled as settled
     from .prepare import prepare
     from .stored import dump, restore
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from .inputs import address, constant, contiguous
 from .machine_code import Kernel
 from .memory import padded
 from .pool import get_num_threads, run
@@ -33,18 +34,17 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.
     """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread."""
     B, H, N, d = q.shape
     context = padded((B, N, H * d))
-    scale = np.array([d**-0.5], np.float32)
     table = (0, 0, 0, 0)
     offsets = 0
     if bias is not None:
-        values = np.ascontiguousarray(bias.table)
-        table = (values.ctypes.data, values.strides[0], *bias.grid)
+        values = contiguous(bias.table)
+        table = (address(values), values.strides[0], *bias.grid)
         offsets = len(values)
     halves = get_num_threads() * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
     rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
     arguments = (
-        q.ctypes.data, k.ctypes.data, v.ctypes.data, context.ctypes.data, H, N, d, rows,
-        *q.strides[:3], context.strides[1], scale.ctypes.data, *table,
+        address(q), address(k), address(v), address(context), H, N, d, rows,
+        *q.strides[:3], context.strides[1], address(constant(d**-0.5)), *table,
     )  # fmt: skip
     up = -(-N // LANES) * LANES
     floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64

@@ -6,8 +6,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from .inputs import address, contiguous, rows
 from .machine_code import Kernel
-from .memory import padded, row_bytes, rows
+from .memory import padded, row_bytes
 from .pack import PackedLinear
 from .pool import get_num_threads, run
 from .target import LANES, MR, NR, STEPS
@@ -39,21 +40,22 @@ def product(
     x_rows, count, x_bytes = rows(x)
     y = padded((*x.shape[:-1], layer.out))
     y_bytes = row_bytes(y)
+    scale_address = residual_address = residual_bytes = 0
     if scale is not None:
-        scale = np.ascontiguousarray(scale, np.float32)
-    residual_address = residual_bytes = 0
+        scale = contiguous(scale)
+        scale_address = address(scale)
     if residual is not None:
         residual, _, residual_bytes = rows(residual)
-        residual_address = residual.ctypes.data
+        residual_address = address(residual)
     layout = row_layout(count, layer.panels.shape[0], y_bytes)
     (panels, bias), out, steps = layer.addresses, layer.out, layer.steps
-    x_address, y_address, panel_bytes = x_rows.ctypes.data, y.ctypes.data, 4 * NR * steps
+    x_address, y_address, panel_bytes = address(x_rows), address(y), 4 * NR * steps
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
     if half:
         first = (x_address, x_bytes, count, half, panels, bias, out)
         run_products(1, first, (y_address, y_bytes, PLAIN, 0, 0, 0), (*layout, panel_bytes, at_once, 0))
     inputs = (x_address + 4 * half, x_bytes, count, steps - half, panels + 4 * NR * half, bias, out)
-    outputs = (y_address, y_bytes, mode, 0 if scale is None else scale.ctypes.data, residual_address, residual_bytes)
+    outputs = (y_address, y_bytes, mode, scale_address, residual_address, residual_bytes)
     run_products(1, inputs, outputs, (*layout, panel_bytes, at_once, half))
     return y
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import gemm
-from .memory import padded, rows
+from .inputs import rows
+from .memory import padded
 from .pack import PackedLinear
 from .spread import PackedTaps, convolve_enlarged, spread
 from .target import LANES, NR, STEPS

@@ -10,6 +10,8 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -28,16 +30,16 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.n
 
 
 class _Recycler:
-    """Buffers that are used again.  One that nothing but this object refers to is free.
+    """Buffers that are used again, by one thread at a time.  One that nothing but this object refers to is free.
 
     A view of an array refers to the array that owns the memory, however many views lie between, so the reference count
     of the owner tells whether any result in it is still alive.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         # By size: buffers, and where in them a line begins; sizes and buffers in order of use, the latest last.
         self._buffers: dict[int, list[tuple[np.ndarray, int]]] = {}
+        self._owners: set[int] = set()  # identities of the buffers
         self._bytes = 0
 
     def take(self, size: int) -> tuple[np.ndarray, int]:
@@ -45,24 +47,30 @@ class _Recycler:
         size = -(-(size + _LINE) // _STEP) * _STEP
         if size > _KEPT_BYTES // 4:
             return _buffer(size)
-        with self._lock:
-            buffers = self._buffers.pop(size, [])
-            self._buffers[size] = buffers
-            for i in range(len(buffers)):
-                if sys.getrefcount(buffers[i][0]) == _UNUSED:
-                    buffers.append(buffers.pop(i))
-                    return buffers[-1]
-            buffers.append(_buffer(size))
-            self._bytes += size
-            kept = buffers[-1]
-            self._trim()
-            return kept
+        buffers = self._buffers.pop(size, [])
+        self._buffers[size] = buffers
+        for i in range(len(buffers)):
+            if sys.getrefcount(buffers[i][0]) == _UNUSED:
+                buffers.append(buffers.pop(i))
+                return buffers[-1]
+        buffers.append(_buffer(size))
+        self._owners.add(id(buffers[-1][0]))
+        self._bytes += size
+        kept = buffers[-1]
+        self._trim()
+        return kept
+
+    def owns(self, x: np.ndarray) -> bool:
+        """Whether an array lies in a buffer of this recycler."""
+        return id(x.base) in self._owners
 
     def _trim(self) -> None:
         """Forgets the buffers that were not used for longest; those that hold results live on with them."""
         while self._bytes > _KEPT_BYTES:
             size, buffers = next(iter(self._buffers.items()))
-            buffers.pop(0)
+            oldest, _ = buffers.pop(0)
+            self._owners.discard(id(oldest))
+            hold(oldest)
             self._bytes -= size
             if not buffers:
                 del self._buffers[size]
@@ -75,12 +83,59 @@ def _buffer(size: int) -> tuple[np.ndarray, int]:
 
 _probe = [_buffer(0)]
 _UNUSED = sys.getrefcount(_probe[0][0])  # the tuple and the argument; the number depends on the interpreter
-_recycler = _Recycler()
+_idle: list[_Recycler] = []  # recyclers that no thread uses; the last one has the warmest memory
+
+
+class _Waiting(threading.local):
+    """What the jobs of a thread that have not run yet (see `pool.deferred`) need."""
+
+    recycler: _Recycler | None = None  # the thread's own: a buffer that is free to it may be in use to others
+    held: list[np.ndarray] | None = None  # arrays outside of it that nothing else may refer to any more
+    held_bytes = 0
+
+
+_waiting = _Waiting()
+
+
+def _borrow() -> _Recycler:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Recycler()
+
+
+@contextmanager
+def own_buffers() -> Iterator[None]:
+    """Within the block, `padded` arrays of this thread are free for nobody else, and `hold` holds."""
+    _waiting.recycler, _waiting.held, _waiting.held_bytes = _borrow(), [], 0
+    try:
+        yield
+    finally:
+        _idle.append(_waiting.recycler)
+        _waiting.recycler = _waiting.held = None
+
+
+def hold(x: np.ndarray) -> None:
+    """Keeps an array that a job reads or writes until the job has run, if that is not at once."""
+    if _waiting.held is not None and _waiting.recycler is not None and not _waiting.recycler.owns(x):
+        _waiting.held.append(x)
+        _waiting.held_bytes += x.nbytes
+
+
+def held_bytes() -> int:
+    """Bytes of the arrays that are held."""
+    return _waiting.held_bytes
+
+
+def let_go() -> None:
+    """All jobs of this thread have run: holds nothing any more."""
+    if _waiting.held is not None:
+        _waiting.held.clear()
+        _waiting.held_bytes = 0
 
 
 def _renew() -> None:
-    global _recycler
-    _recycler = _Recycler()  # its lock may have been held by a thread that did not survive the fork
+    _idle.clear()  # a recycler that another thread was using did not survive the fork whole
 
 
 if hasattr(os, "register_at_fork"):
@@ -94,7 +149,10 @@ def padded(shape: tuple[int, ...]) -> np.ndarray:
     tile would not fit there.
     """
     size, strides = _padding(shape)
-    raw, start = _recycler.take(size)
+    recycler = _waiting.recycler or _borrow()
+    raw, start = recycler.take(size)
+    if recycler is not _waiting.recycler:
+        _idle.append(recycler)
     return np.ndarray(shape, _FLOAT32, raw, start, strides)
 
 
@@ -113,23 +171,3 @@ def _padding(shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         strides = (size, *strides)
         size *= length
     return size, strides
-
-
-def rows(x: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """`x` (..., D) as float32 rows: (the array that owns the memory, number of rows, bytes between rows).
-
-    Copies only where the rows do not lie evenly spaced.  Strides of axes of size 1 mean nothing and are not looked at.
-    """
-    width, count, step, span = x.shape[-1], 1, 0, 0
-    even = x.dtype == np.float32 and (width == 1 or x.strides[-1] == 4)
-    for axis in range(x.ndim - 2, -1, -1):
-        size, stride = x.shape[axis], x.strides[axis]
-        if size != 1:
-            if step == 0:
-                step = span = stride
-            even = even and stride == span and stride > 0 and stride % 4 == 0
-            span *= size
-            count *= size
-    if even:
-        return x, count, step or 4 * width
-    return np.ascontiguousarray(x, np.float32), count, 4 * width

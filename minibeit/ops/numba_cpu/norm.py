@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .inputs import address, constant, rows
 from .machine_code import Kernel
-from .memory import padded, row_bytes, rows
+from .memory import padded, row_bytes
 from .pool import run
 
 ROWS = 32  # rows per task
@@ -32,20 +32,12 @@ class PackedNorm:
         object.__setattr__(self, "addresses", (self.weight.ctypes.data, self.bias.ctypes.data))
 
 
-@lru_cache(maxsize=64)
-def _constant(value: float) -> tuple[np.ndarray, int]:
-    """A float32 in memory and its address: kernels take nothing but integers."""
-    array = np.array([value], np.float32)
-    return array, array.ctypes.data
-
-
 def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray:  # (..., D)
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of a float32 array."""
     x_rows, count, x_bytes = rows(x)
     y = padded(x.shape)
-    _kept, eps_address = _constant(eps)
     arguments = (
-        x_rows.ctypes.data, x_bytes, count, x.shape[-1], *norm.addresses, y.ctypes.data, row_bytes(y), eps_address,
+        address(x_rows), x_bytes, count, x.shape[-1], *norm.addresses, address(y), row_bytes(y), address(constant(eps)),
     )  # fmt: skip
     run(_layer_norm, -(-count // ROWS), arguments, small=x.size < _SMALL)
     return y

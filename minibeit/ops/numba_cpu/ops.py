@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,35 +26,39 @@ from .maps import (
 )
 from .norm import PackedNorm, layer_norm_rows
 from .pack import PackedLinear
+from .pool import finish, settled
 from .prepare import PackedAttention, is_float32
 from .target import FEW_STEPS
 
 _GELUS = ("gelu", "gelu_python")
+_numpy = SimpleNamespace(**{name: settled(getattr(reference, name)) for name in reference.__all__})
 
 
 def layer_norm(x: np.ndarray, norm: Any, eps: float) -> np.ndarray:  # (..., D) -> (..., D)
     """See `reference.layer_norm`."""
     if not isinstance(norm, PackedNorm) or not is_float32(x) or x.size == 0:
-        return reference.layer_norm(x, norm, eps)
+        return _numpy.layer_norm(x, norm, eps)
     return layer_norm_rows(x, norm, eps)
 
 
 def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear`."""
     if not _fits(x, layer):
-        return reference.linear(x, _plain(layer))
+        return _numpy.linear(x, _plain(layer))
     return gemm.product(x, layer, at_once=FEW_STEPS)
 
 
 def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_activation`; GELU and ReLU are applied while the product is in registers."""
     if not _fits(x, layer):
-        return reference.linear_activation(x, _plain(layer), activation)
+        return _numpy.linear_activation(x, _plain(layer), activation)
     if activation in _GELUS:
         return gemm.product(x, layer, gemm.GELU)
     if activation == "relu":
         return gemm.product(x, layer, gemm.RELU)
-    return ACTIVATIONS[activation](gemm.product(x, layer))
+    y = gemm.product(x, layer)
+    finish()
+    return ACTIVATIONS[activation](y)
 
 
 def linear_residual(
@@ -61,7 +66,7 @@ def linear_residual(
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
     if not _fits(x, layer) or not is_float32(scale, residual):
-        return reference.linear_residual(x, _plain(layer), scale, residual)
+        return _numpy.linear_residual(x, _plain(layer), scale, residual)
     return gemm.product(x, layer, gemm.RESIDUAL, scale, residual)
 
 
@@ -70,7 +75,7 @@ def project_qkv(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (B, N, D) -> 3 x (B, H, N, d)
     """See `reference.project_qkv`; one product, whose result `attention` reads where it lies."""
     if not isinstance(p, PackedAttention) or not is_float32(x) or x.size == 0:
-        return reference.project_qkv(x, _plain_attention(p), num_heads)
+        return _numpy.project_qkv(x, _plain_attention(p), num_heads)
     B, N, _ = x.shape
     joined = gemm.product(x, p.qkv)  # (B, N, 3 D)
     parts = joined.reshape(B, N, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
@@ -87,65 +92,73 @@ def attention(
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
     """See `reference.attention`."""
     if return_probs or keep is not None or not is_float32(q, k, v) or q.size == 0 or not can_fuse(q, k, v, bias):
-        return reference.attention(q, k, v, bias, return_probs, keep)
+        return _numpy.attention(q, k, v, bias, return_probs, keep)
     return attend(q, k, v, bias)
 
 
+@settled
 def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv2d`; fast for kernels of 1x1."""
     if not isinstance(conv, PackedLinear):
-        return reference.conv2d(x, conv)
+        return _numpy.conv2d(x, conv)
     return conv_1x1(x, conv, relu=False)
 
 
+@settled
 def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv_bn_relu`; the batch norm was folded into the weights."""
     if isinstance(layer, PackedLinear):
         return conv_1x1(x, layer, relu=True)
     if isinstance(layer, PackedConv):
         return conv_bn_relu_resized([x], layer, (x.shape[2], x.shape[3]))
-    return reference.conv_bn_relu(x, layer)
+    return _numpy.conv_bn_relu(x, layer)
 
 
+@settled
 def conv_bn_relu_resized(
     maps: Sequence[np.ndarray], layer: Any, size: tuple[int, int]
 ) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
     """See `reference.conv_bn_relu_resized`; small maps are multiplied first and enlarged after."""
     if not isinstance(layer, PackedConv):
-        return reference.conv_bn_relu_resized(maps, layer, size)
+        return _numpy.conv_bn_relu_resized(maps, layer, size)
     found, expected = [x.shape[1] for x in maps], [part.channels for part in layer.parts]
     if found != expected:
         raise ValueError(f"conv_bn_relu_resized: expected maps of {expected} channels, found {found}")
     return conv_3x3(maps, layer, (size[0], size[1]))
 
 
+@settled
 def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose`."""
     if not isinstance(deconv, PackedDeconv):
-        return reference.conv_transpose(x, deconv)
+        return _numpy.conv_transpose(x, deconv)
     return conv_transpose_2x2(x, deconv, gemm.PLAIN)
 
 
+@settled
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
     if not isinstance(deconv, PackedDeconv):
-        return reference.conv_transpose_bn_gelu(x, deconv, bn)
+        return _numpy.conv_transpose_bn_gelu(x, deconv, bn)
     return conv_transpose_2x2(x, deconv, gemm.GELU)
 
 
+@settled
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
     """See `reference.max_pool2x2`."""
-    return max_pool(x) if is_float32(x) else reference.max_pool2x2(x)
+    return max_pool(x) if is_float32(x) else _numpy.max_pool2x2(x)
 
 
+@settled
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """See `reference.adaptive_avg_pool`."""
-    return average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
+    return average_pool(x, size) if is_float32(x) else _numpy.adaptive_avg_pool(x, size)
 
 
+@settled
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
-    return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
+    return resize(x, (size[0], size[1])) if can_resize(x) else _numpy.resize_bilinear(x, size)
 
 
 def _fits(x: np.ndarray, layer: Any) -> bool:

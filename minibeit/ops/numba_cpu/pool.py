@@ -12,19 +12,21 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Any
 
 import numpy as np
 
 from .machine_code import Kernel
-from .memory import aligned
+from .memory import aligned, held_bytes, let_go, own_buffers
 
 SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
 _CONTROL_BYTES = 256 + 64 * SHARES  # see kernels/pool.py
+_MOST_HELD = 64 << 20  # bytes that jobs may keep alive by waiting
 
-_execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 5)
+_execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 3)
 _wait = Kernel("minibeit.ops.numba_cpu.kernels.pool", "wait", 3)
 
 
@@ -69,7 +71,13 @@ def _reset_after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
-_local = threading.local()
+
+class _Local(threading.local):
+    threads: int | None = None  # those of `num_threads(...)`
+    waiting: list[tuple[int, int, int, int, Sequence[int]]] | None = None  # jobs: address, tasks, threads, ...
+
+
+_local = _Local()
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +93,7 @@ def default_num_threads() -> int:
 
 def get_num_threads() -> int:
     """Threads that an operation called here may use: those of `num_threads(...)`, else the default."""
-    return getattr(_local, "threads", None) or default_num_threads()
+    return _local.threads or default_num_threads()
 
 
 @contextmanager
@@ -93,7 +101,7 @@ def num_threads(count: int | None) -> Iterator[None]:
     """Within the block, operations called from this Python thread use `count` threads (None: leave it as it is)."""
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"num_threads must be a positive whole number, found {count!r}; pass 1 or more.")
-    before = getattr(_local, "threads", None)
+    before = _local.threads
     _local.threads = before if count is None else count
     try:
         yield
@@ -108,13 +116,73 @@ def run(kernel: Kernel, tasks: int, arguments: Sequence[int], scratch: int = 0, 
     `arguments` from 2 on.  `small` work, of some microseconds, is done by the calling thread alone.
     """
     threads = 1 if small else min(get_num_threads(), tasks)
-    pool, address = _pool, kernel.address
     size = -(-scratch // 64) * 64 + 64  # never a multiple of a page on which the threads' scratch would alias
+    job = kernel.address, tasks, threads, size, arguments
+    waiting = _local.waiting
+    if waiting is None:
+        _run([job])
+        return
+    waiting.append(job)
+    if held_bytes() > _MOST_HELD:
+        finish()
+
+
+@contextmanager
+def deferred(wanted: bool = True) -> Iterator[None]:
+    """Within the block `run` notes this thread's jobs; they run one after another when it ends, or at `finish()`.
+
+    Between two kernels Python is three times slower than it need be: its code and data have been driven from the
+    caches by then.  So it does all its work first.  Until then results are not there: nothing but ops that end in
+    `run` may touch them.  If the block raises, its jobs are dropped.
+    """
+    if not wanted or _local.waiting is not None:
+        yield
+        finish()
+        return
+    with own_buffers():
+        _local.waiting = []
+        try:
+            yield
+            finish()
+        finally:
+            _local.waiting = None
+
+
+def finish() -> None:
+    """Runs the jobs of this thread that wait."""
+    waiting = _local.waiting
+    if waiting:
+        _local.waiting = []
+        _run(waiting)
+        let_go()
+
+
+def settled(op: Callable[..., Any]) -> Callable[..., Any]:
+    """An op that reads arrays itself, or whose jobs cannot wait: what waits runs before it, its own jobs at once."""
+
+    @wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        finish()
+        waiting, _local.waiting = _local.waiting, None
+        try:
+            return op(*args, **kwargs)
+        finally:
+            _local.waiting = waiting
+
+    return call
+
+
+def _run(jobs: Sequence[tuple[int, int, int, int, Sequence[int]]]) -> None:
+    pool = _pool
+    threads = max(job[2] for job in jobs)
+    need = max(job[2] * job[3] for job in jobs)
     with pool.lock:
-        if pool.scratch.nbytes < size * threads:
-            pool.scratch = aligned((size * threads,), np.uint8)
+        if pool.scratch.nbytes < need:
+            pool.scratch = aligned((need,), np.uint8)
             pool.scratch_address = pool.scratch.ctypes.data
-        block = array("q", (pool.scratch_address, size, *arguments))
+        records = array("q")
+        for function, tasks, limit, size, arguments in jobs:
+            records.extend((function, tasks, limit, len(arguments) + 2, pool.scratch_address, size, *arguments))
         if threads > 1:
             pool.wake(threads)
-        _execute(pool.control_address, address, block.buffer_info()[0], tasks, threads)
+        _execute(pool.control_address, records.buffer_info()[0], len(jobs))

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from .gemm import PLAIN, row_layout, run_products
+from .inputs import rows
 from .machine_code import Kernel
-from .memory import aligned, padded, rows
+from .memory import aligned, padded
 from .pack import pack_matrix, padded_bias
 from .pool import run
 from .target import NR, STEPS

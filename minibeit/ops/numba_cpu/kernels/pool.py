@@ -10,10 +10,10 @@ from __future__ import annotations
 from numba import njit
 
 from ..pool import SHARES
-from .vector import add_atomic, call_task, load_atomic, pause, sched_yield, store_atomic
+from .vector import add_atomic, arguments, call_task, load_atomic, pause, sched_yield, store_atomic
 
 _SEQUENCE, _OPEN, _ACTIVE = 0, 64, 128  # byte offsets
-_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 192, 200, 208, 216
+_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT, _MORE = 192, 200, 208, 216, 224
 _NEXT = 256  # the next task of each share
 _SPINS = 40_000  # about a millisecond of pauses
 
@@ -31,8 +31,9 @@ def _work(control, thread):
             task = add_atomic(counter, 1)
 
 
-def execute(control, function, arguments, count, limit):
-    """The caller: opens a job of `count` tasks for `limit` threads, takes tasks itself, returns when all are done."""
+@njit(error_model="numpy")
+def _job(control, function, count, limit, arguments):
+    """Opens a job of `count` tasks for `limit` threads, takes tasks itself, returns when all are done."""
     store_atomic(control + _FUNCTION, function)
     store_atomic(control + _ARGUMENTS, arguments)
     store_atomic(control + _COUNT, count)
@@ -52,6 +53,15 @@ def execute(control, function, arguments, count, limit):
             sched_yield()
 
 
+def execute(control, records, jobs):
+    """The caller: runs jobs in turn; the record of each is function, tasks, threads, how many arguments, these."""
+    for left in range(jobs, 0, -1):
+        store_atomic(control + _MORE, left - 1)
+        function, count, limit, length = arguments(records, 4)
+        _job(control, function, count, limit, records + 32)
+        records += 32 + 8 * length
+
+
 def wait(control, asleep, thread):
     """Worker number `thread`: serves jobs until none came for a while, then marks itself asleep and returns."""
     seen, idle = -1, 0
@@ -68,6 +78,8 @@ def wait(control, asleep, thread):
         elif idle < _SPINS:
             idle += 1
             pause()
+        elif load_atomic(control + _MORE) > 0:  # the caller has lost its core, and will not wake anyone
+            sched_yield()
         elif load_atomic(asleep) == 1:
             return
         else:
