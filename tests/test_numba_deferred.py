@@ -121,6 +121,25 @@ def test_an_inner_block_ends_with_its_results_there(expected):
         assert np.array_equal(y, expected)
 
 
+def test_an_inner_block_that_is_not_wanted_runs_at_once(expected):
+    with OPS.deferred():
+        y = chain(normal(5, 70, 65))
+        with OPS.deferred(False):
+            assert np.array_equal(y, expected)
+            y = chain(normal(5, 70, 65))
+            assert np.array_equal(y, expected)
+        y = chain(normal(5, 70, 65))
+        y[:] = 7
+    assert np.array_equal(y, expected)
+
+
+def test_memory_of_dropped_results_is_used_again_before_the_jobs_have_run():
+    x = normal(5, 70, 65)
+    with OPS.deferred():
+        addresses = {OPS.layer_norm(x, NORM, 1e-6).ctypes.data for _ in range(20)}
+    assert len(addresses) <= 2
+
+
 def test_jobs_of_a_block_that_raised_are_dropped(expected):
     y = memory.padded((70, 256))
     y[:] = 7

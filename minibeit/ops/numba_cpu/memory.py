@@ -49,7 +49,7 @@ class _Recycler:
             return _buffer(size)
         buffers = self._buffers.pop(size, [])
         self._buffers[size] = buffers
-        for i in range(len(buffers)):
+        for i in reversed(range(len(buffers))):  # what was used last may still be in a cache
             if sys.getrefcount(buffers[i][0]) == _UNUSED:
                 buffers.append(buffers.pop(i))
                 return buffers[-1]

@@ -133,9 +133,13 @@ def deferred(wanted: bool = True) -> Iterator[None]:
 
     Between two kernels Python is three times slower than it need be: its code and data have been driven from the
     caches by then.  So it does all its work first.  Until then results are not there: nothing but ops that end in
-    `run` may touch them.  If the block raises, its jobs are dropped.
+    `run` may touch them.  If the block raises, its jobs are dropped.  Where it is not `wanted`, jobs run at once.
     """
-    if not wanted or _local.waiting is not None:
+    if not wanted:
+        with _at_once():
+            yield
+        return
+    if _local.waiting is not None:
         yield
         finish()
         return
@@ -157,17 +161,24 @@ def finish() -> None:
         let_go()
 
 
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Within the block no job waits; those that did run before."""
+    finish()
+    waiting, _local.waiting = _local.waiting, None
+    try:
+        yield
+    finally:
+        _local.waiting = waiting
+
+
 def settled(op: Callable[..., Any]) -> Callable[..., Any]:
     """An op that reads arrays itself, or whose jobs cannot wait: what waits runs before it, its own jobs at once."""
 
     @wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        finish()
-        waiting, _local.waiting = _local.waiting, None
-        try:
+        with _at_once():
             return op(*args, **kwargs)
-        finally:
-            _local.waiting = waiting
 
     return call
 
