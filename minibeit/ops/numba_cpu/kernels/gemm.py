@@ -17,18 +17,18 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 @njit(error_model="numpy")
 def _finish_tile(tile, count, mode, scale, residual, residual_bytes, c, c_bytes):
     """C[0:count, 0:NR] = f(tile); `scale` 0 stands for ones.  All addresses point at the tile's first column."""
-    for j in range(0, NR * 4, _VECTOR):
+    for i in range(count):
+        row, target = tile + i * NR * 4, c + i * c_bytes
         if mode == RESIDUAL:
-            factor = load(scale + j) if scale != 0 else splat(_ONE)
-            for i in range(count):
-                value = load(tile + i * NR * 4 + j)
-                store(c + i * c_bytes + j, fma(value, factor, load(residual + i * residual_bytes + j)))
+            for j in range(0, NR * 4, _VECTOR):
+                factor = load(scale + j) if scale != 0 else splat(_ONE)
+                store(target + j, fma(load(row + j), factor, load(residual + i * residual_bytes + j)))
         elif mode == GELU:
-            for i in range(count):
-                store(c + i * c_bytes + j, gelu(load(tile + i * NR * 4 + j)))
+            for j in range(0, NR * 4, _VECTOR):
+                store(target + j, gelu(load(row + j)))
         elif mode == RELU:
-            for i in range(count):
-                store(c + i * c_bytes + j, maximum(splat(_ZERO), load(tile + i * NR * 4 + j)))
+            for j in range(0, NR * 4, _VECTOR):
+                store(target + j, maximum(splat(_ZERO), load(row + j)))
 
 
 @njit(error_model="numpy")
