@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def contiguous(x: np.ndarray) -> np.ndarray:
     return x
 
 
-@lru_cache(maxsize=64)
+@cache  # never forgotten, since kernels get addresses; a model has two or three
 def constant(value: float) -> np.ndarray:
     """A float32 in memory: kernels take nothing but integers."""
     return np.array([value], np.float32)

@@ -23,7 +23,7 @@ from .machine_code import Kernel
 from .memory import aligned, held_bytes, let_go, own_buffers
 
 SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
-_CONTROL_BYTES = 256 + 64 * SHARES  # see kernels/pool.py
+_CONTROL_BYTES, _MORE = 256 + 64 * SHARES, 224 // 8  # see kernels/pool.py
 _MOST_HELD = 64 << 20  # bytes that jobs may keep alive by waiting
 
 _execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 3)
@@ -194,6 +194,10 @@ def _run(jobs: Sequence[tuple[int, int, int, int, Sequence[int]]]) -> None:
         records = array("q")
         for function, tasks, limit, size, arguments in jobs:
             records.extend((function, tasks, limit, len(arguments) + 2, pool.scratch_address, size, *arguments))
-        if threads > 1:
-            pool.wake(threads)
-        _execute(pool.control_address, records.buffer_info()[0], len(jobs))
+        try:
+            if threads > 1:
+                pool.control[_MORE] = len(jobs)  # from here no worker falls asleep
+                pool.wake(threads)
+            _execute(pool.control_address, records.buffer_info()[0], len(jobs))
+        finally:
+            pool.control[_MORE] = 0

@@ -50,8 +50,8 @@ def product(args, task, thread):
 
     Rows come in units of `unit` rows, which are parted evenly into `blocks`; `side` blocks after one another go through
     the panels side by side.  `at_once` steps are summed in registers, then added to those before.  With `onto` the
-    product is added to what is in C, in place of the bias.  Row i of unit n
-    of product p goes to c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
+    product is added to what is in C, in place of the bias.  Row i of unit n of product p goes to
+    c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
     """
     (
         scratch, scratch_bytes, a, a_bytes, count, steps, weights, bias, out, c, c_bytes, mode, scale, residual,

@@ -78,7 +78,7 @@ def wait(control, asleep, thread):
         elif idle < _SPINS:
             idle += 1
             pause()
-        elif load_atomic(control + _MORE) > 0:  # the caller has lost its core, and will not wake anyone
+        elif load_atomic(control + _MORE) > 0:  # jobs are coming, and nobody will be woken for them
             sched_yield()
         elif load_atomic(asleep) == 1:
             return
