@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-import threading
 
 import numpy as np
 import pytest
 
 pytest.importorskip("numba")
+
+from python_threads import call_in_threads
 
 import minibeit
 from minibeit.ops import get_ops, numba_cpu, reference
@@ -60,11 +61,11 @@ def test_a_block_that_is_not_wanted_runs_at_once(expected):
         assert np.array_equal(chain(normal(5, 70, 65)), expected)
 
 
-@pytest.mark.parametrize("layout", [np.asfortranarray, lambda x: np.repeat(x, 2, 0)[::2], np.float64, np.float32])
+@pytest.mark.parametrize("layout", [np.asarray, np.asfortranarray, lambda x: np.repeat(x, 2, 0)[::2]])
 def test_inputs_of_any_layout_live_until_they_are_read(layout, expected):
     """None of these arrays is referred to by anything else when the kernels read it."""
     with OPS.deferred():
-        y = chain(layout(normal(5, 70, 65)).astype(np.float32, order="K"))
+        y = chain(layout(normal(5, 70, 65)))
         scribble()
     assert np.array_equal(y, expected)
 
@@ -184,11 +185,7 @@ def test_blocks_in_several_python_threads(expected):
             if not np.array_equal(y, expected):
                 wrong.append(1)
 
-    threads = [threading.Thread(target=call) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    call_in_threads(call)
     assert not wrong
 
 

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("numba")
 
 from llvmlite import binding as llvm
+from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
 from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool
@@ -75,11 +76,7 @@ def test_many_python_threads_may_call_at_once():
             if not np.array_equal(OPS.linear(x, layer), expected):
                 wrong.append(1)
 
-    threads = [threading.Thread(target=call) for _ in range(5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    call_in_threads(call)
     assert not wrong
 
 

@@ -18,7 +18,16 @@ GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of GPUs only
 NO_ARITHMETIC = {  # ops that only make, move, check or store arrays
-    *("all_finite", "arange", "asarray", "deferred", "dump", "num_threads", "prepare", "restore", "stage", "to_host"),
+    "all_finite",
+    "arange",
+    "asarray",
+    "deferred",
+    "dump",
+    "num_threads",
+    "prepare",
+    "restore",
+    "stage",
+    "to_host",
     "zeros",
 }
 
@@ -60,10 +69,10 @@ def get_ops(
             return SimpleNamespace(backend=backend, origin=origin, **fast.on_device(table, origin, dtype, device))
         if only is not None:  # NumPy ops get the weights as they were before packing
             table["prepare"] = functools.partial(fast.prepare, keep_source=True)
-        beside = fast.settled if only is None else _on_sources
         for name in table:
             if origin[name] == "numpy" and name != "prepare":
-                table[name] = beside(table[name])
+                op = fast.settled(table[name])
+                table[name] = op if only is None else _on_sources(op)
     return SimpleNamespace(backend=backend, origin=origin, **table)
 
 

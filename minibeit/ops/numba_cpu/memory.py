@@ -86,15 +86,20 @@ _UNUSED = sys.getrefcount(_probe[0][0])  # the tuple and the argument; the numbe
 _idle: list[_Recycler] = []  # recyclers that no thread uses; the last one has the warmest memory
 
 
-class _Waiting(threading.local):
+class _Held:
     """What the jobs of a thread that have not run yet (see `pool.deferred`) need."""
 
-    recycler: _Recycler | None = None  # the thread's own: a buffer that is free to it may be in use to others
-    held: list[np.ndarray] | None = None  # arrays outside of it that nothing else may refer to any more
-    held_bytes = 0
+    def __init__(self) -> None:
+        self.recycler = _borrow()  # the thread's own: a buffer that is free to it may be in use to others
+        self.arrays: list[np.ndarray] = []  # those outside of it that nothing else may refer to any more
+        self.bytes = 0
 
 
-_waiting = _Waiting()
+class _Local(threading.local):
+    held: _Held | None = None  # None where no job waits
+
+
+_local = _Local()
 
 
 def _borrow() -> _Recycler:
@@ -107,31 +112,32 @@ def _borrow() -> _Recycler:
 @contextmanager
 def own_buffers() -> Iterator[None]:
     """Within the block, `padded` arrays of this thread are free for nobody else, and `hold` holds."""
-    _waiting.recycler, _waiting.held, _waiting.held_bytes = _borrow(), [], 0
+    _local.held = held = _Held()
     try:
         yield
     finally:
-        _idle.append(_waiting.recycler)
-        _waiting.recycler = _waiting.held = None
+        _local.held = None
+        _idle.append(held.recycler)
 
 
 def hold(x: np.ndarray) -> None:
     """Keeps an array that a job reads or writes until the job has run, if that is not at once."""
-    if _waiting.held is not None and _waiting.recycler is not None and not _waiting.recycler.owns(x):
-        _waiting.held.append(x)
-        _waiting.held_bytes += x.nbytes
+    held = _local.held
+    if held is not None and not held.recycler.owns(x):
+        held.arrays.append(x)
+        held.bytes += x.nbytes
 
 
 def held_bytes() -> int:
     """Bytes of the arrays that are held."""
-    return _waiting.held_bytes
+    return _local.held.bytes if _local.held is not None else 0
 
 
 def let_go() -> None:
     """All jobs of this thread have run: holds nothing any more."""
-    if _waiting.held is not None:
-        _waiting.held.clear()
-        _waiting.held_bytes = 0
+    if _local.held is not None:
+        _local.held.arrays.clear()
+        _local.held.bytes = 0
 
 
 def _renew() -> None:
@@ -149,9 +155,10 @@ def padded(shape: tuple[int, ...]) -> np.ndarray:
     tile would not fit there.
     """
     size, strides = _padding(shape)
-    recycler = _waiting.recycler or _borrow()
+    held = _local.held
+    recycler = _borrow() if held is None else held.recycler
     raw, start = recycler.take(size)
-    if recycler is not _waiting.recycler:
+    if held is None:
         _idle.append(recycler)
     return np.ndarray(shape, _FLOAT32, raw, start, strides)
 

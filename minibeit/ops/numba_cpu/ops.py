@@ -100,7 +100,7 @@ def attention(
 def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv2d`; fast for kernels of 1x1."""
     if not isinstance(conv, PackedLinear):
-        return _numpy.conv2d(x, conv)
+        return reference.conv2d(x, conv)
     return conv_1x1(x, conv, relu=False)
 
 
@@ -111,7 +111,7 @@ def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B
         return conv_1x1(x, layer, relu=True)
     if isinstance(layer, PackedConv):
         return conv_bn_relu_resized([x], layer, (x.shape[2], x.shape[3]))
-    return _numpy.conv_bn_relu(x, layer)
+    return reference.conv_bn_relu(x, layer)
 
 
 @settled
@@ -120,7 +120,7 @@ def conv_bn_relu_resized(
 ) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
     """See `reference.conv_bn_relu_resized`; small maps are multiplied first and enlarged after."""
     if not isinstance(layer, PackedConv):
-        return _numpy.conv_bn_relu_resized(maps, layer, size)
+        return reference.conv_bn_relu_resized(maps, layer, size)
     found, expected = [x.shape[1] for x in maps], [part.channels for part in layer.parts]
     if found != expected:
         raise ValueError(f"conv_bn_relu_resized: expected maps of {expected} channels, found {found}")
@@ -131,7 +131,7 @@ def conv_bn_relu_resized(
 def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose`."""
     if not isinstance(deconv, PackedDeconv):
-        return _numpy.conv_transpose(x, deconv)
+        return reference.conv_transpose(x, deconv)
     return conv_transpose_2x2(x, deconv, gemm.PLAIN)
 
 
@@ -139,26 +139,26 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
     if not isinstance(deconv, PackedDeconv):
-        return _numpy.conv_transpose_bn_gelu(x, deconv, bn)
+        return reference.conv_transpose_bn_gelu(x, deconv, bn)
     return conv_transpose_2x2(x, deconv, gemm.GELU)
 
 
 @settled
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
     """See `reference.max_pool2x2`."""
-    return max_pool(x) if is_float32(x) else _numpy.max_pool2x2(x)
+    return max_pool(x) if is_float32(x) else reference.max_pool2x2(x)
 
 
 @settled
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """See `reference.adaptive_avg_pool`."""
-    return average_pool(x, size) if is_float32(x) else _numpy.adaptive_avg_pool(x, size)
+    return average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
 
 
 @settled
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
-    return resize(x, (size[0], size[1])) if can_resize(x) else _numpy.resize_bilinear(x, size)
+    return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
 
 
 def _fits(x: np.ndarray, layer: Any) -> bool:

@@ -23,7 +23,8 @@ from .machine_code import Kernel
 from .memory import aligned, held_bytes, let_go, own_buffers
 
 SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
-_CONTROL_BYTES, _MORE = 256 + 64 * SHARES, 224 // 8  # see kernels/pool.py
+MORE = 224  # where in the control block stands how many jobs are still to come, in bytes
+_CONTROL_BYTES = 256 + 64 * SHARES  # see kernels/pool.py
 _MOST_HELD = 64 << 20  # bytes that jobs may keep alive by waiting
 
 _execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 3)
@@ -72,9 +73,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
+Job = tuple[int, int, int, int, Sequence[int]]  # kernel, tasks, threads, scratch bytes of each, arguments
+
+
 class _Local(threading.local):
     threads: int | None = None  # those of `num_threads(...)`
-    waiting: list[tuple[int, int, int, int, Sequence[int]]] | None = None  # jobs: address, tasks, threads, ...
+    waiting: list[Job] | None = None
 
 
 _local = _Local()
@@ -183,7 +187,7 @@ def settled(op: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _run(jobs: Sequence[tuple[int, int, int, int, Sequence[int]]]) -> None:
+def _run(jobs: Sequence[Job]) -> None:
     pool = _pool
     threads = max(job[2] for job in jobs)
     need = max(job[2] * job[3] for job in jobs)
@@ -196,8 +200,8 @@ def _run(jobs: Sequence[tuple[int, int, int, int, Sequence[int]]]) -> None:
             records.extend((function, tasks, limit, len(arguments) + 2, pool.scratch_address, size, *arguments))
         try:
             if threads > 1:
-                pool.control[_MORE] = len(jobs)  # from here no worker falls asleep
+                pool.control[MORE // 8] = len(jobs)  # from here no worker falls asleep
                 pool.wake(threads)
             _execute(pool.control_address, records.buffer_info()[0], len(jobs))
         finally:
-            pool.control[_MORE] = 0
+            pool.control[MORE // 8] = 0

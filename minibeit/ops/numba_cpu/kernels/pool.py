@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..pool import SHARES
+from ..pool import MORE, SHARES
 from .vector import add_atomic, arguments, call_task, load_atomic, pause, sched_yield, store_atomic
 
 _SEQUENCE, _OPEN, _ACTIVE = 0, 64, 128  # byte offsets
-_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT, _MORE = 192, 200, 208, 216, 224
+_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 192, 200, 208, 216
 _NEXT = 256  # the next task of each share
 _SPINS = 40_000  # about a millisecond of pauses
 
@@ -56,7 +56,7 @@ def _job(control, function, count, limit, arguments):
 def execute(control, records, jobs):
     """The caller: runs jobs in turn; the record of each is function, tasks, threads, how many arguments, these."""
     for left in range(jobs, 0, -1):
-        store_atomic(control + _MORE, left - 1)
+        store_atomic(control + MORE, left - 1)
         function, count, limit, length = arguments(records, 4)
         _job(control, function, count, limit, records + 32)
         records += 32 + 8 * length
@@ -78,7 +78,7 @@ def wait(control, asleep, thread):
         elif idle < _SPINS:
             idle += 1
             pause()
-        elif load_atomic(control + _MORE) > 0:  # jobs are coming, and nobody will be woken for them
+        elif load_atomic(control + MORE) > 0:  # jobs are coming, and nobody will be woken for them
             sched_yield()
         elif load_atomic(asleep) == 1:
             return
