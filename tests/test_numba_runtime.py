@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from llvmlite import binding as llvm
 from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool
+from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool, target
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -238,3 +240,16 @@ def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile, r
         check + "import pytest; raise SystemExit(pytest.main(['-q', '-x', 'tests/test_numba_ops.py']))",
         NUMBA_CPU_NAME=cpu,
     )
+
+
+def test_kernels_are_kept_apart_from_those_of_other_sources(tmp_path, monkeypatch):
+    """Also where only a constant changed that a kernel takes from the module that runs it."""
+    package = Path(target.__file__).parent
+    shutil.copytree(package, tmp_path / "numba_cpu", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(target, "__file__", str(tmp_path / "numba_cpu" / "target.py"))
+    folders = [target.cache_folder.__wrapped__()]
+    for name in ("pool.py", "kernels/micro.py", "winograd.py"):
+        with open(tmp_path / "numba_cpu" / name, "a") as file:
+            file.write("X = 1\n")
+        folders.append(target.cache_folder.__wrapped__())
+    assert len(set(folders)) == 4

@@ -2,8 +2,8 @@
 
 Output tiles of 2x2 come from input tiles of 4x4:  Y = A^T [ (G g G^T) * (B^T d B) ] A, where * multiplies number by
 number; summed over input channels that is one matrix product for each of the 16 places.  Points 0, 1, -1 and infinity.
-F(4x4, 3x3), which CPUs use, saves twice as much and costs digits: single numbers of a large map were 30 times as far
-off as by the direct sum.  These are two times as far off.  Source: Lavin and Gray 2015.
+F(4x4, 3x3), which CPUs use, saves twice as much and costs digits: single numbers of a large map are 10 times as far off
+as by the direct sum.  These are two times as far off.  Source: Lavin and Gray 2015.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from .memory import aligned
 from .prepare import prepare
 from .target import NR, TILE
 
-VERSION = 1  # of what `prepare` makes; one more whenever its arrays change
+VERSION = 2  # of what `prepare` makes; one more whenever its arrays change
 LAYOUT = f"numba {VERSION}, {TILE.name}, panels of {NR} columns"
 
 

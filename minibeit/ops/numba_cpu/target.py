@@ -90,11 +90,11 @@ FEW_STEPS = 96  # the same for layers that take little of the time, of which the
 def cache_folder() -> Path:
     """Folder of the compiled kernels: under NUMBA_CACHE_DIR if set, else the user's cache folder.
 
-    Its name holds a digest of the kernels' sources, the compiler's versions and the target.
+    Its name holds a digest of the backend's sources (kernels take constants from the modules that run them), the
+    compiler's versions and the target.
     """
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for source in (Path(__file__), *sorted(here.glob("kernels/*.py"))):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     digest.update(repr((_numba_version(), llvmlite.__version__, target())).encode())
     chosen = os.environ.get("NUMBA_CACHE_DIR")

@@ -6,11 +6,12 @@ import numpy as np
 from numba import njit
 
 from ..target import LANES, MR, NR, STEPS
-from .micro import multiply_narrow_tile, multiply_tile, prefetch_tile
+from .micro import multiply_narrow_tile, multiply_tile, prefetch, prefetch_tile
 from .pack import pack_panel
 from .vector import (
     arguments,
     exp,
+    first_lanes,
     load,
     load_float,
     max_lanes,
@@ -104,14 +105,15 @@ def _bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
 @njit(error_model="numpy")
 def _softmax_row(scores, count, padded_count):
     """exp(s - max s) in place, zeros beyond the last token; returns the sum.  A NaN anywhere makes the sum NaN."""
-    for k in range(count, padded_count):
-        store_float(scores + 4 * k, _LOW)
-    largest = load(scores)
-    for k in range(LANES, padded_count, LANES):
+    tail = padded_count - LANES
+    last = first_lanes(load(scores + 4 * tail), count - tail, splat(_LOW))
+    largest = last
+    for k in range(0, tail, LANES):
         largest = maximum(load(scores + 4 * k), largest)
     top = splat(max_lanes(largest))
-    total = splat(_ZERO)
-    for k in range(0, padded_count, LANES):
+    total = exp(last - top)
+    store(scores + 4 * tail, total)
+    for k in range(0, tail, LANES):
         value = exp(load(scores + 4 * k) - top)
         total = total + value
         store(scores + 4 * k, value)
@@ -137,6 +139,14 @@ def _weigh_values(n, scores, score_bytes, count, values, width, tile):
             multiply_narrow_tile(n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0)
 
 
+@njit(error_model="numpy")
+def _prefetch_rows(address, row_bytes, count, size):
+    """Asks for `count` rows of `size` numbers, which lie too far apart for the CPU to foresee."""
+    for i in range(count):
+        for byte in range(0, 4 * size, 64):
+            prefetch(address + i * row_bytes + byte)
+
+
 def attention(args, task, thread):
     """One head of one image, `query_rows` query rows or what is left of them."""
     (
@@ -148,6 +158,8 @@ def attention(args, task, thread):
     chunks = (count + query_rows - 1) // query_rows
     image, head, chunk = task // (heads * chunks), task // chunks % heads, task % chunks
     offset = image * image_bytes + head * head_bytes
+    # Where the next head lies, most likely this thread's next task.
+    following = offset + head_bytes if head + 1 < heads else (image + 1) * image_bytes
     padded_count = (count + LANES - 1) // LANES * LANES
     padded_size = (size + LANES - 1) // LANES * LANES
 
@@ -176,6 +188,8 @@ def attention(args, task, thread):
         n, queries = min(MR, last_row - row), q + offset + row * row_bytes
         target = context + (image * count + row) * context_bytes + head * size * 4
         prefetch_tile(target, context_bytes)
+        for part in (q, k, v):
+            _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
         if table != 0:
             for i in range(n):
                 _bias_row(scores + i * score_bytes, row + i, grid_rows, grid_columns, reversed_, to_cls, row0, corner)

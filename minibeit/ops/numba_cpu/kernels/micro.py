@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..target import LANES, MR, NR, TILE
-from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir
+from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir, vector_intrinsic
 
 VECTORS = TILE.vectors
 _UNROLL = 4  # steps of the sum in one round of the loop
@@ -27,6 +27,9 @@ def _emit_prefetch(builder: ir.IRBuilder, address: ir.Value, level: int = 2, wri
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     numbers = (ir.Constant(I32, number) for number in (write, level, 1))
     builder.call(function, [builder.inttoptr(address, byte), *numbers])
+
+
+prefetch = vector_intrinsic((types.intp,), types.void, _emit_prefetch)
 
 
 @intrinsic

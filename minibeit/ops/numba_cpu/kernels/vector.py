@@ -75,7 +75,7 @@ def polynomial_ir(builder: ir.IRBuilder, x: ir.Value, coefficients: tuple[float,
     return total
 
 
-def _vector_intrinsic(argument_types, return_type, emit):
+def vector_intrinsic(argument_types, return_type, emit):
     """An intrinsic of fixed types from `emit(builder, *arguments)`."""
 
     def codegen(context, builder, signature, arguments):
@@ -208,6 +208,13 @@ def _emit_transpose(builder, source, row_bytes, target, target_bytes, factors):
         _emit_store(builder, address, builder.fmul(row, factors))
 
 
+def _emit_first_lanes(builder, value, count, others):
+    """`value` in the first `count` lanes, `others` in the rest."""
+    lanes = ir.Constant(INTS, list(range(LANES)))
+    inside = builder.icmp_signed("<", lanes, splat_ir(builder, builder.trunc(count, I32)))
+    return builder.select(inside, value, others)
+
+
 def _emit_sqrt(builder, x):
     kind = ir.FunctionType(F32, [F32])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.f32"), [x])
@@ -217,20 +224,21 @@ def _order(name):
     return lambda builder, address: builder.load_atomic(pointer(builder, address, I64), name, 8)
 
 
-load = _vector_intrinsic((types.intp,), vector, _emit_load)
-store = _vector_intrinsic((types.intp, vector), types.void, _emit_store)
-load_int = _vector_intrinsic((types.intp,), types.intp, _emit_load_int)
-load_float = _vector_intrinsic((types.intp,), types.float32, _emit_load_f32)
-store_float = _vector_intrinsic((types.intp, types.float32), types.void, _emit_store_f32)
-transpose = _vector_intrinsic((*(types.intp,) * 4, vector), types.void, _emit_transpose)
-sqrt = _vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
-splat = _vector_intrinsic((types.float32,), vector, lambda builder, x: splat_ir(builder, x))
-fma = _vector_intrinsic((vector, vector, vector), vector, fma_ir)
-maximum = _vector_intrinsic((vector, vector), vector, _maximum)
-exp = _vector_intrinsic((vector,), vector, emit_exp)
-gelu = _vector_intrinsic((vector,), vector, emit_gelu)
-sum_lanes = _vector_intrinsic((vector,), types.float32, lambda builder, v: _reduce(builder, v, builder.fadd))
-max_lanes = _vector_intrinsic(
+load = vector_intrinsic((types.intp,), vector, _emit_load)
+store = vector_intrinsic((types.intp, vector), types.void, _emit_store)
+load_int = vector_intrinsic((types.intp,), types.intp, _emit_load_int)
+load_float = vector_intrinsic((types.intp,), types.float32, _emit_load_f32)
+store_float = vector_intrinsic((types.intp, types.float32), types.void, _emit_store_f32)
+transpose = vector_intrinsic((*(types.intp,) * 4, vector), types.void, _emit_transpose)
+first_lanes = vector_intrinsic((vector, types.intp, vector), vector, _emit_first_lanes)
+sqrt = vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
+splat = vector_intrinsic((types.float32,), vector, lambda builder, x: splat_ir(builder, x))
+fma = vector_intrinsic((vector, vector, vector), vector, fma_ir)
+maximum = vector_intrinsic((vector, vector), vector, _maximum)
+exp = vector_intrinsic((vector,), vector, emit_exp)
+gelu = vector_intrinsic((vector,), vector, emit_gelu)
+sum_lanes = vector_intrinsic((vector,), types.float32, lambda builder, v: _reduce(builder, v, builder.fadd))
+max_lanes = vector_intrinsic(
     (vector,), types.float32, lambda builder, v: _reduce(builder, v, lambda a, b: _maximum(builder, a, b))
 )
 
@@ -272,17 +280,17 @@ def _emit_yield(builder):
         builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
 
 
-sched_yield = _vector_intrinsic((), types.void, _emit_yield)
-load_atomic = _vector_intrinsic((types.intp,), types.intp, _order("seq_cst"))
-store_atomic = _vector_intrinsic(
+sched_yield = vector_intrinsic((), types.void, _emit_yield)
+load_atomic = vector_intrinsic((types.intp,), types.intp, _order("seq_cst"))
+store_atomic = vector_intrinsic(
     (types.intp, types.intp),
     types.void,
     lambda builder, address, value: builder.store_atomic(value, pointer(builder, address, I64), "seq_cst", 8) and None,
 )
-add_atomic = _vector_intrinsic(
+add_atomic = vector_intrinsic(
     (types.intp, types.intp),
     types.intp,
     lambda builder, address, value: builder.atomic_rmw("add", pointer(builder, address, I64), value, "seq_cst"),
 )
-call_task = _vector_intrinsic((types.intp,) * 4, types.void, _emit_call)
-pause = _vector_intrinsic((), types.void, _emit_pause)
+call_task = vector_intrinsic((types.intp,) * 4, types.void, _emit_call)
+pause = vector_intrinsic((), types.void, _emit_pause)

@@ -6,11 +6,12 @@ import numpy as np
 from numba import njit
 
 from ..target import LANES, NR
-from ..winograd import POINTS
+from ..winograd import FAR, NEAR, POINTS
 from .vector import arguments, fma, load, load_float, maximum, splat, store, store_float
 
 _VECTOR = 4 * LANES
 _ZERO = np.float32(0)
+_NEAR, _NEAR_2, _FAR, _FAR_2 = (np.float32(number) for number in (NEAR, NEAR**2, FAR, FAR**2))
 
 
 @njit(error_model="numpy")
@@ -18,15 +19,15 @@ def _input_line(source, source_step, target, target_step):
     """B^T d of six vectors."""
     d0, d1, d2 = load(source), load(source + source_step), load(source + 2 * source_step)
     d3, d4, d5 = load(source + 3 * source_step), load(source + 4 * source_step), load(source + 5 * source_step)
-    two, four, five = splat(np.float32(2)), splat(np.float32(4)), splat(np.float32(-5))
-    even, odd = fma(splat(np.float32(-4)), d2, d4), fma(splat(np.float32(-4)), d1, d3)
-    store(target, fma(four, d0, fma(five, d2, d4)))
+    product, sum_ = splat(_NEAR_2 * _FAR_2), splat(-(_NEAR_2 + _FAR_2))
+    store(target, fma(product, d0, fma(sum_, d2, d4)))
+    even, odd = fma(splat(-_FAR_2), d2, d4), splat(_NEAR) * fma(splat(-_FAR_2), d1, d3)
     store(target + target_step, even + odd)
     store(target + 2 * target_step, even - odd)
-    even, odd = d4 - d2, two * (d3 - d1)
+    even, odd = fma(splat(-_NEAR_2), d2, d4), splat(_FAR) * fma(splat(-_NEAR_2), d1, d3)
     store(target + 3 * target_step, even + odd)
     store(target + 4 * target_step, even - odd)
-    store(target + 5 * target_step, fma(four, d1, fma(five, d3, d5)))
+    store(target + 5 * target_step, fma(product, d1, fma(sum_, d3, d5)))
 
 
 @njit(error_model="numpy")
@@ -34,11 +35,12 @@ def _output_line(source, source_step, target, target_step):
     """A^T m of six vectors: four."""
     m0, m1, m2 = load(source), load(source + source_step), load(source + 2 * source_step)
     m3, m4, m5 = load(source + 3 * source_step), load(source + 4 * source_step), load(source + 5 * source_step)
-    sum1, difference1, sum2, difference2 = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-    store(target, m0 + sum1 + sum2)
-    store(target + target_step, fma(splat(np.float32(2)), difference2, difference1))
-    store(target + 2 * target_step, fma(splat(np.float32(4)), sum2, sum1))
-    store(target + 3 * target_step, fma(splat(np.float32(8)), difference2, difference1) + m5)
+    near_even, near_odd, far_even, far_odd = m1 + m2, splat(_NEAR) * (m1 - m2), m3 + m4, splat(_FAR) * (m3 - m4)
+    near_2, far_2 = splat(_NEAR_2), splat(_FAR_2)
+    store(target, m0 + near_even + far_even)
+    store(target + target_step, near_odd + far_odd)
+    store(target + 2 * target_step, fma(near_2, near_even, far_2 * far_even))
+    store(target + 3 * target_step, fma(near_2, near_odd, fma(far_2, far_odd, m5)))
 
 
 def transform_input(args, task, thread):
@@ -127,10 +129,11 @@ def transform_weight(args, task, thread):
 @njit(error_model="numpy")
 def _weight_line(g0, g1, g2, target, step):
     """G g of three numbers: six."""
-    outer, far = (g0 + g2) / -6.0, g0 / 24.0 + g2 / 6.0
-    store_float(target, np.float32(g0 / 4.0))
-    store_float(target + step, np.float32(outer - g1 / 6.0))
-    store_float(target + 2 * step, np.float32(outer + g1 / 6.0))
-    store_float(target + 3 * step, np.float32(far + g1 / 12.0))
-    store_float(target + 4 * step, np.float32(far - g1 / 12.0))
+    near, far = 2 * NEAR**2 * (NEAR**2 - FAR**2), 2 * FAR**2 * (FAR**2 - NEAR**2)
+    near_even, far_even = g0 + g2 * NEAR**2, g0 + g2 * FAR**2
+    store_float(target, np.float32(g0 / (NEAR**2 * FAR**2)))
+    store_float(target + step, np.float32((near_even + g1 * NEAR) / near))
+    store_float(target + 2 * step, np.float32((near_even - g1 * NEAR) / near))
+    store_float(target + 3 * step, np.float32((far_even + g1 * FAR) / far))
+    store_float(target + 4 * step, np.float32((far_even - g1 * FAR) / far))
     store_float(target + 5 * step, np.float32(g2))
