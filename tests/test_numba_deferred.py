@@ -162,6 +162,17 @@ def test_memory_that_is_not_kept_for_later_lives_long_enough(kept, monkeypatch):
     assert all(map(np.array_equal, found, expected))
 
 
+def test_results_that_nobody_wants_are_not_written_into_freed_memory(monkeypatch):
+    monkeypatch.setattr(memory, "_KEPT_BYTES", 0)
+    x, layer = normal(5, 700, 65), OPS.prepare(Linear(normal(7, 256, 65), None))
+    with OPS.deferred():
+        for _ in range(4):
+            OPS.linear(x, layer)
+        sizes = 700 * 257 * 4, 700 * 272 * 4, 1 << 16, 1 << 20
+        others = [np.full(size // 8, 7.0) for size in sizes for _ in range(9)]
+    assert all((other == 7).all() for other in others)
+
+
 def test_what_waits_holds_little_memory(expected, monkeypatch):
     monkeypatch.setattr(memory, "_KEPT_BYTES", 0)
     monkeypatch.setattr(pool, "_MOST_HELD", 1_000_000)

@@ -8,7 +8,7 @@ import numpy as np
 
 from .inputs import address, constant, contiguous
 from .machine_code import Kernel
-from .memory import padded
+from .memory import result
 from .pool import get_num_threads, run
 from .target import LANES, MR, NR
 
@@ -33,7 +33,7 @@ def can_fuse(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> b
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.ndarray:  # (B, H, N, d) -> (B, N, D)
     """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread."""
     B, H, N, d = q.shape
-    context = padded((B, N, H * d))
+    context, context_address, context_bytes = result((B, N, H * d))
     table = (0, 0, 0, 0)
     offsets = 0
     if bias is not None:
@@ -43,8 +43,8 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.
     halves = get_num_threads() * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
     rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
     arguments = (
-        address(q), address(k), address(v), address(context), H, N, d, rows,
-        *q.strides[:3], context.strides[1], address(constant(d**-0.5)), *table,
+        address(q), address(k), address(v), context_address, H, N, d, rows,
+        *q.strides[:3], context_bytes, constant(d**-0.5), *table,
     )  # fmt: skip
     up = -(-N // LANES) * LANES
     floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64

@@ -8,7 +8,7 @@ import numpy as np
 
 from .inputs import address, contiguous, rows
 from .machine_code import Kernel
-from .memory import padded, row_bytes
+from .memory import result
 from .pack import PackedLinear
 from .pool import get_num_threads, run
 from .target import LANES, MR, NR, STEPS
@@ -35,11 +35,10 @@ def product(
     """f(x W^T + b) in float32, f being `mode`: nothing, GELU, ReLU, or residual + scale * ( ).
 
     `at_once` products are summed in one go.  The result's rows may lie further apart than their length (see
-    `memory.padded`).
+    `memory.result`).
     """
     x_rows, count, x_bytes = rows(x)
-    y = padded((*x.shape[:-1], layer.out))
-    y_bytes = row_bytes(y)
+    y, y_address, y_bytes = result((*x.shape[:-1], layer.out))
     scale_address = residual_address = residual_bytes = 0
     if scale is not None:
         scale = contiguous(scale)
@@ -49,7 +48,7 @@ def product(
         residual_address = address(residual)
     layout = row_layout(count, layer.panels.shape[0], y_bytes)
     (panels, bias), out, steps = layer.addresses, layer.out, layer.steps
-    x_address, y_address, panel_bytes = address(x_rows), address(y), 4 * NR * steps
+    x_address, panel_bytes = address(x_rows), 4 * NR * steps
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
     if half:
         first = (x_address, x_bytes, count, half, panels, bias, out)

@@ -44,7 +44,12 @@ def contiguous(x: np.ndarray) -> np.ndarray:
     return x
 
 
-@cache  # never forgotten, since kernels get addresses; a model has two or three
-def constant(value: float) -> np.ndarray:
-    """A float32 in memory: kernels take nothing but integers."""
-    return np.array([value], np.float32)
+@cache
+def constant(value: float) -> int:
+    """The address of a float32, since kernels take nothing but integers; a model has two or three."""
+    array = np.array([value], np.float32)
+    _constants.append(array)
+    return array.ctypes.data
+
+
+_constants: list[np.ndarray] = []  # never forgotten

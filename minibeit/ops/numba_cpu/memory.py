@@ -29,6 +29,9 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.n
     return np.ndarray(shape, dtype, raw, -raw.ctypes.data % _LINE)
 
 
+_Buffer = tuple[np.ndarray, int, int]  # memory, where in it a cache line begins, the address of that
+
+
 class _Recycler:
     """Buffers that are used again, by one thread at a time.  One that nothing but this object refers to is free.
 
@@ -37,13 +40,13 @@ class _Recycler:
     """
 
     def __init__(self) -> None:
-        # By size: buffers, and where in them a line begins; sizes and buffers in order of use, the latest last.
-        self._buffers: dict[int, list[tuple[np.ndarray, int]]] = {}
+        # By size; sizes and buffers in order of use, the latest last.
+        self._buffers: dict[int, list[_Buffer]] = {}
         self._owners: set[int] = set()  # identities of the buffers
         self._bytes = 0
 
-    def take(self, size: int) -> tuple[np.ndarray, int]:
-        """A buffer that holds no result, and where in it `size` bytes begin on a cache line."""
+    def take(self, size: int) -> _Buffer:
+        """A buffer of at least `size` bytes that holds no result."""
         size = -(-(size + _LINE) // _STEP) * _STEP
         if size > _KEPT_BYTES // 4:
             return _buffer(size)
@@ -68,7 +71,7 @@ class _Recycler:
         """Forgets the buffers that were not used for longest; those that hold results live on with them."""
         while self._bytes > _KEPT_BYTES:
             size, buffers = next(iter(self._buffers.items()))
-            oldest, _ = buffers.pop(0)
+            oldest = buffers.pop(0)[0]
             self._owners.discard(id(oldest))
             hold(oldest)
             self._bytes -= size
@@ -76,9 +79,10 @@ class _Recycler:
                 del self._buffers[size]
 
 
-def _buffer(size: int) -> tuple[np.ndarray, int]:
+def _buffer(size: int) -> _Buffer:
     raw = np.empty(size, np.uint8)
-    return raw, -raw.ctypes.data % _LINE
+    start = -raw.ctypes.data % _LINE
+    return raw, start, raw.ctypes.data + start
 
 
 _probe = [_buffer(0)]
@@ -148,24 +152,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)
 
 
-def padded(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised float32 array for a result; its rows lie an odd number of cache lines apart.
+def result(shape: tuple[int, ...]) -> tuple[np.ndarray, int, int]:
+    """(an uninitialised float32 array for a result, its address, bytes between its rows); waiting jobs keep it alive.
 
-    Rows a multiple of 4096 bytes apart would fall into the same sets of the first-level cache, and the rows of a
-    tile would not fit there.
+    Its rows lie an odd number of cache lines apart.  Rows a multiple of 4096 bytes apart would fall into the same sets
+    of the first-level cache, and the rows of a tile would not fit there.
     """
     size, strides = _padding(shape)
     held = _local.held
     recycler = _borrow() if held is None else held.recycler
-    raw, start = recycler.take(size)
+    raw, start, address = recycler.take(size)
     if held is None:
         _idle.append(recycler)
-    return np.ndarray(shape, _FLOAT32, raw, start, strides)
+    y: np.ndarray = np.ndarray(shape, _FLOAT32, raw, start, strides)
+    hold(y)
+    return y, address, strides[-2] if len(strides) > 1 else size
 
 
-def row_bytes(y: np.ndarray) -> int:
-    """Bytes between rows of a padded array."""
-    return y.strides[-2] if y.ndim > 1 else y.nbytes
+def padded(shape: tuple[int, ...]) -> np.ndarray:
+    """The array of `result` alone."""
+    return result(shape)[0]
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,7 @@ import numpy as np
 
 from .inputs import address, constant, rows
 from .machine_code import Kernel
-from .memory import padded, row_bytes
+from .memory import result
 from .pool import run
 
 ROWS = 32  # rows per task
@@ -35,9 +35,7 @@ class PackedNorm:
 def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray:  # (..., D)
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of a float32 array."""
     x_rows, count, x_bytes = rows(x)
-    y = padded(x.shape)
-    arguments = (
-        address(x_rows), x_bytes, count, x.shape[-1], *norm.addresses, address(y), row_bytes(y), address(constant(eps)),
-    )  # fmt: skip
+    y, y_address, y_bytes = result(x.shape)
+    arguments = address(x_rows), x_bytes, count, x.shape[-1], *norm.addresses, y_address, y_bytes, constant(eps)
     run(_layer_norm, -(-count // ROWS), arguments, small=x.size < _SMALL)
     return y
