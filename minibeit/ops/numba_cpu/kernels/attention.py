@@ -158,7 +158,7 @@ def attention(args, task, thread):
     chunks = (count + query_rows - 1) // query_rows
     image, head, chunk = task // (heads * chunks), task // chunks % heads, task % chunks
     offset = image * image_bytes + head * head_bytes
-    # Where the next head lies, most likely this thread's next task.
+    # Where the next head lies, after the last chunk most likely this thread's next task.
     following = offset + head_bytes if head + 1 < heads else (image + 1) * image_bytes
     padded_count = (count + LANES - 1) // LANES * LANES
     padded_size = (size + LANES - 1) // LANES * LANES
@@ -188,8 +188,9 @@ def attention(args, task, thread):
         n, queries = min(MR, last_row - row), q + offset + row * row_bytes
         target = context + (image * count + row) * context_bytes + head * size * 4
         prefetch_tile(target, context_bytes)
-        for part in (q, k, v):
-            _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
+        if chunk == chunks - 1:
+            for part in (q, k, v):
+                _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
         if table != 0:
             for i in range(n):
                 _bias_row(scores + i * score_bytes, row + i, grid_rows, grid_columns, reversed_, to_cls, row0, corner)
