@@ -28,7 +28,7 @@ from minibeit.bench.measure import cpu_name
 from minibeit.bench.profile import profile
 from minibeit.ops import get_ops
 from minibeit.ops.activations import gelu
-from minibeit.ops.numba_cpu.kernels.micro import MR, NR, multiply_tile
+from minibeit.ops.numba_cpu.kernels.micro import MR, multiply_tile
 from minibeit.ops.numba_cpu.memory import padded
 from minibeit.ops.numba_cpu.pack import pack_matrix
 from minibeit.ops.numba_cpu.pool import default_num_threads, num_threads
@@ -262,10 +262,10 @@ def tiles(x, x_bytes, panels, y, y_bytes, count, steps, number):
     for p in range(number):
         panel = panels + p * steps * NR * 4
         for i in range(0, count, MR):
+            tile = y + i * y_bytes + p * NR * 4
             multiply_tile(
-                min(MR, count - i), x + i * x_bytes, x_bytes, panel, y + i * y_bytes + p * NR * 4, y_bytes, steps,
-                0, 0, panel, 0,
-            )  # fmt: skip
+                min(MR, count - i), x + i * x_bytes, x_bytes, panel, tile, y_bytes, steps, 0, 0, panel, 0, tile, y_bytes
+            )
 
 
 panels = pack_matrix(W)  # (F / NR, D, NR), aligned to cache lines

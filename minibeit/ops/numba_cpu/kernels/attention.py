@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from ..target import LANES, MR, NR, STEPS
-from .micro import multiply_narrow_tile, multiply_tile, prefetch, prefetch_tile
+from .micro import multiply_narrow_tile, multiply_tile, prefetch
 from .pack import pack_panel
 from .vector import (
     arguments,
@@ -128,15 +128,19 @@ def _store_context(tile, count, columns, factors, context, context_bytes):
 
 
 @njit(error_model="numpy")
-def _weigh_values(n, scores, score_bytes, count, values, width, tile):
-    """tile = the scores of n rows @ one panel of values, NR or LANES wide."""
+def _weigh_values(n, scores, score_bytes, count, values, width, tile, context, context_bytes):
+    """tile = the scores of n rows @ one panel of values, NR or LANES wide; it will go to `context`."""
     for step in range(0, count, STEPS):
         a, b, length = scores + 4 * step, values + step * width * 4, min(STEPS, count - step)
         sums = tile if step > 0 else 0
         if width == NR:
-            multiply_tile(n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0)
+            multiply_tile(
+                n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0, context, context_bytes
+            )  # fmt: skip
         else:
-            multiply_narrow_tile(n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0)
+            multiply_narrow_tile(
+                n, a, score_bytes, b, tile, NR * 4, length, sums, NR * 4, b, 0, context, context_bytes
+            )  # fmt: skip
 
 
 @njit(error_model="numpy")
@@ -187,7 +191,6 @@ def attention(args, task, thread):
     for row in range(first_row, last_row, MR):
         n, queries = min(MR, last_row - row), q + offset + row * row_bytes
         target = context + (image * count + row) * context_bytes + head * size * 4
-        prefetch_tile(target, context_bytes)
         if chunk == chunks - 1:
             for part in (q, k, v):
                 _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
@@ -197,17 +200,19 @@ def attention(args, task, thread):
         for first in range(0, whole_keys, NR):
             b, here = keys + first * size * 4, scores + 4 * first
             more = here if table != 0 else 0
-            multiply_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0)
+            multiply_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0, b, 0)
         for first in range(whole_keys, count, LANES):
             b, here = keys + first * size * 4, scores + 4 * first
             more = here if table != 0 else 0
-            multiply_narrow_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0)
+            multiply_narrow_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0, b, 0)
         for i in range(n):
             total = _softmax_row(scores + i * score_bytes, count, padded_count)
             store_float(factors + 4 * i, np.float32(1) / total)
         for first in range(0, whole_values, NR):
-            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, NR, tile)
-            _store_context(tile, n, NR, factors, target + 4 * first, context_bytes)
+            here = target + 4 * first
+            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, NR, tile, here, context_bytes)
+            _store_context(tile, n, NR, factors, here, context_bytes)
         for first in range(whole_values, size, LANES):
-            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, LANES, tile)
-            _store_context(tile, n, min(LANES, size - first), factors, target + 4 * first, context_bytes)
+            here = target + 4 * first
+            _weigh_values(n, scores, score_bytes, count, values + first * count * 4, LANES, tile, here, context_bytes)
+            _store_context(tile, n, min(LANES, size - first), factors, here, context_bytes)

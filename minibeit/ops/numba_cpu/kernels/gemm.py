@@ -7,7 +7,7 @@ from numba import njit
 
 from ..gemm import GELU, PLAIN, RELU, RESIDUAL
 from ..target import LANES, MR, NR
-from .micro import multiply_tile, prefetch_tile
+from .micro import multiply_tile
 from .vector import arguments, fma, gelu, load, load_float, maximum, splat, store, store_float
 
 _VECTOR = 4 * LANES
@@ -85,15 +85,15 @@ def product(args, task, thread):
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
             addend, addend_bytes = (here, c_bytes) if onto != 0 else (bias + column, 0)
-            prefetch_tile(here, c_bytes)
-            if mode == RESIDUAL:
-                prefetch_tile(residual_here, residual_bytes)
+            touch, touch_bytes = (residual_here, residual_bytes) if mode == RESIDUAL else (here, c_bytes)
             for k in range(0, steps, at_once):
                 multiply_tile(
                     rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, target, target_bytes,
                     min(at_once, steps - k), addend, addend_bytes, ahead + k * ahead_step, ahead_step,
+                    touch, touch_bytes,
                 )  # fmt: skip
                 addend, addend_bytes = target, target_bytes
+                touch, touch_bytes = here, c_bytes
             if columns < NR:
                 _finish_last_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, c_bytes, columns)
             elif not direct:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..target import LANES, MR, NR, TILE
+from ..target import LANES, MR, TILE
 from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir, vector_intrinsic
 
 VECTORS = TILE.vectors
@@ -32,25 +32,6 @@ def _emit_prefetch(builder: ir.IRBuilder, address: ir.Value, level: int = 2, wri
 prefetch = vector_intrinsic((types.intp,), types.void, _emit_prefetch)
 
 
-@intrinsic
-def prefetch_tile(typingctx, address, row_bytes):
-    """Asks for the tile of MR rows and NR columns at `address`, which will be written or added to.
-
-    A tile is multiplied for microseconds; without this its stores, each to another page, would be waited for after.
-    Lines beyond the end of an array do no harm.
-    """
-    signature = types.void(types.intp, types.intp)
-
-    def codegen(context, builder, signature, arguments):
-        for i in range(MR):
-            for byte in range(0, 4 * NR, 64):
-                offset = builder.add(builder.mul(arguments[1], _const(i)), _const(byte))
-                _emit_prefetch(builder, builder.add(arguments[0], offset), 3, 1)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
 def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
     value = builder.load(pointer(builder, address, type_))
     value.align = 4
@@ -66,26 +47,27 @@ def _emit_loop(builder, name, count, values, body):
     left.add_incoming(count, entry)
     carried = [builder.phi(value.type) for value in values]
     results = body(carried)
+    following, end = builder.sub(left, _const(1)), builder.block
+    left.add_incoming(following, end)
+    builder.cbranch(builder.icmp_signed(">", following, _const(0)), loop, after)
     for phi, value, result in zip(carried, values, results):
         phi.add_incoming(value, entry)
-        phi.add_incoming(result, loop)
-    following = builder.sub(left, _const(1))
-    left.add_incoming(following, loop)
-    builder.cbranch(builder.icmp_signed(">", following, _const(0)), loop, after)
+        phi.add_incoming(result, end)
     builder.position_at_end(after)
     finals = [builder.phi(value.type) for value in values]
     for phi, value, result in zip(finals, values, results):
         phi.add_incoming(value, entry)
-        phi.add_incoming(result, loop)
+        phi.add_incoming(result, end)
     return finals
 
 
-def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step):
+def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes):
     """Accumulators of A @ B for `rows` rows and `vectors` vectors of columns, row after row.
 
     They are phi nodes, so LLVM keeps them in registers: nothing is spilled as long as the tile fits.  Each three rows
     of A have a pointer of their own that LLVM must not derive from another one: it would compute one address a row and
-    step, and those additions take the units that multiply.
+    step, and those additions take the units that multiply.  The loop goes in one part for each row, so that the rows of
+    `touch` are asked for one after another: all at once they would keep B from coming.
     """
     lda = _opaque(builder, lda)
     starts = [_opaque(builder, builder.add(a, builder.mul(lda, _const(i)))) for i in range(0, rows, 3)]
@@ -114,14 +96,26 @@ def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step):
         return body
 
     values = [ahead, b, *starts] + [ir.Constant(FLOATS, None)] * (rows * vectors)
-    whole, rest = builder.sdiv(steps, _const(_UNROLL)), builder.srem(steps, _const(_UNROLL))
-    values = _emit_loop(builder, f"steps_{rows}", whole, values, several(_UNROLL))
+    rounds, rest = builder.sdiv(steps, _const(_UNROLL)), builder.srem(steps, _const(_UNROLL))
+    part = builder.sdiv(rounds, _const(rows))
+    more = builder.sub(rounds, builder.mul(part, _const(rows)))
+
+    def one_part(carried):
+        touch_here, first, *others = carried
+        for byte in range(0, row_bytes, 64):
+            _emit_prefetch(builder, builder.add(touch_here, _const(byte)), 3, 1)
+        others = _emit_loop(builder, f"steps_{rows}", builder.add(part, first), others, several(_UNROLL))
+        return [builder.add(touch_here, touch_bytes), _const(0), *others]
+
+    _, _, *values = _emit_loop(builder, f"parts_{rows}", _const(rows), [touch, more, *values], one_part)
     return _emit_loop(builder, f"last_steps_{rows}", rest, values, several(1))[2 + len(starts) :]
 
 
-def _emit_tile(builder, rows, vectors, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
+def _emit_tile(
+    builder, rows, vectors, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes
+):  # fmt: skip
     """C = addend + A @ B for `rows` rows and `vectors` vectors of columns; leaves the builder after the stores."""
-    sums = _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step)
+    sums = _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes)
     places = [(i, j) for i in range(rows) for j in range(vectors)]
     done, add_c, store_c = (builder.block, *(builder.append_basic_block(f"{n}_{rows}") for n in ("add_c", "store_c")))
     builder.cbranch(builder.icmp_signed("!=", addend, _const(0)), add_c, store_c)
@@ -148,17 +142,20 @@ def _place(builder: ir.IRBuilder, c: ir.Value, ldc: ir.Value, row: int, column: 
 
 
 def _tile_product(vectors):
-    """multiply(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step), for panels of `vectors` vectors.
+    """multiply(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes), for panels of
+    `vectors` vectors.
 
     C[0:rows] = addend + A @ B for 1 <= rows <= MR, B being a panel (steps, vectors * LANES).  All arguments are
     integers: addresses and row strides in bytes.  `addend` 0 stands for zeros, C itself for +=, and with a row stride
     of 0 it is one row that is added to all.  `ahead` advances by `ahead_step` bytes a step and is only prefetched: the
-    next panel, which would otherwise be waited for.
+    next panel, which would otherwise be waited for.  So are, for writing, the tile's columns of the rows at `touch`,
+    `touch_bytes` apart: what the tile will be stored or added to, each row in another page.  Lines beyond the end of an
+    array do no harm.
     """
 
     @intrinsic
-    def multiply(typingctx, rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step):
-        signature = types.void(*[types.intp] * 11)
+    def emit(typingctx, rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes):
+        signature = types.void(*[types.intp] * 13)
 
         def codegen(context, builder, signature, arguments):
             rows, *rest = arguments
@@ -175,6 +172,10 @@ def _tile_product(vectors):
             return context.get_dummy_value()
 
         return signature, codegen
+
+    @njit(types.void(*[types.intp] * 13), error_model="numpy")  # one for all callers: each copy would take seconds
+    def multiply(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes):
+        emit(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes)
 
     return multiply
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..norm import ROWS
 from ..target import LANES
+from .micro import prefetch
 from .vector import arguments, fma, load, load_float, splat, sqrt, store, store_float, sum_lanes
 
 _ONE = np.float32(1)
@@ -21,6 +22,7 @@ def layer_norm(args, task, thread):
         source, target = x + row * x_bytes, y + row * y_bytes
         total = splat(np.float32(0))
         for k in range(0, whole, LANES):
+            prefetch(source + 2 * x_bytes + 4 * k)  # since it was written the products' weights have passed
             total = total + load(source + 4 * k)
         mean = sum_lanes(total)
         for k in range(whole, width):
