@@ -85,7 +85,7 @@ def product(args, task, thread):
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
             addend, addend_bytes = (here, c_bytes) if onto != 0 else (bias + column, 0)
-            touch, touch_bytes = (residual_here, residual_bytes) if mode == RESIDUAL else (here, c_bytes)
+            touch, touch_bytes = here, c_bytes
             for k in range(0, steps, at_once):
                 multiply_tile(
                     rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, target, target_bytes,
@@ -93,7 +93,8 @@ def product(args, task, thread):
                     touch, touch_bytes,
                 )  # fmt: skip
                 addend, addend_bytes = target, target_bytes
-                touch, touch_bytes = here, c_bytes
+                if mode == RESIDUAL:
+                    touch, touch_bytes = residual_here, residual_bytes
             if columns < NR:
                 _finish_last_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, c_bytes, columns)
             elif not direct:
