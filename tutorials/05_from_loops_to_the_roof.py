@@ -28,10 +28,11 @@ from minibeit.bench.measure import cpu_name
 from minibeit.bench.profile import profile
 from minibeit.ops import get_ops
 from minibeit.ops.activations import gelu
-from minibeit.ops.numba_cpu.kernels.micro import MR, multiply_tile
+from minibeit.ops.numba_cpu.kernels.micro import multiply_tile
 from minibeit.ops.numba_cpu.memory import padded
 from minibeit.ops.numba_cpu.pack import pack_matrix
 from minibeit.ops.numba_cpu.pool import default_num_threads, num_threads
+from minibeit.ops.numba_cpu.target import MR, NR
 from minibeit.params import Linear
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
