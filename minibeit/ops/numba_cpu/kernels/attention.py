@@ -103,15 +103,26 @@ def _bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
 
 
 @njit(error_model="numpy")
-def _softmax_row(scores, count, padded_count):
-    """exp(s - max s) in place, zeros beyond the last token; returns the sum.  A NaN anywhere makes the sum NaN."""
+def _last_scores(scores, count, tail):
+    """The scores from `tail` on, -inf beyond the last token."""
+    return first_lanes(load(scores + 4 * tail), count - tail, splat(_LOW))
+
+
+@njit(error_model="numpy")
+def _largest_score(scores, count, padded_count):
+    """max s of one row."""
     tail = padded_count - LANES
-    last = first_lanes(load(scores + 4 * tail), count - tail, splat(_LOW))
-    largest = last
+    largest = _last_scores(scores, count, tail)
     for k in range(0, tail, LANES):
         largest = maximum(load(scores + 4 * k), largest)
-    top = splat(max_lanes(largest))
-    total = exp(last - top)
+    return max_lanes(largest)
+
+
+@njit(error_model="numpy")
+def _exponentials(scores, count, padded_count, largest):
+    """exp(s - max s) in place, zeros beyond the last token; returns the sum.  A NaN anywhere makes the sum NaN."""
+    tail, top = padded_count - LANES, splat(largest)
+    total = exp(_last_scores(scores, count, tail) - top)
     store(scores + 4 * tail, total)
     for k in range(0, tail, LANES):
         value = exp(load(scores + 4 * k) - top)
@@ -205,8 +216,11 @@ def attention(args, task, thread):
             b, here = keys + first * size * 4, scores + 4 * first
             more = here if table != 0 else 0
             multiply_narrow_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0, b, 0)
+        for i in range(n):  # of all rows first: no row's exponentials wait for a maximum
+            store_float(factors + 4 * i, _largest_score(scores + i * score_bytes, count, padded_count))
         for i in range(n):
-            total = _softmax_row(scores + i * score_bytes, count, padded_count)
+            largest = load_float(factors + 4 * i)
+            total = _exponentials(scores + i * score_bytes, count, padded_count, largest)
             store_float(factors + 4 * i, np.float32(1) / total)
         for first in range(0, whole_values, NR):
             here = target + 4 * first
