@@ -242,6 +242,20 @@ def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile, r
     )
 
 
+@pytest.mark.slow
+def test_code_for_another_cpu_has_that_cpus_instructions_only():
+    """A host with AVX-512 has 32 registers, also for vectors of AVX2; a Haswell has 16 and no masks."""
+    check = """
+from minibeit.ops.numba_cpu.kernels.pack import pack
+from numba import njit, types
+
+(text,) = njit(types.void(types.intp, types.intp, types.intp))(pack).inspect_asm().values()
+assert "ymm" in text
+assert not any(word in text for word in ("ymm16", "zmm", "%k1")), text
+"""
+    run_python(check, NUMBA_CPU_NAME="haswell")
+
+
 def test_kernels_are_kept_apart_from_those_of_other_sources(tmp_path, monkeypatch):
     """Also where only a constant changed that a kernel takes from the module that runs it."""
     package = Path(target.__file__).parent

@@ -7,10 +7,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
-
-from ..target import target
 
 # What machine code may ask of the process that loads it: these, and nothing of Python or numba.
 _EXTERNAL = ("llvm.", "memcpy", "memmove", "memset", "sched_yield")
@@ -22,8 +19,6 @@ def compile_kernel(function: Callable[..., object], name: str, arity: int) -> by
 
     Exceptions and allocations are not for kernels: raises RuntimeError for one that would call Python or numba.
     """
-    if config.CPU_NAME and config.CPU_FEATURES is None:
-        config.CPU_FEATURES = target()[2]  # numba would keep the host's beside the forced name: an AVX-512 haswell
     options = {"error_model": "numpy", "fastmath": {"contract"}, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     signature = types.void(*[types.intp] * arity)
     (compiled,) = njit(signature, **options)(function).overloads.values()

@@ -13,12 +13,17 @@ import os
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.datamodel import models
 from numba.core.extending import lower_builtin, type_callable
 from numba.extending import intrinsic, register_model
 
-from ..target import LANES, TILE
+from ..target import LANES, TILE, target
+
+if config.CPU_NAME and config.CPU_FEATURES is None:
+    # Every kernel's module imports this one first.  By the first function that numba sees it would keep the host's
+    # features beside the forced name: an AVX-512 haswell.
+    config.CPU_FEATURES = target()[2]
 
 I1, I32, I64, F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
