@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,11 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
     run_python(SMALL, NUMBA_CACHE_DIR=str(occupied / "below"))
 
 
+names_of_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
+
+
 @pytest.mark.slow
+@names_of_x86
 @pytest.mark.parametrize(
     "cpu, tile, rows",
     [
@@ -228,10 +233,6 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
     ],
 )
 def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile, rows):
-    import platform
-
-    if platform.machine() != "x86_64":
-        pytest.skip("names of x86-64 CPUs")
     features = llvm.get_host_cpu_features()
     if tile == "avx512" and not features.get("avx512bf16" if cpu == "znver4" else "avx512f"):
         pytest.skip(f"this CPU lacks instructions of {cpu}")
@@ -243,6 +244,7 @@ def test_the_tile_follows_the_cpu_that_numba_is_told_to_compile_for(cpu, tile, r
 
 
 @pytest.mark.slow
+@names_of_x86
 def test_code_for_another_cpu_has_that_cpus_instructions_only():
     """A host with AVX-512 has 32 registers, also for vectors of AVX2; a Haswell has 16 and no masks."""
     check = """

@@ -85,7 +85,7 @@ def product(args, task, thread):
             direct = mode == PLAIN and columns >= NR
             target, target_bytes = (here, c_bytes) if direct else (tile, NR * 4)
             addend, addend_bytes = (here, c_bytes) if onto != 0 else (bias + column, 0)
-            touch, touch_bytes = here, c_bytes
+            touch, touch_bytes = here, c_bytes  # first, as it may be the addend; the residual comes last
             for k in range(0, steps, at_once):
                 multiply_tile(
                     rows, a + i * a_bytes + 4 * k, a_bytes, b + k * NR * 4, target, target_bytes,
