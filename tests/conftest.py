@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from minibeit import BeitConfig
-from minibeit.model.position_bias import PositionBias
-from minibeit.ops import BACKENDS, NO_ARITHMETIC, get_ops
+from minibeit.ops import BACKENDS, PositionBias, get_ops
+from minibeit.ops.table import TABLE
 from minibeit.params import param_shapes
 
 
@@ -49,7 +49,7 @@ def on_host(ops: Any) -> SimpleNamespace:
         if isinstance(x, list):
             return [up(part) for part in x]
         if isinstance(x, PositionBias):
-            return replace(x, table=up(x.table), index=up(x.index))
+            return replace(x, table=up(x.table))
         return x
 
     def down(x: Any) -> Any:
@@ -58,8 +58,8 @@ def on_host(ops: Any) -> SimpleNamespace:
     def wrapped(op: Any) -> Any:
         return lambda *args, **kwargs: down(op(*map(up, args), **{name: up(x) for name, x in kwargs.items()}))
 
-    plain = {"backend", "origin", *NO_ARITHMETIC}
-    table = {name: op if name in plain else wrapped(op) for name, op in vars(ops).items()}
+    arithmetic = {name for name, op in TABLE.items() if op.is_arithmetic or op.shape or name == "masked_patches"}
+    table = {name: wrapped(op) if name in arithmetic else op for name, op in vars(ops).items()}
     return SimpleNamespace(**table)
 
 

@@ -103,6 +103,27 @@ def softmax(row: list[float]) -> list[float]:
     return [value / total for value in exps]
 
 
+def mask_tokens(x: np.ndarray, mask: np.ndarray, token: np.ndarray) -> np.ndarray:  # (B, P, D)
+    y = x.copy()
+    for b, p in itertools.product(*map(range, mask.shape)):
+        if mask[b, p]:
+            y[b, p] = token[0, 0]
+    return y
+
+
+def mean_patches(x: np.ndarray) -> np.ndarray:  # (B, N, D) -> (B, D)
+    B, N, D = x.shape
+    return np.array([[math.fsum(x[b, 1:, i]) / (N - 1) for i in range(D)] for b in range(B)])
+
+
+def tokens_to_map(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:  # (B, N, D) -> (B, D, gh, gw)
+    (B, _, D), (gh, gw) = x.shape, grid
+    y = np.empty((B, D, gh, gw))
+    for b, i, row, column in itertools.product(range(B), range(D), range(gh), range(gw)):
+        y[b, i, row, column] = x[b, 1 + row * gw + column, i]
+    return y
+
+
 def split_heads(x: np.ndarray, num_heads: int) -> np.ndarray:  # (B, N, D) -> (B, H, N, d)
     B, N, D = x.shape
     d = D // num_heads
@@ -352,9 +373,7 @@ def last_hidden_state(config, p, x: np.ndarray) -> np.ndarray:
 def pooled(config, p, x: np.ndarray) -> np.ndarray:  # the last hidden state (B, N, D) -> (B, D)
     if not config.use_mean_pooling:
         return x[:, 0]
-    B, N, D = x.shape
-    mean = np.array([[math.fsum(x[b, 1:, i].tolist()) / (N - 1) for i in range(D)] for b in range(B)])
-    return layer_norm(mean, p["beit.pooler.weight"], p["beit.pooler.bias"], config.layer_norm_eps)
+    return layer_norm(mean_patches(x), p["beit.pooler.weight"], p["beit.pooler.bias"], config.layer_norm_eps)
 
 
 def classify(config, p, pixels) -> np.ndarray:  # -> (B, K)

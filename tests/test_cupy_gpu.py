@@ -11,8 +11,7 @@ from cuda_on_cpu import kernels
 from cuda_on_cpu.backend import cupy_backend
 from cuda_on_cpu.world import counted
 
-from minibeit.model.position_bias import PositionBias, relative_position_index
-from minibeit.ops import get_ops, reference
+from minibeit.ops import PositionBias, get_ops, reference
 from minibeit.params import Attention, Conv, Linear, table_rows
 
 REASON = gpu_missing()
@@ -62,8 +61,8 @@ def test_attention_in_one_kernel(dtype, grid, biased, part):
     bias, host_bias = None, None
     if biased:
         table = random(table_rows(grid), H, seed=9)
-        bias = PositionBias(ops.asarray(table, "float32"), relative_position_index(ops, grid), grid)
-        host_bias = PositionBias(table.astype(np.float64), relative_position_index(reference, grid), grid)
+        bias = PositionBias(ops.asarray(table, "float32"), grid)
+        host_bias = PositionBias(table.astype(np.float64), grid)
     assert part("attention")._suit(*qkv)
     with counted() as seen:
         found = ops.to_host(ops.attention(*qkv, bias))
@@ -83,8 +82,8 @@ def test_rows_of_scores_longer_than_a_block_keeps(dtype, part, monkeypatch):
     assert part("attention").SCORES_OF_A_THREAD * 64 < 1 + 21 * 29
     q, k, v = (random(1, 1, 610, 16, seed=i) for i in range(3))
     table = random(table_rows(grid), 1, seed=9)
-    bias = PositionBias(ops.asarray(table, "float32"), relative_position_index(ops, grid), grid)
-    host_bias = PositionBias(table.astype(np.float64), relative_position_index(reference, grid), grid)
+    bias = PositionBias(ops.asarray(table, "float32"), grid)
+    host_bias = PositionBias(table.astype(np.float64), grid)
     up = part("kernels").operand
     found = ops.to_host(ops.attention(*(up(ops.asarray(x, "float32"), dtype) for x in (q, k, v)), bias))
     truth = reference.attention(*map(np.float64, (q, k, v)), host_bias)

@@ -9,9 +9,9 @@ import gc
 import importlib
 
 import numpy as np
+import op_cases as t
 import pytest
 import random_configs
-import test_ops
 from conftest import distance, on_host, random_weights, tiny_config
 from cuda_on_cpu import kernels
 from cuda_on_cpu.backend import cupy_backend, outputs
@@ -22,6 +22,7 @@ import minibeit
 from minibeit import BeitConfig
 from minibeit.errors import DeviceError
 from minibeit.ops import get_ops, host_dtype
+from minibeit.ops.table import TABLE
 from minibeit.params import LayerNorm
 from minibeit.verify.exact import CLASSES
 
@@ -51,7 +52,7 @@ def cupy():
 
 # Ops ----------------------------------------------------------------------------------------------------------------
 
-t = test_ops
+REFERENCE = get_ops("numpy")
 EDGES = {
     **{f"layer_norm {D}": t.layer_norm((3, D), eps=1e-6) for D in (1, 4, 31, 128, 129, 1025, 2052)},
     **{f"linear {D}": t.linear((2, 3, 5), D) for D in (1, 4, 127, 260)},
@@ -78,7 +79,7 @@ EDGES = {
     "adaptive_avg_pool channels": t.on_map("adaptive_avg_pool", (2, 130, 5, 3), 6),
     "cross_entropy wide": t.cross_entropy(3, 8192),
 }
-CASES = {**test_ops.CASES, **EDGES}
+CASES = {**t.CASES, **EDGES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -86,9 +87,9 @@ def test_ops_beside_loops(name, device):
     ops, dtype = device
     case, host = CASES[name], host_dtype(dtype)
     given, before = case.given(host), case.given(host)
-    found = test_ops._listed(case.run(ops, given))
+    found = t.listed(case.run(ops, given))
     assert all(np.array_equal(getattr(given, key), array) for key, array in vars(before).items())
-    for array, truth, own in zip(found, case.truths(), case.results(test_ops.REFERENCE, host), strict=True):
+    for array, truth, own in zip(found, case.truths(), case.results(REFERENCE, host), strict=True):
         assert array.dtype == host
         allowed = FACTOR * max(distance(own, truth) / STEP[host], LUCK)
         assert distance(array, truth) / STEP[dtype] <= allowed
@@ -122,13 +123,13 @@ def test_views_that_begin_anywhere(start, cupy):
     norm = LayerNorm(np.ones(8, np.float32), np.zeros(8, np.float32))
     ops, host = get_ops("cupy"), rows[start : start + 24].reshape(3, 8)
     found = ops.to_host(ops.layer_norm(view, ops.prepare(norm), 1e-6))
-    assert distance(found, test_ops.REFERENCE.layer_norm(host, norm, 1e-6)) < 2 * EPS32
+    assert distance(found, REFERENCE.layer_norm(host, norm, 1e-6)) < 2 * EPS32
 
 
 def test_every_op_is_the_devices_own(cupy):
     ops = get_ops("cupy")
-    assert {name for name, code in ops.origin.items() if code != "cupy"} == {"dump", "restore"}  # nothing to store
-    assert set(ops.origin) == set(test_ops.reference.__all__)
+    assert {name for name, code in ops.origin.items() if code != "cupy"} == {"dump", "restore", "queued"}
+    assert set(ops.origin) == set(TABLE)
 
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -75,15 +75,6 @@ def test_a_backbone_runs_only_the_blocks_it_needs():
     assert distance(after, states[1][:, 1:].transpose(0, 2, 1).reshape(2, 12, 3, 2)) <= NAIVE_MODEL
 
 
-def test_position_biases_are_made_once_per_grid_and_few_are_kept():
-    model = make(BeitModel, tiny_config(use_relative_position_bias=True))
-    first = model._position_biases((3, 2))
-    assert model._position_biases((3, 2)) is first
-    for width in range(2, 12):
-        model._position_biases((1, width))
-    assert len(model._biases) <= 4
-
-
 def test_a_call_leaves_no_mark_on_the_next():
     model = make(BeitModel, tiny_config(use_relative_position_bias=True))
     one = model(PIXELS).last_hidden_state

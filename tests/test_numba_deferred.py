@@ -48,7 +48,7 @@ def expected():
 
 
 def test_nothing_runs_before_the_block_ends(expected):
-    with OPS.deferred():
+    with OPS.queued():
         y = chain(normal(5, 70, 65))
         y[:] = 7
         scribble()
@@ -57,14 +57,14 @@ def test_nothing_runs_before_the_block_ends(expected):
 
 
 def test_a_block_that_is_not_wanted_runs_at_once(expected):
-    with OPS.deferred(False):
+    with OPS.queued(False):
         assert np.array_equal(chain(normal(5, 70, 65)), expected)
 
 
 @pytest.mark.parametrize("layout", [np.asarray, np.asfortranarray, lambda x: np.repeat(x, 2, 0)[::2]])
 def test_inputs_of_any_layout_live_until_they_are_read(layout, expected):
     """None of these arrays is referred to by anything else when the kernels read it."""
-    with OPS.deferred():
+    with OPS.queued():
         y = chain(layout(normal(5, 70, 65)))
         scribble()
     assert np.array_equal(y, expected)
@@ -73,7 +73,7 @@ def test_inputs_of_any_layout_live_until_they_are_read(layout, expected):
 def test_rows_that_must_be_copied_are_computed_first():
     x = normal(6, 8, 9, 65)
     whole = OPS.linear(OPS.layer_norm(x, NORM, 1e-6)[:, 1:], FC1).copy()
-    with OPS.deferred():
+    with OPS.queued():
         y = OPS.linear(OPS.layer_norm(x, NORM, 1e-6)[:, 1:], FC1)
     assert np.array_equal(y, whole)
 
@@ -92,7 +92,7 @@ def test_other_ops_see_results(op):
         "resize_bilinear": lambda y: (y, (9, 80)),
     }.get(op, lambda y: (y,))
     truth = getattr(reference, op)(*arguments(maps().copy()))
-    with OPS.deferred():
+    with OPS.queued():
         y = maps()
         y[:] = np.nan
         found = getattr(OPS, op)(*arguments(y))
@@ -108,24 +108,24 @@ def test_fallbacks_to_numpy_see_results():
     tanh = chain(x, 3, "tanh").copy()
     wide = Linear(normal(0, 256, 65).astype(np.float64), None)
     product = OPS.linear(chain(x), wide).copy()
-    with OPS.deferred():
+    with OPS.queued():
         found = chain(x, 3, "tanh")
         assert np.array_equal(OPS.linear(chain(x), wide), product)
     assert np.array_equal(found, tanh)
 
 
 def test_an_inner_block_ends_with_its_results_there(expected):
-    with OPS.deferred():
-        with OPS.deferred():
+    with OPS.queued():
+        with OPS.queued():
             y = chain(normal(5, 70, 65))
             y[:] = 7
         assert np.array_equal(y, expected)
 
 
 def test_an_inner_block_that_is_not_wanted_runs_at_once(expected):
-    with OPS.deferred():
+    with OPS.queued():
         y = chain(normal(5, 70, 65))
-        with OPS.deferred(False):
+        with OPS.queued(False):
             assert np.array_equal(y, expected)
             y = chain(normal(5, 70, 65))
             assert np.array_equal(y, expected)
@@ -136,7 +136,7 @@ def test_an_inner_block_that_is_not_wanted_runs_at_once(expected):
 
 def test_memory_of_dropped_results_is_used_again_before_the_jobs_have_run():
     x = normal(5, 70, 65)
-    with OPS.deferred():
+    with OPS.queued():
         addresses = {OPS.layer_norm(x, NORM, 1e-6).ctypes.data for _ in range(20)}
     assert len(addresses) <= 2
 
@@ -144,7 +144,7 @@ def test_memory_of_dropped_results_is_used_again_before_the_jobs_have_run():
 def test_jobs_of_a_block_that_raised_are_dropped(expected):
     y = memory.padded((70, 256))
     y[:] = 7
-    with pytest.raises(KeyError), OPS.deferred():
+    with pytest.raises(KeyError), OPS.queued():
         OPS.linear_residual(normal(5, 70, 65), FC1, None, y)
         raise KeyError
     assert np.array_equal(chain(normal(5, 70, 65)), expected) and (y == 7).all()
@@ -156,7 +156,7 @@ def test_memory_that_is_not_kept_for_later_lives_long_enough(kept, monkeypatch):
     inputs = [normal(5, count, 65) for count in (70, 20, 140, 240, 3)]
     expected = [chain(x, 2).copy() for x in inputs]
     monkeypatch.setattr(memory, "_KEPT_BYTES", kept)
-    with OPS.deferred():
+    with OPS.queued():
         found = [chain(x, 2) for x in inputs]
         scribble()
     assert all(map(np.array_equal, found, expected))
@@ -165,7 +165,7 @@ def test_memory_that_is_not_kept_for_later_lives_long_enough(kept, monkeypatch):
 def test_results_that_nobody_wants_are_not_written_into_freed_memory(monkeypatch):
     monkeypatch.setattr(memory, "_KEPT_BYTES", 0)
     x, layer = normal(5, 700, 65), OPS.prepare(Linear(normal(7, 256, 65), None))
-    with OPS.deferred():
+    with OPS.queued():
         for _ in range(4):
             OPS.linear(x, layer)
         sizes = 700 * 257 * 4, 700 * 272 * 4, 1 << 16, 1 << 20
@@ -177,7 +177,7 @@ def test_what_waits_holds_little_memory(expected, monkeypatch):
     monkeypatch.setattr(memory, "_KEPT_BYTES", 0)
     monkeypatch.setattr(pool, "_MOST_HELD", 1_000_000)
     most = 0
-    with OPS.deferred():
+    with OPS.queued():
         x = normal(5, 70, 65)
         for _ in range(12):
             x = chain(x, 1)
@@ -191,7 +191,7 @@ def test_blocks_in_several_python_threads(expected):
 
     def call():
         for _ in range(30):
-            with numba_cpu.num_threads(2), OPS.deferred():
+            with numba_cpu.num_threads(2), OPS.queued():
                 y = chain(normal(5, 70, 65))
             if not np.array_equal(y, expected):
                 wrong.append(1)
@@ -209,5 +209,5 @@ def test_a_model_gives_the_same_bits_whether_its_jobs_wait_or_not(threads):
     model = minibeit.BeitModel(config, backend="numba", num_threads=threads)
     x = normal(8, 2, 3, 64, 64)
     waited = model(x).last_hidden_state.copy()
-    model.ops.deferred = reference.deferred
+    model.ops.queued = reference.queued
     assert np.array_equal(model(x).last_hidden_state, waited)

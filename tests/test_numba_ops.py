@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("numba")
 
-from minibeit.model.position_bias import PositionBias, relative_position_index
-from minibeit.ops import get_ops, reference
+from minibeit.ops import PositionBias, get_ops, reference
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import (
     Attention,
@@ -192,7 +191,7 @@ def heads(seed, B, H, N, d, scale=1.0):
 
 
 def position_bias(grid, H, scale=1.0):
-    return PositionBias(normal(9, table_rows(grid), H, scale=scale), relative_position_index(reference, grid), grid)
+    return PositionBias(normal(9, table_rows(grid), H, scale=scale), grid)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 5), (5, 3), (4, 8), (1, 33), (31, 1), (7, 9), (3, 17)])

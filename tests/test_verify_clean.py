@@ -89,7 +89,7 @@ def test_limits_follow_the_yardstick_and_the_precision():
     assert budget.own_limit(good, 1000, "float16") == pytest.approx(4e-7 * 2**13)
     assert budget.own_limit(budget.Yard((0.0, 0.0)), 1000, "float32") == pytest.approx(2 * budget.EPS32)
     assert budget.own_limit(budget.Yard((0.0, 0.0)), 3, "float32") == pytest.approx(4 * budget.EPS32)
-    assert budget.own_limit(good, 1000, "float32", fast_conv=True) == pytest.approx(12e-7)
+    assert budget.own_limit(good, 1000, "float32", leeway=3.0) == pytest.approx(12e-7)
 
 
 def test_a_yardstick_that_computes_something_else_is_not_believed():

@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "residual missing",
         E1 + "attention.residual",
-        op("linear_residual", lambda x, w, s, r: s * reference.linear(x, w), 2),
+        op("linear_residual", lambda x, w, s, r, keep: s * reference.linear(x, w), 2),
         "residual is missing",
     ),
     # MLP

@@ -116,13 +116,11 @@ def f16(x: np.ndarray) -> np.ndarray:
 def index_of(change: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Any], None]:
     """Replaces the index of every position bias."""
 
-    def plant(model: Any) -> None:
-        grid = model.config.grid
-        biases = model._position_biases(grid)
-        R = table_rows(grid)
-        model._biases[grid] = tuple(replace(b, index=change(b.index.copy(), R)) for b in biases)
+    def attention(q: Any, k: Any, v: Any, bias: Any, *args: Any, **kwargs: Any) -> Any:
+        index = change(reference.relative_position_index(bias.grid), table_rows(bias.grid))
+        return reference.attend(q, k, v, bias.table, index, *args, **kwargs)
 
-    return plant
+    return op("attention", attention)
 
 
 def swap_cls(index: np.ndarray, R: int) -> np.ndarray:
@@ -170,11 +168,11 @@ def attention_with(**changes: Any) -> Callable[..., Any]:
     return faulty
 
 
-def no_scale(x: Any, layer: Any, scale: Any, residual: Any) -> Any:
+def no_scale(x: Any, layer: Any, scale: Any, residual: Any, keep: Any = None) -> Any:
     return reference.linear_residual(x, layer, None, residual)
 
 
-def scaled_before_bias(x: Any, layer: Any, scale: Any, residual: Any) -> Any:
+def scaled_before_bias(x: Any, layer: Any, scale: Any, residual: Any, keep: Any = None) -> Any:
     return residual + scale * reference.linear(x, replace(layer, bias=None)) + layer.bias
 
 

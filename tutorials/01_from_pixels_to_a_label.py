@@ -22,7 +22,6 @@ from skimage import data
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitImageProcessor, Trace
 from minibeit.labels import weights_folder
-from minibeit.model.position_bias import relative_position_index
 
 digits = weights_folder() / "digits"
 plt.rcParams.update({"figure.dpi": 80, "image.cmap": "gray", "font.size": 9})
@@ -117,8 +116,8 @@ plt.show()
 # The code: [`minibeit/model/embeddings.py`](../minibeit/model/embeddings.py).
 #
 # We load the network in float64 so that two ways of computing the same number agree to about 15 digits, and we
-# choose the NumPy backend, whose text is [`minibeit/ops/reference.py`](../minibeit/ops/reference.py). `Trace` keeps
-# every array of a forward pass under its name.
+# choose the NumPy backend, whose text is [`minibeit/ops/reference`](../minibeit/ops/reference/transformer.py).
+# `Trace` keeps every array of a forward pass under its name.
 
 # %%
 model = BeitForImageClassification.from_pretrained(digits, dtype="float64", backend="numpy")
@@ -222,7 +221,7 @@ compare("encoder.0.attention.value", v)
 # belongs to the pair.
 
 # %%
-index = relative_position_index(model.ops, config.grid)  # (N, N) row numbers, from the grid alone
+index = model.ops.relative_position_index(config.grid)  # (N, N) row numbers, from the grid alone
 bias = block.bias_table[index].transpose(2, 0, 1)  # (R, H) -> (N, N, H) -> (H, N, N)
 print("table", block.bias_table.shape, " index", index.shape, " bias", bias.shape)
 

@@ -20,7 +20,7 @@ from minibeit import BeitForImageClassification, BeitImageProcessor
 from minibeit.checkpoint.resize import geometric_positions, resize_arrays
 from minibeit.checkpoint.resize import resize_table as resize_stored_table
 from minibeit.labels import weights_folder
-from minibeit.model.position_bias import relative_position_index, resize_table
+from minibeit.model.position_bias import resize_table
 from minibeit.ops import get_ops
 from minibeit.params import table_rows
 
@@ -44,7 +44,7 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 
 # %%
 def draw_index(axis, grid):
-    index = relative_position_index(ops, grid)  # (N, N)
+    index = ops.relative_position_index(grid)  # (N, N)
     axis.imshow(index, cmap="viridis", alpha=0.7)
     for a, row in enumerate(index):
         for b, number in enumerate(row):
@@ -61,7 +61,7 @@ draw_index(axes[1], (2, 3))
 axes[0].set_ylabel("looking: token a")
 plt.show()
 
-small = relative_position_index(ops, (2, 2))
+small = ops.relative_position_index((2, 2))
 assert small[0].tolist() == [11, 9, 9, 9, 9]  # [CLS] to itself is the last row, to any patch the third last
 assert small[1].tolist() == [10, 4, 3, 1, 0]
 assert small[1, 1] == small[2, 2] == small[3, 3] == small[4, 4]  # offset 0, 0
@@ -108,7 +108,7 @@ figure.colorbar(shown, ax=axes, shrink=0.6, label="added to the score")
 plt.show()
 
 centre = offset_map(np.arange(table_rows(grid)), grid)[2:5, 2:5]  # row numbers of the nearest offsets
-index = relative_position_index(ops, grid)
+index = ops.relative_position_index(grid)
 assert index[1 + 5, 1 + 6] == centre[1, 2] and index[1 + 5, 1 + 9] == centre[2, 1]  # patch 5 to 6: right; to 9: down
 favourite = {}  # (block, head) -> rows down, columns to the right
 for i in (0, L - 1):

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..ops import reference
-
-NOT_OPS = ("backend", "origin", "prepare", "num_threads", "deferred")
+from ..ops.table import ARITHMETIC, ARRAYS, TABLE, names_of
 
 
 @dataclass
@@ -59,10 +58,9 @@ def _finisher(model: Any) -> Callable[[], None]:
 
 def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = lambda: None) -> SimpleNamespace:
     """The same ops; each call is added to `entries`, with the time until `finish` returns."""
-    table = dict(vars(ops), deferred=reference.deferred)
-    for name, op in table.items():
-        if name not in NOT_OPS:
-            table[name] = _watch(name, op, entries, ops.origin[name], finish)
+    table = dict(vars(ops), queued=reference.queued)
+    for name in names_of(ARITHMETIC, ARRAYS):
+        table[name] = _watch(name, table[name], entries, ops.origin[name], finish)
     return SimpleNamespace(**table)
 
 
@@ -84,27 +82,5 @@ def _watch(
 
 def operations(name: str, args: tuple[Any, ...], result: Any) -> int:
     """Floating-point operations of the products in one call, by the direct count (see `flops`)."""
-    if name in ("linear", "linear_activation", "linear_residual"):
-        return 2 * result.size * args[0].shape[-1]
-    if name == "project_qkv":
-        return 2 * sum(part.size for part in result) * args[0].shape[-1]
-    if name == "attention":
-        q = args[0]  # (B, H, N, d)
-        return 4 * q.size * q.shape[2]
-    if name in ("conv2d", "conv_bn_relu"):
-        return 2 * result.size * args[0].shape[1] * _taps(args[1])
-    if name == "conv_bn_relu_resized":
-        return 2 * result.size * sum(x.shape[1] for x in args[0]) * _taps(args[1])
-    if name in ("conv_transpose", "conv_transpose_bn_gelu"):
-        return 2 * result.size * args[0].shape[1]  # a pixel of the result has one tap
-    return 0
-
-
-def _taps(layer: Any) -> int:
-    """Numbers of the kernel window; packed layers are linear (one) or 3x3, in `parts`."""
-    weight = getattr(getattr(layer, "conv", layer), "weight", None)
-    if isinstance(weight, np.ndarray):
-        return weight.shape[2] * weight.shape[3]
-    if hasattr(layer, "taps"):  # of a GPU: one matrix each
-        return len(layer.taps)
-    return 9 if hasattr(layer, "parts") else 1
+    products = TABLE[name].products
+    return 0 if products is None else 2 * products(args, result)

@@ -1,21 +1,20 @@
-"""Multi-head self-attention with a relative position bias."""
+"""Multi-head self-attention with a relative position bias: the first half of a block."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ..config import BeitConfig
-from ..params import Attention
+from ..ops import Ops, PositionBias
+from ..params import Attention, Block
 from ..trace import SILENT, Scope
-from .dropout import dropout_factors
-from .position_bias import PositionBias
+from .dropout import branch_factors, dropout_factors
 
 Array = Any
 
 
-def self_attention(
-    ops: Any,
+def attention_heads(
+    ops: Ops,
     p: Attention,
     x: Array,
     bias: PositionBias | None,
@@ -23,13 +22,12 @@ def self_attention(
     rng: Any | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, N, D) -> (B, N, D)
-    """softmax(q k^T / sqrt(d) + bias) v, all heads side by side; the output projection is the block's business.
+    """softmax(q k^T / sqrt(d) + bias) v of every head; the columns are those of the first head, the second, ...
 
     Source: Vaswani et al. 2017; BEiT section 2.1 for the bias.
     """
     if bias is not None:
-        table = trace.record("bias_table", bias.table)  # (R, H), for the grid at hand
-        bias = bias if table is bias.table else replace(bias, table=table)
+        bias = PositionBias(trace.record("bias_table", bias.table), bias.grid)  # (R, H), for the grid at hand
     qkv = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
     q, k, v = (trace.record(name, array) for name, array in zip(("query", "key", "value"), qkv, strict=True))
     keep = None
@@ -38,7 +36,24 @@ def self_attention(
         keep = dropout_factors(ops, rng, (B, H, N, N), config.attention_probs_dropout_prob, x.dtype)
     if trace.wants("probs"):
         context, probs = ops.attention(q, k, v, bias, return_probs=True, keep=keep)
-        trace.record("probs", probs if keep is None else probs * keep)  # (B, H, N, N)
+        trace.record("probs", probs if keep is None else ops.dropout(probs, keep))  # (B, H, N, N)
     else:
         context = ops.attention(q, k, v, bias, keep=keep)  # (B, N, D)
     return trace.record("context", context)
+
+
+def attention_branch(
+    ops: Ops,
+    p: Block,
+    x: Array,
+    bias: PositionBias | None,
+    config: BeitConfig,
+    drop_path_rate: float = 0.0,
+    rng: Any | None = None,
+    trace: Scope = SILENT,
+) -> Array:  # (B, N, D) -> (B, N, D)
+    """x + lambda_1 * (attention_heads(norm1(x)) W_o^T + b_o)."""
+    y = trace.record("norm1", ops.layer_norm(x, p.norm1, config.layer_norm_eps))
+    heads = attention_heads(ops, p.attention, y, bias, config, rng, trace.at("attention"))
+    keep = branch_factors(ops, rng, x, config.hidden_dropout_prob, drop_path_rate)
+    return trace.record("attention.residual", ops.linear_residual(heads, p.attention.output, p.lambda_1, x, keep))

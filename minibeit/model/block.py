@@ -5,36 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
-from ..params import Block, Linear
+from ..ops import Ops, PositionBias
+from ..params import Block
 from ..trace import SILENT, Scope
-from .attention import self_attention
-from .dropout import drop_path, dropout
-from .position_bias import PositionBias
+from .attention import attention_branch
+from .dropout import branch_factors
 
 Array = Any
 
 
-def add_branch(
-    ops: Any,
+def mlp_branch(
+    ops: Ops,
+    p: Block,
     x: Array,
-    branch: Array,
-    layer: Linear,
-    scale: Array | None,
     config: BeitConfig,
-    drop_path_rate: float,
-    rng: Any | None,
-) -> Array:  # (B, N, D), (B, N, in) -> (B, N, D)
-    """x + drop_path(scale * dropout(branch W^T + b)); one fused op when nothing is dropped."""
-    if rng is None:
-        return ops.linear_residual(branch, layer, scale, x)
-    y = dropout(ops, rng, ops.linear(branch, layer), config.hidden_dropout_prob)
-    if scale is not None:
-        y = y * scale
-    return x + drop_path(ops, rng, y, drop_path_rate)
+    drop_path_rate: float = 0.0,
+    rng: Any | None = None,
+    trace: Scope = SILENT,
+) -> Array:  # (B, N, D) -> (B, N, D)
+    """x + lambda_2 * fc2(f(fc1(norm2(x))))."""
+    y = trace.record("norm2", ops.layer_norm(x, p.norm2, config.layer_norm_eps))
+    hidden = trace.record("mlp.hidden", ops.linear_activation(y, p.fc1, config.hidden_act))  # (B, N, F)
+    keep = branch_factors(ops, rng, x, config.hidden_dropout_prob, drop_path_rate)
+    return trace.record("output", ops.linear_residual(hidden, p.fc2, p.lambda_2, x, keep))
 
 
 def block(
-    ops: Any,
+    ops: Ops,
     p: Block,
     x: Array,
     bias: PositionBias | None,
@@ -45,15 +42,8 @@ def block(
 ) -> Array:  # (B, N, D) -> (B, N, D)
     """x = x + lambda_1 * attention(norm1(x));  x = x + lambda_2 * fc2(f(fc1(norm2(x)))).
 
-    Source: BEiT section 2.1; Touvron et al. 2021 (CaiT) for the layer scale lambda.
+    The layer scale lambda starts near zero (0.1 in base models, 1e-5 in large ones), so that a block begins close to
+    the identity and deep stacks train.  Source: BEiT section 2.1; Touvron et al. 2021 (CaiT) for the layer scale.
     """
-    eps = config.layer_norm_eps
-    y = trace.record("norm1", ops.layer_norm(x, p.norm1, eps))
-    context = self_attention(ops, p.attention, y, bias, config, rng, trace.at("attention"))
-    x = add_branch(ops, x, context, p.attention.output, p.lambda_1, config, drop_path_rate, rng)
-    x = trace.record("attention.residual", x)
-
-    y = trace.record("norm2", ops.layer_norm(x, p.norm2, eps))
-    hidden = trace.record("mlp.hidden", ops.linear_activation(y, p.fc1, config.hidden_act))  # (B, N, F)
-    x = add_branch(ops, x, hidden, p.fc2, p.lambda_2, config, drop_path_rate, rng)
-    return trace.record("output", x)
+    x = attention_branch(ops, p, x, bias, config, drop_path_rate, rng, trace)
+    return mlp_branch(ops, p, x, config, drop_path_rate, rng, trace)

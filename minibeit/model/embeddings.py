@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..ops import Ops
 from ..params import Embeddings
 from ..trace import SILENT, Scope
 from .dropout import dropout
 
 Array = Any
+
+
+def patch_grid(pixel_values: Array, config: BeitConfig) -> tuple[int, int]:  # (B, C, height, width) -> (gh, gw)
+    """How many patches the images are high and wide."""
+    ph, pw = config.patch_shape
+    return pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
 
 
 def patchify(
@@ -24,7 +31,7 @@ def patchify(
 
 
 def embed(
-    ops: Any,
+    ops: Ops,
     p: Embeddings,
     pixel_values: Array,
     config: BeitConfig,
@@ -40,13 +47,11 @@ def embed(
     """
     x = trace.record("patches", ops.linear(patchify(pixel_values, config.patch_shape), p.patch))  # (B, P, D)
     if bool_masked_pos is not None:
-        w = ops.asarray(bool_masked_pos, x.dtype)[:, :, None]  # (B, P, 1)
-        x = x * (1 - w) + p.mask_token * w
+        x = ops.mask_tokens(x, bool_masked_pos, p.mask_token)
     x = ops.concatenate([p.cls_token, x], axis=1)  # (B, N, D)
     if p.position_embeddings is not None:
-        _, _, height, width = pixel_values.shape
-        grid = height // config.patch_shape[0], width // config.patch_shape[1]
-        x = x + resize_positions(ops, p.position_embeddings, position_grid(config), grid)
+        grid = patch_grid(pixel_values, config)
+        x = ops.add(x, resize_positions(ops, p.position_embeddings, position_grid(config), grid))
     return dropout(ops, rng, x, config.hidden_dropout_prob)
 
 
@@ -60,7 +65,7 @@ def position_grid(config: BeitConfig) -> tuple[int, int]:
 
 
 def resize_positions(
-    ops: Any, table: Array, old: tuple[int, int], new: tuple[int, int]
+    ops: Ops, table: Array, old: tuple[int, int], new: tuple[int, int]
 ) -> Array:  # (1, P + 1, D) -> (1, P' + 1, D)
     """Absolute positions for another grid: bicubic between the patches' rows, the CLS token's row unchanged."""
     if old == new:

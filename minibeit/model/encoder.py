@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..ops import Ops
 from ..params import Beit
 from ..trace import SILENT, Scope
 from .block import block
-from .embeddings import embed
-from .position_bias import PositionBias
+from .embeddings import embed, patch_grid
+from .position_bias import position_biases
 
 Array = Any
 
 
 def encode(
-    ops: Any,
+    ops: Ops,
     p: Beit,
     pixel_values: Array,
-    biases: tuple[PositionBias | None, ...],
     config: BeitConfig,
     collect: tuple[int, ...] = (),
     depth: int | None = None,
@@ -30,25 +30,28 @@ def encode(
 
     `depth` is the number of blocks to run, all of them by default; a head that reads earlier states needs no more.
     Hidden state 0 is the embeddings, i the output of block i - 1, none of them normalised.  The last hidden state is
-    normalised only without mean pooling.  The rate of stochastic depth rises linearly from 0 in the first block.
+    normalised only without mean pooling, since with it the norm comes after the mean (see `pool`).  The rate of
+    stochastic depth rises linearly from 0 in the first block.
     """
+    biases = position_biases(ops, p, config, patch_grid(pixel_values, config))
     x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
     x = trace.record("embeddings", x)
     states = {0: x}
-    with ops.deferred(rng is None and trace.silent):  # then only ops look into arrays until the last block is done
-        for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
-            rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
-            x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
-            if i + 1 in collect:
-                states[i + 1] = x
+    for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
+        rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
+        x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
+        if i + 1 in collect:
+            states[i + 1] = x
     if p.norm is not None:
         x = trace.record("norm", ops.layer_norm(x, p.norm, config.layer_norm_eps))
     return x, [states[i] for i in collect]
 
 
-def pool(ops: Any, p: Beit, x: Array, config: BeitConfig) -> Array:  # (B, N, D) -> (B, D)
-    """The image as one vector: layer norm of the mean over patch tokens, CLS left out; or the CLS token itself."""
+def pool(ops: Ops, p: Beit, x: Array, config: BeitConfig) -> Array:  # (B, N, D) -> (B, D)
+    """The image as one vector: layer norm of the mean over patch tokens, CLS left out; or the CLS token itself.
+
+    Source: BEiT section 2.6 (average pooling for classification); `fc_norm` of microsoft/unilm.
+    """
     if not config.use_mean_pooling:
         return x[:, 0]
-    mean = ops.asarray(x[:, 1:].mean(1, dtype="float64"), x.dtype)  # a float32 sum over tokens would lose two bits
-    return ops.layer_norm(mean, p.pooler, config.layer_norm_eps)
+    return ops.layer_norm(ops.mean_patches(x), p.pooler, config.layer_norm_eps)

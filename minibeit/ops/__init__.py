@@ -1,35 +1,27 @@
 """The seam: all arithmetic of the model goes through one namespace of coarse ops, one per backend.
 
-`reference.py` defines every op in NumPy.  `numba_cpu/` and `cupy_gpu/` have ops of the same names and signatures.
+`table.py` lists the ops and what there is to know of them, `reference/` defines each in NumPy; `numba_cpu/` and
+`cupy_gpu/` have fast versions of the same names and signatures.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+from .table import TABLE, Ops, PositionBias, served_by
+
+__all__ = ["BACKENDS", "Ops", "PositionBias", "default_backend", "get_ops", "host_dtype"]
 
 BACKENDS = {"numpy": None, "numba": "numba_cpu", "cupy": "cupy_gpu"}
 DEFAULT_BACKEND = "numba"
 GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
 HALF_DTYPES = ("float16", "bfloat16")  # of GPUs only
-NO_ARITHMETIC = {  # ops that only make, move, check or store arrays
-    "all_finite",
-    "arange",
-    "asarray",
-    "deferred",
-    "dump",
-    "num_threads",
-    "prepare",
-    "restore",
-    "stage",
-    "to_host",
-    "zeros",
-}
 
 
 def default_backend() -> str:
@@ -42,7 +34,7 @@ def get_ops(
     only: Iterable[str] | None = None,
     dtype: str = "float32",
     device: int | None = None,
-) -> SimpleNamespace:
+) -> Ops:
     """All ops of `backend` in one namespace; an op it lacks is served by its NumPy definition.
 
     `only` switches on just the named fast ops, so that a difference can be traced to one of them.  `origin` of the
@@ -54,26 +46,41 @@ def get_ops(
 
     backend = default_backend() if backend is None else backend
     check_choice(backend, dtype, device)
-    table = {name: getattr(reference, name) for name in reference.__all__}
-    origin = dict.fromkeys(table, "numpy")
+    ops: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in TABLE}
+    origin = dict.fromkeys(TABLE, "numpy")
     module = BACKENDS[backend]
     if module is not None:
         fast = import_module(f".{module}", __package__)
-        wanted = set(fast.__all__ if only is None else only)
-        unknown = wanted - set(fast.__all__)
-        if unknown:
-            raise ValueError(f"only: backend {backend} has no op named {', '.join(sorted(unknown))}")
-        for name in wanted:
-            table[name], origin[name] = getattr(fast, name), backend
+        for name in _wanted(backend, only):
+            ops[name], origin[name] = getattr(fast, name), backend
         if backend in GPU_BACKENDS:
-            return SimpleNamespace(backend=backend, origin=origin, **fast.on_device(table, origin, dtype, device))
-        if only is not None:  # NumPy ops get the weights as they were before packing
-            table["prepare"] = functools.partial(fast.prepare, keep_source=True)
-        for name in table:
-            if origin[name] == "numpy" and name != "prepare":
-                op = fast.settled(table[name])
-                table[name] = op if only is None else _on_sources(op)
-    return SimpleNamespace(backend=backend, origin=origin, **table)
+            ops = fast.on_device(ops, origin, dtype, device)
+        else:
+            ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
+    return SimpleNamespace(backend=backend, origin=origin, **ops)  # type: ignore[return-value]
+
+
+def _wanted(backend: str, only: Iterable[str] | None) -> set[str]:
+    """The names of the fast ops to use.  Raises ValueError for one that the backend does not have."""
+    there = set(served_by(backend))
+    wanted = there if only is None else set(only)
+    unknown = wanted - there
+    if unknown:
+        raise ValueError(f"only: backend {backend} has no op named {', '.join(sorted(unknown))}")
+    return wanted
+
+
+def _beside_fast_ops(
+    ops: dict[str, Callable[..., Any]], origin: dict[str, str], fast: Any, keep_source: bool
+) -> dict[str, Callable[..., Any]]:
+    """`ops` with those of NumPy made fit to run beside queued kernels and, with `keep_source`, packed weights."""
+    if keep_source:
+        ops["prepare"] = functools.partial(fast.prepare, keep_source=True)
+    for name in TABLE:
+        if origin[name] == "numpy" and name != "prepare":
+            op = fast.synchronous(ops[name])
+            ops[name] = _with_unpacked_weights(op) if keep_source else op
+    return ops
 
 
 def check_choice(backend: str, dtype: str, device: int | None) -> None:
@@ -100,11 +107,12 @@ def tf32_allowed() -> bool:
     return os.environ.get("MINIBEIT_TF32") == "1"
 
 
-def _on_sources(op: Any) -> Any:
+def _with_unpacked_weights(op: Callable[..., Any]) -> Callable[..., Any]:
     """`op`, given the unpacked weights that a packed leaf keeps in `.source`."""
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return op(*(getattr(arg, "source", arg) for arg in args), **kwargs)
+        plain = {name: getattr(arg, "source", arg) for name, arg in kwargs.items()}
+        return op(*(getattr(arg, "source", arg) for arg in args), **plain)
 
     return call

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model.embeddings import patch_grid
+from ..model.segmentation import feature_maps, feature_pyramid
 from ..outputs import BackboneOutput
 from ..trace import Trace
-from .base import BeitPreTrainedModel, Capture
-from .semantic_segmentation import feature_pyramid, to_map
+from .base import BeitPreTrainedModel
 
 
 class BeitBackbone(BeitPreTrainedModel):
@@ -55,18 +56,19 @@ class BeitBackbone(BeitPreTrainedModel):
         Raises ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)
-        grid = self._grid(pixels)
+        grid = patch_grid(pixels, self.config)
         if self.params.fpn is not None and min(grid) < 2:
             raise ValueError(
                 f"pixel_values: the feature pyramid needs at least 2x2 patches, found a grid of {grid[0]}x{grid[1]}"
             )
-        capture = Capture(self, output_hidden_states, output_attentions, trace)
+        capture = self._capture(output_hidden_states, output_attentions, trace)
         collect = self.out_indices
         depth = max(collect) if capture.empty else None
         _, maps = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
         if self.config.reshape_hidden_states:
-            maps = [to_map(x, grid) for x in maps]
-        maps = [capture.scope.record(f"feature_maps.{i}", x) for i, x in enumerate(maps)]
+            maps = feature_maps(self.ops, maps, grid, capture.scope)
+        else:
+            maps = [capture.scope.record(f"feature_maps.{i}", x) for i, x in enumerate(maps)]
         if self.params.fpn is not None:
             maps = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
         return BackboneOutput(

@@ -11,16 +11,16 @@ from ..checkpoint.prepared import Prepared, prepared_file, read_prepared, write_
 from ..checkpoint.save import save_checkpoint
 from ..config import BeitConfig
 from ..errors import CheckpointError
+from ..model.embeddings import patch_grid
 from ..model.encoder import encode
-from ..model.position_bias import PositionBias, position_biases
 from ..ops import get_ops, host_dtype
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
+from .capture import Capture
+from .inputs import checked_mask, checked_pixels
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
-
-GRIDS_KEPT = 4  # position biases are kept for the last few grids only
 
 
 class BeitPreTrainedModel:
@@ -62,7 +62,6 @@ class BeitPreTrainedModel:
             if arrays is None:
                 self._arrays = random_arrays(config, param_shapes(config, self.task), seed, host_dtype(dtype))
             self.params = self.ops.prepare(unflatten(shapes(config, self.task), self.arrays))
-        self._biases: dict[tuple[int, int], tuple[PositionBias | None, ...]] = {}
 
     @classmethod
     def from_pretrained(
@@ -176,77 +175,15 @@ class BeitPreTrainedModel:
         """Raises ValueError if the config does not suit the task."""
 
     def _pixels(self, pixel_values: Any) -> Array:  # -> (B, C, height, width)
-        """`pixel_values` in the model's dtype, checked.  Raises ValueError."""
-        try:
-            x = self.ops.stage(pixel_values, self.dtype)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"pixel_values: expected numbers of shape (B, C, height, width): {error}") from error
-        C, (ph, pw) = self.config.num_channels, self.config.patch_shape
-        if x.ndim != 4:
-            raise ValueError(
-                f"pixel_values: expected shape (B, C, height, width), found {tuple(x.shape)}; "
-                "BeitImageProcessor makes such arrays from images"
-            )
-        if x.shape[1] != C:
-            raise ValueError(f"pixel_values: expected {C} channels as in the config, found shape {tuple(x.shape)}")
-        height, width = x.shape[2:]
-        if x.shape[0] == 0 or height < ph or width < pw or height % ph or width % pw:
-            raise ValueError(
-                f"pixel_values: expected at least one image, height and width multiples of the patch size {ph}x{pw}, "
-                f"found shape {tuple(x.shape)}"
-            )
-        if not self.ops.all_finite(x):
-            raise ValueError("pixel_values: found NaN or infinite values; check the image and its normalisation")
-        return self.ops.asarray(x, self.dtype)
+        return checked_pixels(self.ops, pixel_values, self.config, self.dtype)
 
-    def _mask(self, bool_masked_pos: Any, grid: tuple[int, int], batch: int) -> Array | None:  # -> (B, P)
-        """The mask, checked.  Raises ValueError for a wrong shape or a model without mask token."""
-        if bool_masked_pos is None:
-            return None
-        if self.params.beit.embeddings.mask_token is None:
-            raise ValueError(
-                "bool_masked_pos: this model has no mask token; it needs use_mask_token=True in its config"
-            )
-        mask = self.ops.stage(bool_masked_pos, "bool")
-        P = grid[0] * grid[1]
-        if mask.shape != (batch, P):
-            raise ValueError(
-                f"bool_masked_pos: expected shape (B, P) = ({batch}, {P}), one flag per patch, "
-                f"found {tuple(mask.shape)}"
-            )
-        return self.ops.asarray(mask, "bool")
+    def _mask(self, bool_masked_pos: Any, pixels: Array) -> Array | None:  # -> (B, P)
+        gh, gw = patch_grid(pixels, self.config)
+        mask_token = self.params.beit.embeddings.mask_token
+        return checked_mask(self.ops, bool_masked_pos, mask_token, (len(pixels), gh * gw))
 
-    def _label_array(self, labels: Any, classes: bool) -> Array:
-        """`labels` as class numbers (int64), or in the model's dtype.  Raises ValueError for what is no number."""
-        try:
-            array = self.ops.stage(labels, "float64")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"labels: expected an array of numbers: {error}") from error
-        if not self.ops.all_finite(array):
-            raise ValueError("labels: found NaN or infinite values")
-        if not classes:
-            return self.ops.stage(array, self.dtype)
-        whole = self.ops.stage(array, "int64")
-        if bool((whole != array).any()):
-            raise ValueError("labels: expected class numbers, which are integers, found fractions")
-        return whole
-
-    def _grid(self, pixels: Array) -> tuple[int, int]:
-        """(gh, gw) of checked pixels."""
-        ph, pw = self.config.patch_shape
-        return pixels.shape[2] // ph, pixels.shape[3] // pw
-
-    def _position_biases(self, grid: tuple[int, int]) -> tuple[PositionBias | None, ...]:
-        """The bias of every block for a grid, made when a grid is first met."""
-        if grid not in self._biases:
-            p, c = self.params.beit, self.config
-            tables = [block.bias_table for block in p.encoder]
-            made = position_biases(self.ops, p.shared_bias_table, tables, c.grid, grid, c.compat)
-            while len(self._biases) >= GRIDS_KEPT:
-                self._biases.pop(next(iter(self._biases)), None)
-            self._biases[grid] = made
-            return made
-        return self._biases[grid]
+    def _capture(self, states: bool, attentions: bool, trace: Trace | None) -> Capture:
+        return Capture(self.ops, states, attentions, trace)
 
     def _encode(
         self,
@@ -257,35 +194,5 @@ class BeitPreTrainedModel:
         collect: tuple[int, ...] = (),
         depth: int | None = None,
     ) -> tuple[Array, list[Array]]:
-        biases = self._position_biases(self._grid(pixels))
-        return encode(self.ops, self.params.beit, pixels, biases, self.config, collect, depth, mask, rng, scope)
-
-
-class Capture:
-    """The intermediates a call asked for: hidden states, attention maps, and whatever the caller's own trace wants."""
-
-    def __init__(self, model: BeitPreTrainedModel, states: bool, attentions: bool, trace: Trace | None) -> None:
-        self._model = model
-        self._states = Trace(("embeddings", "encoder.*.output") if states else ())
-        self._attentions = Trace(("encoder.*.attention.probs",) if attentions else ())
-        self._wanted = states, attentions
-        sinks = (self._states, self._attentions, trace)
-        self.scope = Scope(tuple(sink for sink in sinks if sink is not None and sink.select))
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was asked for, so that work which no output needs may be left out."""
-        return self.scope.silent
-
-    @property
-    def hidden_states(self) -> tuple[Array, ...] | None:
-        """L + 1 of (B, N, D): the embeddings, then the output of every block."""
-        return self._host(self._states) if self._wanted[0] else None
-
-    @property
-    def attentions(self) -> tuple[Array, ...] | None:
-        """L of (B, H, N, N): the probabilities of every block."""
-        return self._host(self._attentions) if self._wanted[1] else None
-
-    def _host(self, trace: Trace) -> tuple[Array, ...]:
-        return tuple(self._model.ops.to_host(array) for array in trace.values())
+        with self.ops.queued(scope.silent):  # a trace reads arrays as they are made
+            return encode(self.ops, self.params.beit, pixels, self.config, collect, depth, mask, rng, scope)

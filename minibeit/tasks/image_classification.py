@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..model.encoder import pool
+from ..model.classification import class_logits, classification_loss
 from ..outputs import ImageClassifierOutput
 from ..trace import Trace
-from .base import BeitPreTrainedModel, Capture
-
-IGNORE_INDEX = -100  # a label that does not count, as in PyTorch's cross-entropy
+from .base import BeitPreTrainedModel
+from .inputs import class_labels
 
 
 class BeitForImageClassification(BeitPreTrainedModel):
@@ -33,51 +32,16 @@ class BeitForImageClassification(BeitPreTrainedModel):
         Raises ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)
-        capture = Capture(self, output_hidden_states, output_attentions, trace)
+        capture = self._capture(output_hidden_states, output_attentions, trace)
         x, _ = self._encode(pixels, capture.scope, rng=rng)
-        pooled = capture.scope.record("pooler", pool(self.ops, self.params.beit, x, self.config))  # (B, D)
-        classifier = self.params.classifier
-        logits = pooled if classifier is None else self.ops.linear(pooled, classifier)  # (B, K)
-        logits = capture.scope.record("logits", logits)
+        logits = class_logits(self.ops, self.params, x, self.config, capture.scope)  # (B, K)
+        loss = None
+        if labels is not None:
+            target, problem = class_labels(self.ops, labels, self.config, tuple(logits.shape), self.dtype)
+            loss = self.ops.to_host(classification_loss(self.ops, logits, target, problem))
         return ImageClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=loss,
             logits=self.ops.to_host(logits),
             hidden_states=capture.hidden_states,
             attentions=capture.attentions,
         )
-
-    def _loss(self, logits: Any, labels: Any) -> Any:  # (B, K), labels -> ()
-        B, K = logits.shape
-        kind = getattr(getattr(labels, "dtype", None), "kind", None) or _kind(labels)
-        problem = self.config.problem_type
-        if problem is None:
-            problem = (
-                "regression"
-                if K == 1
-                else "single_label_classification"
-                if kind in "iu"
-                else "multi_label_classification"
-            )
-        if problem == "single_label_classification":
-            labels = self._labels(labels, True, (B,))
-            loss = self.ops.cross_entropy(logits, labels, IGNORE_INDEX)
-        elif problem == "regression":
-            flat = K == 1
-            target = self._labels(labels, False, (B,) if flat else (B, K), or_shape=(B, K))
-            loss = self.ops.mse_loss(logits.reshape(-1), target.reshape(-1))
-        else:
-            loss = self.ops.bce_with_logits(logits, self._labels(labels, False, (B, K)))
-        return self.ops.to_host(loss)
-
-    def _labels(self, labels: Any, classes: bool, shape: tuple[int, ...], or_shape: tuple[int, ...] = ()) -> Any:
-        array = self._label_array(labels, classes)
-        if array.shape not in (shape, or_shape):
-            raise ValueError(f"labels: expected shape {shape} for this batch, found {tuple(array.shape)}")
-        return array
-
-
-def _kind(labels: Any) -> str:
-    """ "i" if the first number in nested lists is an integer, else "f"."""
-    while isinstance(labels, (list, tuple)) and labels:
-        labels = labels[0]
-    return "i" if isinstance(labels, int) else "f"

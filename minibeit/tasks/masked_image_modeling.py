@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model.masked_modeling import masked_modeling_loss, token_logits
 from ..outputs import MaskedLMOutput
 from ..trace import Trace
-from .base import BeitPreTrainedModel, Capture
-
-IGNORE_INDEX = -100  # a label that does not count, as in PyTorch's cross-entropy
+from .base import BeitPreTrainedModel
+from .inputs import masked_labels
 
 
 class BeitForMaskedImageModeling(BeitPreTrainedModel):
@@ -32,28 +32,15 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         (B, P) marks, image by image; the loss is their mean cross-entropy, -100 not counting.  Raises ValueError.
         """
         pixels = self._pixels(pixel_values)
-        mask = self._mask(bool_masked_pos, self._grid(pixels), len(pixels))
-        capture = Capture(self, output_hidden_states, output_attentions, trace)
+        mask = self._mask(bool_masked_pos, pixels)
+        target = None if labels is None else masked_labels(self.ops, labels, mask)
+        capture = self._capture(output_hidden_states, output_attentions, trace)
         x, _ = self._encode(pixels, capture.scope, mask, rng)
-        x = self.ops.layer_norm(x, self.params.norm, self.config.layer_norm_eps)  # (B, N, D)
-        x = capture.scope.record("layernorm", x)
-        logits = self.ops.linear(x[:, 1:], self.params.lm_head)  # (B, P, V)
-        logits = capture.scope.record("logits", logits)
+        logits = token_logits(self.ops, self.params, x, self.config, capture.scope)  # (B, P, V)
+        loss = None if target is None else masked_modeling_loss(self.ops, logits, mask, target)
         return MaskedLMOutput(
-            loss=None if labels is None else self._loss(logits, mask, labels),
+            loss=None if loss is None else self.ops.to_host(loss),
             logits=self.ops.to_host(logits),
             hidden_states=capture.hidden_states,
             attentions=capture.attentions,
         )
-
-    def _loss(self, logits: Any, mask: Any | None, labels: Any) -> Any:  # (B, P, V), (B, P), (n,) -> ()
-        if mask is None:
-            raise ValueError("labels: a loss needs bool_masked_pos, since it counts masked patches only")
-        labels = self._label_array(labels, classes=True)
-        masked = logits[mask]  # (n, V), batch-major
-        if labels.shape != masked.shape[:1]:
-            raise ValueError(
-                f"labels: expected one visual token per masked patch, shape ({len(masked)},), "
-                f"found {tuple(labels.shape)}"
-            )
-        return self.ops.to_host(self.ops.cross_entropy(masked, labels, IGNORE_INDEX))

@@ -8,7 +8,7 @@ from ..config import BeitConfig
 from ..model.encoder import pool
 from ..outputs import BeitModelOutputWithPooling
 from ..trace import Trace
-from .base import BeitPreTrainedModel, Capture
+from .base import BeitPreTrainedModel
 
 
 class BeitModel(BeitPreTrainedModel):
@@ -35,8 +35,8 @@ class BeitModel(BeitPreTrainedModel):
         stochastic depth on.  `trace` collects intermediates.  Raises ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)
-        mask = self._mask(bool_masked_pos, self._grid(pixels), len(pixels))
-        capture = Capture(self, output_hidden_states, output_attentions, trace)
+        mask = self._mask(bool_masked_pos, pixels)
+        capture = self._capture(output_hidden_states, output_attentions, trace)
         x, _ = self._encode(pixels, capture.scope, mask, rng)
         pooled = None
         if self.add_pooling_layer:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-from ..ops import BACKENDS, NO_ARITHMETIC
+from ..ops import BACKENDS
+from ..ops.table import TABLE, served_by
 from .check import Job, Report, check, model_source
 from .exact import task_class
 
@@ -26,12 +26,9 @@ class Suspect:
 
 def fast_ops(backend: str) -> list[str]:
     """The ops that a backend has of its own, without those that are no arithmetic."""
-    module = BACKENDS[backend]
-    if module is None:
+    if BACKENDS[backend] is None:
         raise ValueError(f"backend {backend} is NumPy itself: there is no fast op to switch on")
-    return [
-        name for name in import_module(f"minibeit.ops.{module}").__all__ if name not in {*NO_ARITHMETIC, "concatenate"}
-    ]
+    return [name for name in served_by(backend) if TABLE[name].is_arithmetic]
 
 
 def bisect(

@@ -27,11 +27,6 @@ OWN_FACTOR = 4.0
 TOTAL_FACTOR = 6.0  # one run is one draw of many errors that are alike: measured up to 3.2
 PEAK_FACTOR = 8.0  # for the largest single difference, which scatters more than a mean: measured up to 3.1
 
-# Fast 3x3 convolutions (Winograd) trade digits for speed: measured up to 5.5 times NumPy's error, 10.1 at the peak.
-# Mistakes in a convolution cost thousands of times.
-FAST_CONV = ("conv_bn_relu", "conv_bn_relu_resized")
-FAST_CONV_MORE = 3.0
-
 # Rounding a result once costs 0.29 EPS (uniform error over a step); an op that was lucky is no yardstick.
 FLOOR = 0.5
 FEW = 64  # elements; the rms of fewer scatters, so the floor is higher
@@ -77,20 +72,20 @@ class Yard:
         return max(self.numpy[which], self.torch[which])
 
 
-def own_limit(yard: Yard, size: int, dtype: str, fast_conv: bool = False) -> float:
-    """The largest relative rms error of one op within budget."""
-    return OWN_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * (FAST_CONV_MORE if fast_conv else 1.0)
+def own_limit(yard: Yard, size: int, dtype: str, leeway: float = 1.0) -> float:
+    """The largest relative rms error of one op within budget; `leeway` is its `error_budget` in the table of ops."""
+    return OWN_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway
 
 
-def total_limit(yard: Yard, size: int, dtype: str, fast_conv: bool = False) -> float:
-    """The largest relative rms error of the run so far within budget; `fast_conv`: one was among it."""
-    return TOTAL_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * (FAST_CONV_MORE if fast_conv else 1.0)
+def total_limit(yard: Yard, size: int, dtype: str, leeway: float = 1.0) -> float:
+    """The largest relative rms error of the run so far within budget; `leeway` is the widest of its ops."""
+    return TOTAL_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway
 
 
-def peak_limit(yard: Yard, dtype: str, fast_conv: bool = False) -> float:
+def peak_limit(yard: Yard, dtype: str, leeway: float = 1.0) -> float:
     """The largest single difference within budget, in units of the truth's rms."""
     limit = PEAK_FACTOR * max(yard.peak, PEAK_FLOOR * EPS32) * _scale(dtype)
-    return limit * (FAST_CONV_MORE if fast_conv else 1.0)
+    return limit * leeway
 
 
 def ratio(error: float, yard: float, size: int, dtype: str = "float32") -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import BeitConfig
-from ..ops import NO_ARITHMETIC
+from ..ops.table import TABLE
 from . import budget
 from .budget import Yard
 from .compare import Difference, difference, distance, heat_map
@@ -176,7 +176,7 @@ class _Run:
         self.theirs: Any = None
         self.diagnosed = 0
         self.steady = 0.0, 0.0  # the yardstick's total error at the last array that is not tiny
-        self.after_fast_conv = False
+        self.leeway = 1.0  # the widest error budget of the ops so far
         self.calls: list[Call] = []  # of the last record that an op made
         self.before: Any = None  # the candidate's array before this one
         self.states: dict[str, np.ndarray] = {}  # fingerprints of the candidate's hidden states
@@ -249,7 +249,7 @@ class _Run:
         return Yard(numpy_own, distance(theirs, their_exact)), Yard(total, total)
 
     def _row(self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yard, Yard], heat: bool) -> Row:
-        ops = tuple(dict.fromkeys(call.op for call in self.calls if call.op not in {*NO_ARITHMETIC, "concatenate"}))
+        ops = tuple(dict.fromkeys(call.op for call in self.calls if TABLE[call.op].is_arithmetic))
         if found is None:
             return Row(name, "missing", ops=ops, note=f"{self.candidate.label} has no array of this name")
         row = Row(name, "ok", found.shape, self.candidate.dtypes.get(name, found.dtype.name), ops)
@@ -270,12 +270,12 @@ class _Run:
         assert row.own is not None
         assert row.total is not None
         row.own_yard, row.total_yard = own_yard, total_yard
-        fast_conv = any(op in budget.FAST_CONV for op in row.ops)
-        self.after_fast_conv |= fast_conv
-        row.own_limit = budget.own_limit(own_yard, row.own.size, row.dtype, fast_conv)
+        leeway = max((TABLE[op].error_budget for op in row.ops), default=1.0)
+        self.leeway = max(self.leeway, leeway)
+        row.own_limit = budget.own_limit(own_yard, row.own.size, row.dtype, leeway)
         row.own_ratio = budget.ratio(row.own.rms_rel, own_yard.shown, row.own.size, row.dtype)
-        own_peak = budget.peak_limit(own_yard, row.dtype, fast_conv)
-        row.total_limit = budget.total_limit(total_yard, row.total.size, row.dtype, self.after_fast_conv)
+        own_peak = budget.peak_limit(own_yard, row.dtype, leeway)
+        row.total_limit = budget.total_limit(total_yard, row.total.size, row.dtype, self.leeway)
         row.total_ratio = budget.ratio(row.total.rms_rel, total_yard.shown, row.total.size, row.dtype)
         if not row.own.finite:
             _judge_special(row)

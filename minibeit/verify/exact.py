@@ -16,8 +16,9 @@ import numpy as np
 import minibeit
 
 from ..config import BeitConfig
-from ..ops import reference
-from ..params import Conv, ConvBatchNorm, ConvTranspose
+from ..ops import get_ops, reference
+from ..ops.table import CONTROL, TABLE, names_of
+from ..params import BATCH_NORM_EPS, Conv, ConvBatchNorm, ConvTranspose
 
 CLASSES = {
     "model": "BeitModel",
@@ -80,12 +81,11 @@ def float32_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray
 
 def double_ops(log: Log | None = None) -> SimpleNamespace:
     """NumPy's ops, every float32 array among their arguments widened first; large maps strip by strip."""
-    table = {name: getattr(reference, name) for name in reference.__all__} | LEAN
-    wrapped = {name: _widened(name, op, log) for name, op in table.items()}
+    plain = vars(get_ops("numpy"))
+    wrapped = {name: _widened(name, op, log) for name, op in ({name: plain[name] for name in TABLE} | LEAN).items()}
+    wrapped |= {name: plain[name] for name in names_of(CONTROL)}
     wrapped["asarray"] = lambda x, dtype: np.asarray(x, np.float64 if np.dtype(dtype).kind == "f" else dtype)
-    for name in ("zeros", "arange", "num_threads", "deferred"):
-        wrapped[name] = getattr(reference, name)
-    return SimpleNamespace(backend="numpy", origin=dict.fromkeys(wrapped, "numpy"), **wrapped)
+    return SimpleNamespace(**plain | wrapped)
 
 
 def _multiplied_only(name: str, array: np.ndarray) -> bool:
@@ -134,7 +134,7 @@ def _enlarged(x: np.ndarray, size: tuple[int, int], rows: slice, dtype: Any) -> 
     if x.shape[2] == size[0]:
         part = x[:, :, rows].astype(dtype, copy=False)
     else:
-        taps = reference._bilinear_taps(x.shape[2], size[0])
+        taps = reference.bilinear_taps(x.shape[2], size[0])
         part = sum(np.take(x, index[rows], 2) * share[rows, None].astype(dtype) for index, share in taps)
     return reference.resize_bilinear(part, (part.shape[2], size[1]))
 
@@ -180,7 +180,7 @@ def _channels(y: np.ndarray) -> Iterator[slice]:
 
 def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
     bn = layer.bn
-    scale = bn.weight / np.sqrt(bn.running_var + y.dtype.type(reference.BATCH_NORM_EPS))
+    scale = bn.weight / np.sqrt(bn.running_var + y.dtype.type(BATCH_NORM_EPS))
     y -= bn.running_mean[:, None, None]
     y *= scale[:, None, None]
     y += bn.bias[:, None, None]

@@ -102,7 +102,7 @@ def _linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
         yield f"the input is rounded to {dtype}", reference.linear_activation(half(x, dtype), layer, activation)
 
 
-def _linear_residual(x: Any, layer: Any, scale: Any, residual: Any) -> Iterator[Guess]:
+def _linear_residual(x: Any, layer: Any, scale: Any, residual: Any, keep: Any = None) -> Iterator[Guess]:
     y = reference.linear(x, layer)
     scaled = y if scale is None else y * scale
     if scale is not None:
@@ -153,18 +153,21 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
     def guesses(q: Any, k: Any, v: Any, bias: Any, return_probs: bool = False, keep: Any = None) -> Iterator[Guess]:
         B, H, N, d = q.shape
 
-        def attend(factor: float = 1.0, bias: Any = bias, index: Any = None) -> Any:
-            if index is not None:
-                bias = replace(bias, index=index)
-            return reference.attention(q * factor, k, v, bias, return_probs=True)[1 if probs else 0]
+        good_table: Any = None
+        good_index: Any = None
+        if bias is not None:
+            good_table, good_index = bias.table, reference.relative_position_index(bias.grid)
+
+        def attend(factor: float = 1.0, table: Any = good_table, index: Any = good_index) -> Any:
+            return reference.attend(q * factor, k, v, table, index, return_probs=True)[1 if probs else 0]
 
         root = float(d) ** 0.5
         yield "the scores are not divided by sqrt(d)", attend(root)
         yield "the scores are divided by sqrt(d) twice", attend(1 / root)
         yield "the scores are divided by sqrt(D), the width, not by that of a head", attend(H**-0.5)
         if bias is not None:
-            index, R = bias.index, bias.table.shape[0]
-            yield "the position bias is missing", attend(bias=None)
+            table, index, R = bias.table, good_index, bias.table.shape[0]
+            yield "the position bias is missing", attend(table=None)
             yield "the position bias is transposed: query and key offsets swapped", attend(index=index.T)
             for one, two in itertools.combinations((R - 3, R - 2, R - 1), 2):
                 swapped = index.copy()
@@ -183,12 +186,12 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
                 yield "the bias table is read with height and width swapped", attend(index=turned)
             yield (
                 "the position bias is added before the scores are divided by sqrt(d)",
-                attend(bias=replace(bias, table=bias.table / root)),
+                attend(table=table / root),
             )
             for dtype in ROUNDED:
                 yield (
                     f"the position bias is rounded to {dtype}",
-                    attend(bias=replace(bias, table=half(bias.table, dtype))),
+                    attend(table=half(table, dtype)),
                 )
         good_context, good_probs = reference.attention(q, k, v, bias, return_probs=True)
         if not probs:

@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from ..ops import NO_ARITHMETIC
+from ..ops.table import ARITHMETIC, names_of
 from .check import Report, Row
 from .compare import ULP_EDGES, Difference
 from .report_html_parts import SCRIPT, STYLE, heat_png
@@ -66,7 +66,7 @@ def _facts(report: Report) -> str:
         ("compared", f"{sum(row.own is not None for row in report.rows)} arrays in {report.seconds:.1f} s"),
     ]
     if report.origins:
-        fast = sorted(op for op, origin in report.origins.items() if origin != "numpy" and op not in NO_ARITHMETIC)
+        fast = sorted(op for op, origin in report.origins.items() if origin != "numpy" and op in names_of(ARITHMETIC))
         facts.append(("fast ops", ", ".join(fast) or "none"))
     return (
         "<dl>"

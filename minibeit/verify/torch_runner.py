@@ -17,7 +17,6 @@ import numpy as np
 
 from ..checkpoint.names import DIALECTS, Naming
 from ..config import BeitConfig
-from ..model.position_bias import relative_position_index
 from ..ops import reference
 from .check import Job
 from .exact import CLASSES
@@ -266,7 +265,7 @@ def _bias_hooks(model: Any, job: Job, trace: Any) -> list[Any]:
         return []
     ph, pw = config.patch_shape
     height, width = job.inputs["pixel_values"].shape[2:]
-    index = relative_position_index(reference, (height // ph, width // pw))
+    index = reference.relative_position_index((height // ph, width // pw))
     _, first = np.unique(index, return_index=True)  # one pair of tokens for every row of the table
     parts: dict[str, np.ndarray] = {}
 

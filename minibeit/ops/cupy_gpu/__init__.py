@@ -11,51 +11,10 @@ multiplied with them are stored so, while sums, softmax, norms, activations and 
 
 from __future__ import annotations
 
-from .arrays import all_finite, arange, asarray, concatenate, deferred, num_threads, stage, to_host, zeros
-from .attention import attention, project_qkv
-from .fallback import on_device as on_device
-from .losses import bce_with_logits, cross_entropy, mse_loss
-from .maps import (
-    adaptive_avg_pool,
-    conv2d,
-    conv_bn_relu,
-    conv_bn_relu_resized,
-    conv_transpose,
-    conv_transpose_bn_gelu,
-    max_pool2x2,
-    resize_bicubic,
-    resize_bilinear,
-)
+from .arrays import *
+from .attention import *
+from .fallback import on_device
+from .losses import *
+from .maps import *
 from .prepare import prepare
-from .rows import layer_norm, linear, linear_activation, linear_residual
-
-__all__ = [
-    "adaptive_avg_pool",
-    "all_finite",
-    "arange",
-    "asarray",
-    "attention",
-    "bce_with_logits",
-    "concatenate",
-    "conv2d",
-    "conv_bn_relu",
-    "conv_bn_relu_resized",
-    "conv_transpose",
-    "conv_transpose_bn_gelu",
-    "cross_entropy",
-    "deferred",
-    "layer_norm",
-    "linear",
-    "linear_activation",
-    "linear_residual",
-    "max_pool2x2",
-    "mse_loss",
-    "num_threads",
-    "prepare",
-    "project_qkv",
-    "resize_bicubic",
-    "resize_bilinear",
-    "stage",
-    "to_host",
-    "zeros",
-]
+from .rows import *

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...params import table_rows
 from .device import cupy
 from .kernels import DTYPES, model_dtype, visible
 
@@ -21,11 +22,6 @@ MOST_THREADS = 8
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
     """Context of a call; `count` is for CPUs.  `get_ops` binds a model's ops to `device.session` in its place."""
-    return nullcontext()
-
-
-def deferred(wanted: bool = True) -> AbstractContextManager[Any]:
-    """See `reference.deferred`: a GPU runs every op later than it is told."""
     return nullcontext()
 
 
@@ -88,16 +84,6 @@ def to_host(x: Array) -> np.ndarray:
     return x.get()
 
 
-def arange(stop: int) -> Array:
-    """See `reference.arange`."""
-    return cupy.arange(stop, dtype=np.int32)
-
-
-def zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    """See `reference.zeros`."""
-    return cupy.zeros(shape, _numpy_dtype(dtype))
-
-
 def concatenate(arrays: Sequence[Array], axis: int) -> Array:
     """See `reference.concatenate`."""
     if axis != 0:
@@ -113,3 +99,28 @@ def all_finite(x: Array) -> bool:
     flat = x.reshape(-1)
     pieces = _piece_by_piece(lambda piece: bool(np.isfinite(flat[piece]).all()), flat.size, PIECE_BYTES // x.itemsize)
     return all(pieces)
+
+
+def tokens_to_map(x: Array, grid: tuple[int, int]) -> Array:  # (B, N, D) -> (B, D, gh, gw)
+    """See `reference.tokens_to_map`."""
+    B, _, D = x.shape
+    return x[:, 1:].transpose(0, 2, 1).reshape(B, D, *grid)
+
+
+def masked_patches(x: Array, mask: Array) -> Array:  # (B, P, D), (B, P) -> (n, D)
+    """See `reference.masked_patches`."""
+    return x[mask]
+
+
+def relative_position_index(grid: tuple[int, int]) -> Array:  # -> (N, N) int32
+    """See `reference.relative_position_index`."""
+    gh, gw = grid
+    P, R = gh * gw, table_rows(grid)
+    patches = cupy.arange(P, dtype=np.int32)
+    row, column = patches // gw, patches % gw
+    index = cupy.zeros((P + 1, P + 1), np.int32)
+    index[1:, 1:] = (row[:, None] - row + gh - 1) * (2 * gw - 1) + column[:, None] - column + gw - 1
+    index[0, :] = R - 3
+    index[:, 0] = R - 2
+    index[0, 0] = R - 1
+    return index

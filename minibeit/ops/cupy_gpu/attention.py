@@ -5,10 +5,11 @@ Else scores by cuBLAS, softmax with the position bias by one kernel in place, th
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from math import e, log2
 from typing import Any
 
+from .arrays import relative_position_index
 from .device import cupy
 from .gemm import batched_product, product
 from .kernels import PLAIN, along_rows, block_size, kernel, model_dtype, operand, or_null, seen_dtype
@@ -137,6 +138,12 @@ def _softmax(
 
 def _bias_arrays(bias: Any, dtype: str) -> tuple[Array, Array, int, int]:
     """A position bias as kernels read it: the table, the index, and the steps from row to row and from head to head."""
-    table, index = cupy.asarray(bias.table, seen_dtype(dtype)), cupy.ascontiguousarray(bias.index)
+    table, index = cupy.asarray(bias.table, seen_dtype(dtype)), _index(bias.grid, cupy.cuda.runtime.getDevice())
     row, head = (step // table.itemsize for step in table.strides)
     return table, index, row, head
+
+
+@lru_cache(maxsize=4)
+def _index(grid: tuple[int, int], device: int) -> Array:
+    """`relative_position_index`, kept for the last few grids."""
+    return relative_position_index(grid)

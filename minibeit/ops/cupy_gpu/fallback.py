@@ -9,12 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import NO_ARITHMETIC
+from ..table import ARITHMETIC, ARRAYS, names_of
 from . import arrays
 from .device import cupy, open_device, session
 from .prepare import prepare
-
-ARRAYS = ("all_finite", "arange", "asarray", "stage", "to_host", "zeros")  # where they are is all that these are about
 
 
 def on_device(
@@ -25,16 +23,17 @@ def on_device(
     Raises what `device.open_device` does.
     """
     number = open_device(device)
-    on_cpu = {name for name, code in origin.items() if code == "numpy"} - NO_ARITHMETIC
+    on_cpu = {name for name in names_of(ARITHMETIC) if origin[name] == "numpy"}
+    placing = names_of(ARRAYS)  # nothing would be gained by doing this elsewhere
 
     def prepare_there(params: Any) -> Any:
         with session(number, dtype):
             return prepare(params, bool(on_cpu), dtype)
 
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
-    bound.update({name: getattr(arrays, name) for name in ARRAYS})
+    bound.update({name: getattr(arrays, name) for name in placing})
     bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
-    for name in (*ARRAYS, "prepare", "num_threads"):
+    for name in (*placing, "prepare", "num_threads"):
         origin[name] = "cupy"
     return bound
 

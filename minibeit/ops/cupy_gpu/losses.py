@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,14 @@ def bce_with_logits(logits: Array, target: Array) -> Array:  # (...), (...) -> (
     """See `reference.bce_with_logits`."""
     target = cupy.asarray(target, logits.dtype)
     return _mean(cupy.maximum(logits, 0) - logits * target + cupy.log1p(cupy.exp(-cupy.abs(logits))))
+
+
+def weighted_sum(losses: Sequence[Array], weights: Sequence[float]) -> Array:  # k x () -> ()
+    """See `reference.weighted_sum`."""
+    total = losses[0] * losses[0].dtype.type(weights[0])
+    for loss, weight in zip(losses[1:], weights[1:], strict=True):
+        total = total + loss * loss.dtype.type(weight)
+    return total
 
 
 def _mean(x: Array) -> Array:

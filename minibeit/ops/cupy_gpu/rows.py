@@ -52,9 +52,12 @@ def linear_activation(x: Array, layer: DeviceLinear, activation: str) -> Array: 
 
 
 def linear_residual(
-    x: Array, layer: DeviceLinear, scale: Array | None, residual: Array
+    x: Array, layer: DeviceLinear, scale: Array | None, residual: Array, keep: Array | None = None
 ) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
+    if keep is not None:
+        y = linear(x, layer)
+        return residual + (y if scale is None else y * scale) * keep
     branch = _product(x, layer, product_dtype(layer.dtype))
     residual = visible(residual, layer.dtype)
     y = cupy.empty(branch.shape, residual.dtype)
@@ -62,6 +65,27 @@ def linear_residual(
     args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)
     along_rows("residual", layer.dtype, y.size // out, out, *args)
     return y
+
+
+def mask_tokens(x: Array, mask: Array, mask_token: Array) -> Array:  # (B, P, D), (B, P), (1, 1, D) -> (B, P, D)
+    """See `reference.mask_tokens`."""
+    w = mask[:, :, None].astype(x.dtype)
+    return x * (1 - w) + mask_token * w
+
+
+def add(x: Array, y: Array) -> Array:  # (...), (...) -> (...)
+    """See `reference.add`."""
+    return x + y
+
+
+def dropout(x: Array, keep: Array) -> Array:  # (...), (...) -> (...)
+    """See `reference.dropout`."""
+    return x * keep
+
+
+def mean_patches(x: Array) -> Array:  # (B, N, D) -> (B, D)
+    """See `reference.mean_patches`."""
+    return x[:, 1:].mean(1, dtype="float64").astype(x.dtype, copy=False)
 
 
 def _product(x: Array, layer: DeviceLinear, dtype: Any) -> Array:

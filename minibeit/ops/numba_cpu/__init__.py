@@ -18,80 +18,24 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = [
-    "adaptive_avg_pool",
-    "attention",
-    "conv2d",
-    "conv_bn_relu",
-    "conv_bn_relu_resized",
-    "conv_transpose",
-    "conv_transpose_bn_gelu",
-    "deferred",
-    "dump",
-    "layer_norm",
-    "linear",
-    "linear_activation",
-    "linear_residual",
-    "max_pool2x2",
-    "num_threads",
-    "prepare",
-    "project_qkv",
-    "resize_bilinear",
-    "restore",
-]
-
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
-if not COMPILED:
-    from ..reference import (
-        adaptive_avg_pool,
-        attention,
-        conv2d,
-        conv_bn_relu,
-        conv_bn_relu_resized,
-        conv_transpose,
-        conv_transpose_bn_gelu,
-        deferred,
-        dump,
-        layer_norm,
-        linear,
-        linear_activation,
-        linear_residual,
-        max_pool2x2,
-        project_qkv,
-        resize_bilinear,
-        restore,
-    )  # fmt: skip
+if COMPILED:
+    from .ops import *
+    from .pool import deferred as queued
+    from .pool import settled as synchronous
+    from .prepare import prepare
+    from .stored import dump, restore
+else:
+    from ..reference import *  # type: ignore[assignment]
 
     def prepare(params: Any, keep_source: bool = False) -> Any:
         """The parameters as they are: without a compiler NumPy serves every op."""
         return params
 
-    def settled(op: Callable[..., Any]) -> Callable[..., Any]:
-        """The op as it is: nothing waits."""
+    def synchronous(op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op as it is: nothing is queued."""
         return op
-
-else:
-    from .ops import (
-        adaptive_avg_pool,
-        attention,
-        conv2d,
-        conv_bn_relu,
-        conv_bn_relu_resized,
-        conv_transpose,
-        conv_transpose_bn_gelu,
-        layer_norm,
-        linear,
-        linear_activation,
-        linear_residual,
-        max_pool2x2,
-        project_qkv,
-        resize_bilinear,
-    )  # fmt: skip
-    from .pool import deferred
-    from .pool import settled as settled
-    from .prepare import prepare
-    from .stored import dump, restore
 
 
 def warmup() -> float:
@@ -105,7 +49,7 @@ def warmup() -> float:
     return time.perf_counter() - start
 
 
-def num_threads(count: int | None) -> Any:
+def num_threads(count: int | None) -> Any:  # type: ignore[no-redef]
     """Context manager: ops called within, from this Python thread, use `count` threads (None: as before)."""
     from .pool import num_threads
 

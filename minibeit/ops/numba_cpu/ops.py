@@ -11,6 +11,7 @@ import numpy as np
 from ...params import Attention, Linear
 from .. import reference
 from ..activations import ACTIVATIONS
+from ..table import TABLE
 from . import gemm
 from .attention import attend, can_fuse
 from .maps import (
@@ -31,7 +32,7 @@ from .prepare import PackedAttention, is_float32
 from .target import FEW_STEPS
 
 _GELUS = ("gelu", "gelu_python")
-_numpy = SimpleNamespace(**{name: settled(getattr(reference, name)) for name in reference.__all__})
+_numpy = SimpleNamespace(**{name: settled(getattr(reference, name)) for name in TABLE})
 
 
 def layer_norm(x: np.ndarray, norm: Any, eps: float) -> np.ndarray:  # (..., D) -> (..., D)
@@ -62,11 +63,11 @@ def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:
 
 
 def linear_residual(
-    x: np.ndarray, layer: Any, scale: np.ndarray | None, residual: np.ndarray
+    x: np.ndarray, layer: Any, scale: np.ndarray | None, residual: np.ndarray, keep: np.ndarray | None = None
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
-    if not _fits(x, layer) or not is_float32(scale, residual):
-        return _numpy.linear_residual(x, _plain(layer), scale, residual)
+    if not _fits(x, layer) or not is_float32(scale, residual) or keep is not None:
+        return _numpy.linear_residual(x, _plain(layer), scale, residual, keep)
     return gemm.product(x, layer, gemm.RESIDUAL, scale, residual)
 
 

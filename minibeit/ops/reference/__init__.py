@@ -1,0 +1,13 @@
+"""Every op of the seam, defined in NumPy.  Fast backends have the same names and signatures and are tested against
+these.  All keep the dtype of their input (float32 or float64) and change no argument.
+
+arrays.py       arrays made, moved, joined and checked          maps.py      convolutions, pooling and resizing
+transformer.py  tokens: norms, linear layers, attention         losses.py    one number for a batch
+
+Letters: B batch, N tokens, D width, H heads, d head size, K classes, R rows of the bias table, C channels, h x w map.
+"""
+
+from .arrays import *
+from .losses import *
+from .maps import *
+from .transformer import *

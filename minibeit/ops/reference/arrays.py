@@ -1,0 +1,98 @@
+"""Ops that make, move, join and check arrays, and those that say how others run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from ...params import table_rows
+
+
+def prepare(params: Any) -> Any:
+    """The parameters as this backend wants them; here as they are.  Fast backends pack, join and fold once."""
+    return params
+
+
+def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:
+    """(layout, {name: array}) of what `prepare` made, for a file.  Raises ValueError where it makes nothing."""
+    raise ValueError("this backend prepares nothing that could be stored; use the backend 'numba'")
+
+
+def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
+    """What `prepare` would make of a model with these `shapes`, from what `dump` gave.  Raises ValueError."""
+    raise ValueError(f"was prepared as '{layout}', which this backend cannot read; load the original checkpoint")
+
+
+def num_threads(count: int | None) -> AbstractContextManager[Any]:
+    """Context in which ops use `count` threads; here it does nothing, since NumPy follows its BLAS's settings."""
+    return nullcontext()
+
+
+def queued(wanted: bool = True) -> AbstractContextManager[Any]:
+    """Context in which a backend may queue its kernels and run them when it ends, if `wanted`; here ops run at once.
+
+    Within it no Python code but ops may read the elements of an array that an op made.
+    """
+    return nullcontext()
+
+
+def stage(x: Any, dtype: str) -> np.ndarray:
+    """What a caller gave, as an array of that dtype which can be checked where it lies; `asarray` then takes it in."""
+    return np.asarray(x, dtype=dtype)
+
+
+def asarray(x: Any, dtype: str) -> np.ndarray:
+    """`x` as an array of this backend with that dtype; not copied if it is one already."""
+    return np.asarray(x, dtype=dtype)
+
+
+def to_host(x: np.ndarray) -> np.ndarray:
+    """`x` as a NumPy array in main memory."""
+    return x
+
+
+def concatenate(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """The arrays one after another along `axis`; a first axis of size 1 is broadcast, unless it is `axis` itself."""
+    if axis != 0:
+        batch = max(array.shape[0] for array in arrays)
+        arrays = [np.broadcast_to(array, (batch, *array.shape[1:])) for array in arrays]
+    return np.concatenate(arrays, axis)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite."""
+    return bool(np.isfinite(x).all())
+
+
+def tokens_to_map(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:  # (B, N, D) -> (B, D, gh, gw)
+    """Patch tokens as a feature map; the CLS token is left out."""
+    B, _, D = x.shape
+    return x[:, 1:].transpose(0, 2, 1).reshape(B, D, *grid)
+
+
+def masked_patches(x: np.ndarray, mask: np.ndarray) -> np.ndarray:  # (B, P, D), (B, P) -> (n, D)
+    """The rows of the patches that the boolean mask marks, image by image."""
+    return x[mask]
+
+
+def relative_position_index(grid: tuple[int, int]) -> np.ndarray:  # -> (N, N) int32
+    """Row of the bias table for every pair of tokens (query, key).
+
+    Two patches at (ha, wa) and (hb, wb): (ha - hb + gh - 1) (2 gw - 1) + (wa - wb + gw - 1).  The last three rows are
+    for [CLS] to a patch (R - 3), a patch to [CLS] (R - 2) and [CLS] to itself (R - 1).
+    Source: BEiT section 2.1; Attention in microsoft/unilm beit/modeling_finetune.py.
+    """
+    gh, gw = grid
+    P, R = gh * gw, table_rows(grid)
+    row, column = np.divmod(np.arange(P, dtype=np.int32), np.int32(gw))  # (P,) each
+    down = row[:, None] - row[None, :] + gh - 1  # (P, P), 0 ... 2 gh - 2
+    right = column[:, None] - column[None, :] + gw - 1
+    index = np.empty((P + 1, P + 1), np.int32)
+    index[1:, 1:] = down * (2 * gw - 1) + right
+    index[0, :] = R - 3
+    index[:, 0] = R - 2
+    index[0, 0] = R - 1
+    return index

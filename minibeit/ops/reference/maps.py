@@ -1,0 +1,138 @@
+"""Ops on feature maps (B, C, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
+from ..activations import gelu
+from .arrays import concatenate
+
+
+def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """Convolution of odd kernel k, stride 1, zero padding k // 2: the sum over kernel taps of shifted 1x1 products."""
+    out, C, kh, kw = conv.weight.shape
+    B, _, h, w = x.shape
+    padded = np.pad(x, ((0, 0), (0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2))) if kh * kw > 1 else x
+    y = np.zeros((B, out, h * w), x.dtype)
+    for i in range(kh):
+        for j in range(kw):
+            y += conv.weight[:, :, i, j] @ padded[:, :, i : i + h, j : j + w].reshape(B, C, h * w)
+    if conv.bias is not None:
+        y += conv.bias[:, None]
+    return y.reshape(B, out, h, w)
+
+
+def batch_norm(x: np.ndarray, bn: BatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, C, h, w)
+    """(x - running_mean) / sqrt(running_var + 1e-5) * weight + bias per channel (inference form)."""
+    scale = bn.weight / np.sqrt(bn.running_var + x.dtype.type(BATCH_NORM_EPS))
+    y = x - bn.running_mean[:, None, None]
+    y *= scale[:, None, None]
+    y += bn.bias[:, None, None]
+    return y
+
+
+def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """max(0, batch norm(conv(x)))."""
+    y = batch_norm(conv2d(x, layer.conv), layer.bn)
+    return np.maximum(y, 0, out=y)
+
+
+def conv_bn_relu_resized(
+    maps: Sequence[np.ndarray], layer: ConvBatchNorm, size: tuple[int, int]
+) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
+    """`conv_bn_relu` of the concatenation of `maps`, each resized bilinearly to `size`.
+
+    One op, because convolution and resizing commute: a fast backend convolves the small maps before enlarging them.
+    """
+    return conv_bn_relu(concatenate([resize_bilinear(x, size) for x in maps], axis=1), layer)
+
+
+def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
+    """Transposed convolution, kernel 2, stride 2: every pixel becomes a 2x2 square of its own."""
+    B, C, h, w = x.shape
+    out = deconv.weight.shape[1]
+    y = deconv.weight.reshape(C, -1).T @ x.reshape(B, C, h * w)  # (B, out * 4, h w)
+    y = y.reshape(B, out, 2, 2, h, w).transpose(0, 1, 4, 2, 5, 3)  # (B, out, h, 2, w, 2)
+    return y.reshape(B, out, 2 * h, 2 * w) + deconv.bias[:, None, None]
+
+
+def conv_transpose_bn_gelu(
+    x: np.ndarray, deconv: ConvTranspose, bn: BatchNorm
+) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
+    """gelu(batch norm(conv_transpose(x)))."""
+    return gelu(batch_norm(conv_transpose(x, deconv), bn))
+
+
+def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
+    """The largest of every 2x2 square; an odd last row or column is left out."""
+    B, C, h, w = x.shape
+    return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(B, C, h // 2, 2, w // 2, 2).max((3, 5))
+
+
+def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
+    """Means over size x size cells; cell i of n spans floor(i n / size) to ceil((i + 1) n / size), so cells overlap."""
+    B, C, h, w = x.shape
+    y = np.empty((B, C, size, size), x.dtype)
+    for i in range(size):
+        for j in range(size):
+            rows = slice(i * h // size, -(-(i + 1) * h // size))
+            columns = slice(j * w // size, -(-(j + 1) * w // size))
+            y[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
+    return y
+
+
+def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
+    """Bilinear interpolation, pixel centres at half integers (align_corners=False), no antialiasing.
+
+    Source position of target i: max(0, (i + 1/2) old / new - 1/2).
+    """
+    return _resize(x, size, bilinear_taps)
+
+
+def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
+    """Bicubic convolution with A = -0.75, align_corners=False, no antialiasing, edges repeated.
+
+    Source: Keys 1981; A as in PyTorch's interpolate.
+    """
+    return _resize(x, size, _bicubic_taps)
+
+
+def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
+    """Interpolates rows, then columns: each target is a weighted sum of the sources that `taps` names."""
+    for axis, new in ((2, size[0]), (3, size[1])):
+        old = x.shape[axis]
+        if old == new:
+            continue
+        shape = [1, 1, 1, 1]
+        shape[axis] = new
+        parts = (np.take(x, index, axis) * weight.astype(x.dtype).reshape(shape) for index, weight in taps(old, new))
+        y = next(parts)
+        for part in parts:
+            y += part
+        x = y
+    return x
+
+
+def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  # 2 x ((new,), (new,))
+    """For each tap of `resize_bilinear` along one axis: (which source, its weight) for every target."""
+    position = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+    first = position.astype(int)
+    t = position - first
+    return [(first, 1 - t), (np.minimum(first + 1, old - 1), t)]
+
+
+def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    A = -0.75
+    position = (np.arange(new) + 0.5) * (old / new) - 0.5
+    first = np.floor(position).astype(int)
+    taps = []
+    for step in (-1, 0, 1, 2):
+        s = np.abs(position - first - step)  # distance to the source
+        near = ((A + 2) * s - (A + 3)) * s * s + 1
+        far = ((A * s - 5 * A) * s + 8 * A) * s - 4 * A
+        taps.append((np.clip(first + step, 0, old - 1), np.where(s <= 1, near, far)))
+    return taps

@@ -1,0 +1,63 @@
+"""The table of ops is the only list of them: what is entered there is known to seam, verifier and profile."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minibeit.bench.profile import operations
+from minibeit.ops import BACKENDS, Ops, get_ops, numba_cpu, reference
+from minibeit.ops.table import ARITHMETIC, ARRAYS, CONTROL, TABLE, Op, served_by
+from minibeit.verify.bisect import fast_ops
+from minibeit.verify.names import _ghost_op
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_definitions_have_the_signatures_of_the_table(name):
+    asked = list(inspect.signature(getattr(Ops, name)).parameters.values())[1:]
+    defined = inspect.signature(getattr(reference, name)).parameters.values()
+    assert [(p.name, p.default) for p in asked] == [(p.name, p.default) for p in defined]
+
+
+@pytest.mark.parametrize("name", served_by("numba"))
+def test_fast_versions_have_the_signatures_of_the_table(name):
+    asked = [p.name for p in inspect.signature(getattr(Ops, name)).parameters.values()][1:]
+    found = list(inspect.signature(getattr(numba_cpu, name)).parameters)
+    assert found == asked + {"prepare": ["keep_source"]}.get(name, [])
+
+
+def test_kinds_and_backends_are_known():
+    assert {op.kind for op in TABLE.values()} == {ARITHMETIC, ARRAYS, CONTROL}
+    assert {backend for op in TABLE.values() for backend in op.backends} <= set(BACKENDS)
+    assert all(op.shape is not None for op in TABLE.values() if op.is_arithmetic)
+
+
+def test_an_op_is_added_in_the_table_and_where_it_is_defined(monkeypatch):
+    """Its NumPy definition, its fast version, its line in the table: then every list has it."""
+    entry = Op("double", shape=lambda x: x.shape, products=lambda args, result: result.size, backends=("numba",))
+    monkeypatch.setitem(TABLE, "double", entry)
+    monkeypatch.setattr(reference, "double", lambda x: x + x, raising=False)
+    monkeypatch.setattr(numba_cpu, "double", lambda x: 2 * x, raising=False)
+    x = np.ones((2, 3), np.float32)
+    for backend, origin in (("numpy", "numpy"), ("numba", "numba")):
+        ops = get_ops(backend)
+        assert ops.origin["double"] == origin
+        assert np.array_equal(ops.double(x), x + x)
+    assert get_ops("numba", only=["linear"]).origin["double"] == "numpy"
+    assert "double" in fast_ops("numba")
+    assert _ghost_op(entry)(x).shape == (2, 3)
+    assert operations("double", (x,), x) == 12
+
+
+def test_shapes_are_those_of_the_results():
+    ops = get_ops("numpy")
+    x = np.zeros((2, 7, 12), np.float32)
+    layer = SimpleNamespace(weight=np.zeros((5, 12), np.float32), bias=None)
+    assert TABLE["linear"].shape(x, layer) == ops.linear(x, layer).shape
+    assert TABLE["tokens_to_map"].shape(x, (3, 2)) == ops.tokens_to_map(x, (3, 2)).shape
+    assert TABLE["mean_patches"].shape(x) == ops.mean_patches(x).shape
+    assert TABLE["add"].shape(x, x[:1]) == ops.add(x, x[:1]).shape
+    assert TABLE["concatenate"].shape([x[:1, :1], x], 1) == ops.concatenate([x[:1, :1], x], 1).shape
