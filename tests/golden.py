@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 import minibeit
-from minibeit.verify.exact import CLASSES
+from minibeit.verify.float64_model import CLASSES
 
 DATA = Path(__file__).parent / "data"
 NAMES = (

@@ -12,7 +12,7 @@ from minibeit.bench.profile import operations
 from minibeit.ops import BACKENDS, Ops, get_ops, numba_cpu, reference
 from minibeit.ops.table import ARITHMETIC, ARRAYS, CONTROL, TABLE, Op, served_by
 from minibeit.verify.bisect import fast_ops
-from minibeit.verify.names import _ghost_op
+from minibeit.verify.trace_names import _ghost_op
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -12,14 +12,14 @@ from verify_plant import job, model_of
 from minibeit import Trace
 from minibeit.ops import reference
 from minibeit.params import Conv, ConvBatchNorm, ConvTranspose
-from minibeit.verify import exact
+from minibeit.verify import float64_model
 from minibeit.verify.bisect import bisect, fast_ops
-from minibeit.verify.check import Job, check, model_source
-from minibeit.verify.compare import ULP_EDGES, difference, distance, heat_map
-from minibeit.verify.exact import CLASSES, Log, task_class, truth_model
-from minibeit.verify.names import describe, trace_shapes
+from minibeit.verify.difference import ULP_EDGES, difference, distance, heat_map
+from minibeit.verify.float64_model import CLASSES, Log, task_class, truth_model
+from minibeit.verify.lockstep import Job, check, model_source
 from minibeit.verify.report_text import as_json, markdown, verdict
 from minibeit.verify.streams import RunSource, Stream, TraceSource
+from minibeit.verify.trace_names import describe, trace_shapes
 
 EPS32 = np.finfo(np.float32).eps
 
@@ -171,20 +171,20 @@ def test_heat_map_keeps_the_largest():
 
 def test_lean_convolutions_are_the_reference(monkeypatch):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(exact, "STRIP_BYTES", 2000)
+    monkeypatch.setattr(float64_model, "STRIP_BYTES", 2000)
     x, y = rng.standard_normal((2, 3, 9, 11)), rng.standard_normal((2, 4, 4, 5))
     conv = Conv(rng.standard_normal((5, 3, 3, 3)), rng.standard_normal(5))
-    assert np.allclose(exact.conv2d(x, conv), reference.conv2d(x, conv), rtol=0, atol=1e-13)
+    assert np.allclose(float64_model.conv2d(x, conv), reference.conv2d(x, conv), rtol=0, atol=1e-13)
     deconv = ConvTranspose(rng.standard_normal((3, 50, 2, 2)), rng.standard_normal(50))
-    assert np.allclose(exact.conv_transpose(x, deconv), reference.conv_transpose(x, deconv), rtol=0, atol=1e-13)
+    assert np.allclose(float64_model.conv_transpose(x, deconv), reference.conv_transpose(x, deconv), rtol=0, atol=1e-13)
     many = rng.standard_normal((2, 40, 5, 4))
-    assert np.array_equal(exact.resize_bilinear(many, (7, 9)), reference.resize_bilinear(many, (7, 9)))
+    assert np.array_equal(float64_model.resize_bilinear(many, (7, 9)), reference.resize_bilinear(many, (7, 9)))
     wide = ConvBatchNorm(
         Conv(rng.standard_normal((5, 7, 3, 3)), None),
-        exact.reference.BatchNorm(*rng.standard_normal((3, 5)), 1 + rng.random(5)),
+        float64_model.reference.BatchNorm(*rng.standard_normal((3, 5)), 1 + rng.random(5)),
     )
     expected = reference.conv_bn_relu_resized([x, y], wide, (9, 11))
-    assert np.allclose(exact.conv_bn_relu_resized([x, y], wide, (9, 11)), expected, rtol=0, atol=1e-13)
+    assert np.allclose(float64_model.conv_bn_relu_resized([x, y], wide, (9, 11)), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("task", CLASSES)

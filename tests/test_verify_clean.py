@@ -10,8 +10,8 @@ from verify_plant import job, model_of
 
 from minibeit import BeitConfig
 from minibeit.verify import budget
-from minibeit.verify.check import Job, check, model_source
-from minibeit.verify.exact import task_class
+from minibeit.verify.float64_model import task_class
+from minibeit.verify.lockstep import Job, check, model_source
 
 # The largest ratios to the yardstick that 300 random models showed: own 2.5 (numba beside NumPy, patch embedding),
 # total 3.2, peak 4.3; of Winograd convolutions 5.5, 3.0 and 10.1.  Factors: 4, 6 and 8, with 3 times more for those.
@@ -83,20 +83,20 @@ def test_every_array_of_a_quick_seed_was_compared():
 
 
 def test_limits_follow_the_yardstick_and_the_precision():
-    good, bad = budget.Yard((1e-7, 1e-6)), budget.Yard((1e-7, 1e-6), torch=(3e-7, 2e-6))
+    good, bad = budget.Yardstick((1e-7, 1e-6)), budget.Yardstick((1e-7, 1e-6), torch=(3e-7, 2e-6))
     assert budget.own_limit(good, 1000, "float32") == pytest.approx(4e-7)
     assert budget.own_limit(bad, 1000, "float32") == pytest.approx(12e-7)
     assert budget.own_limit(good, 1000, "float16") == pytest.approx(4e-7 * 2**13)
-    assert budget.own_limit(budget.Yard((0.0, 0.0)), 1000, "float32") == pytest.approx(2 * budget.EPS32)
-    assert budget.own_limit(budget.Yard((0.0, 0.0)), 3, "float32") == pytest.approx(4 * budget.EPS32)
+    assert budget.own_limit(budget.Yardstick((0.0, 0.0)), 1000, "float32") == pytest.approx(2 * budget.EPS32)
+    assert budget.own_limit(budget.Yardstick((0.0, 0.0)), 3, "float32") == pytest.approx(4 * budget.EPS32)
     assert budget.own_limit(good, 1000, "float32", leeway=3.0) == pytest.approx(12e-7)
 
 
 def test_a_yardstick_that_computes_something_else_is_not_believed():
-    wrong = budget.Yard((1e-7, 1e-6), torch=(1e-3, 1e-2))
+    wrong = budget.Yardstick((1e-7, 1e-6), torch=(1e-3, 1e-2))
     assert wrong.suspicious
     assert budget.own_limit(wrong, 1000, "float32") == pytest.approx(4e-7)
-    nan = budget.Yard((1e-7, 1e-6), torch=(float("nan"), float("nan")))
+    nan = budget.Yardstick((1e-7, 1e-6), torch=(float("nan"), float("nan")))
     assert nan.suspicious
 
 

@@ -14,9 +14,9 @@ from minibeit import BeitForImageClassification, CheckpointError, Trace
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.verify import published
-from minibeit.verify.check import Job, check
-from minibeit.verify.exact import CLASSES
+from minibeit.verify.float64_model import CLASSES
 from minibeit.verify.golden_pack import check_sums, export_golden
+from minibeit.verify.lockstep import Job, check
 from minibeit.verify.published import check_published
 from minibeit.verify.report_text import verdict
 from minibeit.verify.trace_file import FORMAT, TraceFile, misfits, save_trace, weights_hash

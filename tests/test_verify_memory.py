@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from verify_plant import job, model_of
 
-from minibeit.verify import compare, exact, memory
-from minibeit.verify.check import check, model_source
+from minibeit.verify import difference, float64_model, release_memory
+from minibeit.verify.lockstep import check, model_source
 
 PROBS = "*.attention.probs"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked to take memory back")
@@ -22,8 +22,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked 
 # runs made their array before the first was compared.
 @pytest.mark.parametrize("yardstick, limit", [(False, 13.0), (True, 14.0)])  # measured: 12.3 and 13.3
 def test_few_maps_are_alive_at_a_time(monkeypatch, yardstick, limit):
-    monkeypatch.setattr(exact, "STRIP_BYTES", 1 << 17)  # scratch as small beside the maps as it is at full size
-    monkeypatch.setattr(compare, "PIECE", 1 << 14)
+    monkeypatch.setattr(float64_model, "STRIP_BYTES", 1 << 17)  # scratch as small beside the maps as it is at full size
+    monkeypatch.setattr(difference, "PIECE", 1 << 14)
     sizes = dict(hidden_size=64, num_attention_heads=4, image_size=64, patch_size=4)
     made = job("semantic_segmentation", batch=1, **sizes)
     theirs = model_source(made, model_of(made), "theirs", leave_out=PROBS) if yardstick else None
@@ -45,7 +45,7 @@ AT_FULL_SIZE = """
 import numpy as np
 from pathlib import Path
 from verify_plant import job, model_of
-from minibeit.verify.check import check, model_source
+from minibeit.verify.lockstep import check, model_source
 from minibeit.verify.torch_runner import torch_source
 
 def status(key):
@@ -84,7 +84,7 @@ def test_pages_of_mapped_weights_are_given_back_and_read_again(tmp_path):
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     weights = np.frombuffer(memoryview(mapped)[: numbers.nbytes // 2], np.float32).reshape(-1, 1 << 10)
-    unused = memory.Unused({"a": weights, "b": weights[3:].T, "c": numbers})
+    unused = release_memory.Unused({"a": weights, "b": weights[3:].T, "c": numbers})
     before = _file_pages()
     assert weights.sum() > 0
     assert _file_pages() > before + weights.nbytes // 2
@@ -99,7 +99,7 @@ def test_private_copies_of_a_file_keep_what_was_written(tmp_path):
     with open(path, "rb") as file:
         weights = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.float32)
     weights[:] = 1
-    memory.Unused({"a": weights}).give_back()
+    release_memory.Unused({"a": weights}).give_back()
     assert (weights == 1).all()
 
 

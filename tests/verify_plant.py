@@ -15,9 +15,9 @@ from conftest import random_weights, tiny_config
 
 from minibeit.ops import reference
 from minibeit.params import ConvTranspose, LayerNorm, table_rows
-from minibeit.verify.check import Job, Report, check, model_source
-from minibeit.verify.exact import task_class
-from minibeit.verify.hypotheses import half
+from minibeit.verify.float64_model import task_class
+from minibeit.verify.known_mistakes import half
+from minibeit.verify.lockstep import Job, Report, check, model_source
 
 
 @dataclass

@@ -6,8 +6,8 @@
 # shows what float32 can and cannot promise.
 #
 # On the command line all of this is `minibeit verify`. Here we call what it is made of:
-# [`minibeit/verify/check.py`](../minibeit/verify/check.py). [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the
-# model.
+# [`minibeit/verify/lockstep.py`](../minibeit/verify/lockstep.py).
+# [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the model.
 
 # %%
 import tempfile
@@ -21,11 +21,11 @@ from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.load import load_checkpoint
 from minibeit.labels import weights_folder
 from minibeit.ops import reference
-from minibeit.verify.check import Job, check, model_source
-from minibeit.verify.compare import difference
-from minibeit.verify.names import describe
+from minibeit.verify.difference import difference
+from minibeit.verify.lockstep import Job, check, model_source
 from minibeit.verify.report_text import verdict
 from minibeit.verify.trace_file import FORMAT, TraceFile, misfits
+from minibeit.verify.trace_names import describe
 
 plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 config, weights = load_checkpoint(weights_folder() / "digits", "image_classification")

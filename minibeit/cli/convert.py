@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _prepare(folder: Path, task: str) -> None:
     """Replaces the weights in `folder` by prepared ones."""
     from ..checkpoint.convert import WEIGHTS_NAME
-    from ..verify.exact import task_class
+    from ..verify.float64_model import task_class
 
     task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)
     (folder / WEIGHTS_NAME).unlink()

@@ -11,7 +11,7 @@ from .loading import add_model_arguments, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out
 
 if TYPE_CHECKING:
-    from ..verify.check import Job, Report
+    from ..verify.lockstep import Job, Report
     from ..verify.streams import RunSource, Source
     from ..verify.trace_file import TraceFile
 
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     trace = None if args.against in (None, "torch", "timm") else TraceFile(args.against)
     job = _job(args, trace)
     if args.list_names:
-        from ..verify.names import describe
+        from ..verify.trace_names import describe
 
         out(describe(job.shapes()))
         return 0
@@ -97,8 +97,8 @@ def _check_usage(args: argparse.Namespace) -> None:
 
 def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
     from ..checkpoint.load import load_checkpoint, open_checkpoint
-    from ..verify.check import Job
-    from ..verify.exact import CLASSES
+    from ..verify.float64_model import CLASSES
+    from ..verify.lockstep import Job
     from ..verify.trace_file import misfits
 
     if args.task is not None and args.task not in CLASSES:
@@ -132,7 +132,7 @@ def _inputs(args: argparse.Namespace, config: Any, task: str) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
-    from ..verify.check import check
+    from ..verify.lockstep import check
     from ..verify.report_text import HEADER, line, verdict
 
     candidate, origins, leave_out = _candidate(args, job, trace)
@@ -173,7 +173,7 @@ def _candidate(
     args: argparse.Namespace, job: Job, trace: TraceFile | None
 ) -> tuple[Source, dict[str, str], tuple[str, ...]]:
     """What is verified, the code behind its ops, and globs of names it does not have."""
-    from ..verify.check import model_source
+    from ..verify.lockstep import model_source
 
     if trace is not None:
         return trace.source(), {}, ()
@@ -185,7 +185,7 @@ def _candidate(
 
 
 def _model(args: argparse.Namespace, job: Job) -> Any:
-    from ..verify.exact import task_class
+    from ..verify.float64_model import task_class
 
     arrays = _cast(job.arrays, args.dtype)
     return task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend, device=args.device)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..ops import BACKENDS
 from ..ops.table import TABLE, served_by
-from .check import Job, Report, check, model_source
-from .exact import task_class
+from .float64_model import task_class
+from .lockstep import Job, Report, check, model_source
 
 
 @dataclass

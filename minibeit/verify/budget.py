@@ -40,7 +40,7 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": EPS32, "float64": 2.
 
 
 @dataclass(frozen=True)
-class Yard:
+class Yardstick:
     """Relative errors of the yardsticks at one array: (rms, peak), both relative to the truth's rms."""
 
     numpy: tuple[float, float]
@@ -72,17 +72,17 @@ class Yard:
         return max(self.numpy[which], self.torch[which])
 
 
-def own_limit(yard: Yard, size: int, dtype: str, leeway: float = 1.0) -> float:
+def own_limit(yard: Yardstick, size: int, dtype: str, leeway: float = 1.0) -> float:
     """The largest relative rms error of one op within budget; `leeway` is its `error_budget` in the table of ops."""
     return OWN_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway
 
 
-def total_limit(yard: Yard, size: int, dtype: str, leeway: float = 1.0) -> float:
+def total_limit(yard: Yardstick, size: int, dtype: str, leeway: float = 1.0) -> float:
     """The largest relative rms error of the run so far within budget; `leeway` is the widest of its ops."""
     return TOTAL_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway
 
 
-def peak_limit(yard: Yard, dtype: str, leeway: float = 1.0) -> float:
+def peak_limit(yard: Yardstick, dtype: str, leeway: float = 1.0) -> float:
     """The largest single difference within budget, in units of the truth's rms."""
     limit = PEAK_FACTOR * max(yard.peak, PEAK_FLOOR * EPS32) * _scale(dtype)
     return limit * leeway

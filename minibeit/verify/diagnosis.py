@@ -10,8 +10,9 @@ import numpy as np
 
 from ..ops import reference
 from ..params import LayerNorm
-from . import hypotheses
-from .exact import Call
+from . import known_mistakes
+from .float64_model import Call
+from .known_mistakes import Guess
 
 EXPLAINED = 0.25  # a guess is taken if no more than this share of the error is left
 PATIENCE = 20.0  # seconds; large convolutions are tried only as long as that
@@ -72,7 +73,7 @@ def _size(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
-def _best(guesses: Iterable[hypotheses.Guess], found: np.ndarray, error: float) -> str | None:
+def _best(guesses: Iterable[Guess], found: np.ndarray, error: float) -> str | None:
     """The guess that comes nearest, if it explains the error."""
     best, left = None, EXPLAINED * error
     stop = time.monotonic() + PATIENCE
@@ -85,26 +86,26 @@ def _best(guesses: Iterable[hypotheses.Guess], found: np.ndarray, error: float) 
     return best
 
 
-def _stored(found: np.ndarray) -> Iterator[hypotheses.Guess]:
+def _stored(found: np.ndarray) -> Iterator[Guess]:
     if found.size >= 16:
         for dtype in ("bfloat16", "float16"):
-            if np.array_equal(hypotheses.half(found, dtype), found):
+            if np.array_equal(known_mistakes.half(found, dtype), found):
                 yield f"every value is a {dtype} number: the result was stored in half precision", found
 
 
-def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[hypotheses.Guess]:
+def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[Guess]:
     """Guesses of every op that took part; what the model did with an op's result is kept (sums, mostly)."""
     last = name.rpartition(".")[2]
     for call in reversed(calls):
         result = call.result
         if call.op == "project_qkv" and last in ("query", "key", "value"):
-            guesses = hypotheses.project(last)
+            guesses = known_mistakes.project(last)
             result = result[("query", "key", "value").index(last)]
         elif call.op == "attention" and last in ("probs", "context"):
-            guesses = hypotheses.attention(last == "probs")
+            guesses = known_mistakes.attention(last == "probs")
             result = result[1] if last == "probs" else result[0]
-        elif call.op in hypotheses.OPS:
-            guesses = hypotheses.OPS[call.op]
+        elif call.op in known_mistakes.OPS:
+            guesses = known_mistakes.OPS[call.op]
         else:
             continue
         if result.shape != exact.shape:
@@ -114,7 +115,7 @@ def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[hypoth
             yield text, value + rest if np.shape(value) == exact.shape else value
 
 
-def _by_name(name: str, found: np.ndarray, calls: list[Call], before: Any, states: Any) -> Iterator[hypotheses.Guess]:
+def _by_name(name: str, found: np.ndarray, calls: list[Call], before: Any, states: Any) -> Iterator[Guess]:
     if name == "pooler" and before is not None:
         x = before.astype(np.float64)
         yield from _pooling(x)
@@ -128,13 +129,13 @@ def _by_name(name: str, found: np.ndarray, calls: list[Call], before: Any, state
                 yield f"this is {state}, another hidden state than the config asks for", found
 
 
-def _pooling(x: np.ndarray) -> Iterator[hypotheses.Guess]:  # (B, N, D) -> (B, D)
+def _pooling(x: np.ndarray) -> Iterator[Guess]:  # (B, N, D) -> (B, D)
     yield "the pooled vector is the CLS token", x[:, 0]
     yield "the pooled vector is the mean of the patches, without a norm", x[:, 1:].mean(1)
     yield "the pooled vector is the mean of all tokens, without a norm", x.mean(1)
 
 
-def _normed_pooling(x: np.ndarray, norm: LayerNorm, eps: float) -> Iterator[hypotheses.Guess]:
+def _normed_pooling(x: np.ndarray, norm: LayerNorm, eps: float) -> Iterator[Guess]:
     for text, vector in (
         ("the mean is taken over all tokens, CLS included", x.mean(1)),
         ("the CLS token is normalised instead of the mean of the patches", x[:, 0]),

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_write
-from .check import Job
-from .exact import float32_model, truth_model
-from .names import describe
+from .float64_model import float32_model, truth_model
+from .lockstep import Job
 from .trace_file import save_trace, weights_hash
+from .trace_names import describe
 
 FILES = ("README.md", "config.json", "weights.json", "float64.safetensors", "float32.safetensors")
 

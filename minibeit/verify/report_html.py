@@ -8,8 +8,8 @@ from html import escape
 import numpy as np
 
 from ..ops.table import ARITHMETIC, names_of
-from .check import Report, Row
-from .compare import ULP_EDGES, Difference
+from .difference import ULP_EDGES, Difference
+from .lockstep import Report, Row
 from .report_html_parts import SCRIPT, STYLE, heat_png
 from .report_text import STATUS, times, verdict, worst
 

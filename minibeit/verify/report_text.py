@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from .check import Report, Row
-from .compare import ULP_EDGES, Difference
+from .difference import ULP_EDGES, Difference
+from .lockstep import Report, Row
 
 STATUS = {
     "ok": "ok",

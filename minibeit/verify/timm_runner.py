@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.names import DIALECTS, Naming
-from .check import Job
+from .lockstep import Job
 from .streams import RunSource
 from .torch_runner import shared_tensor, torch_library
 

@@ -18,8 +18,8 @@ import numpy as np
 from ..checkpoint.names import DIALECTS, Naming
 from ..config import BeitConfig
 from ..ops import reference
-from .check import Job
-from .exact import CLASSES
+from .float64_model import CLASSES
+from .lockstep import Job
 from .streams import RunSource
 
 # Where transformers 5 and 4 compute what we record: module path -> (what of it, canonical name).

@@ -33,7 +33,7 @@ from ..config import BeitConfig
 from ..files import atomic_write
 from ..params import TASKS
 from ..trace import Trace
-from .check import Job
+from .lockstep import Job
 from .streams import TraceSource, host
 
 FORMAT = "minibeit-trace"

@@ -14,13 +14,13 @@ import numpy as np
 from ..config import BeitConfig
 from ..ops.table import TABLE
 from . import budget
-from .budget import Yard
-from .compare import Difference, difference, distance, heat_map
+from .budget import Yardstick
 from .diagnosis import diagnose, fingerprint
-from .exact import Call, Log, float32_model, truth_model
-from .memory import Unused
-from .names import trace_shapes
+from .difference import Difference, difference, distance, heat_map
+from .float64_model import Call, Log, float32_model, truth_model
+from .release_memory import Unused
 from .streams import RunSource, Source, Stream
+from .trace_names import trace_shapes
 
 SAME_OP = ("attention.key", "attention.value", "attention.context")  # made by the op of the record before
 MORE_FROM_THIS_OP = ("attention.query", "attention.key", "attention.probs")
@@ -43,8 +43,8 @@ class Row:
     own: Difference | None = None
     total: Difference | None = None
     inherited: float = math.nan  # relative rms: the truth's op on the candidate's inputs beside the truth
-    own_yard: Yard | None = None
-    total_yard: Yard | None = None
+    own_yard: Yardstick | None = None
+    total_yard: Yardstick | None = None
     own_limit: float = math.nan
     total_limit: float = math.nan
     own_ratio: float = math.nan  # times the yardstick's error
@@ -237,7 +237,7 @@ class _Run:
 
     def _yards(
         self, single: Any, exact: Any, free: Any, truth: Any, theirs: Any, their_exact: Any
-    ) -> tuple[Yard, Yard]:
+    ) -> tuple[Yardstick, Yardstick]:
         numpy_own = distance(single, exact)
         total = distance(free if theirs is None else theirs, truth)
         if truth.size >= budget.FEW:
@@ -245,10 +245,12 @@ class _Run:
         else:  # a few numbers are right by luck now and then: the array before says what is usual here
             total = max(total[0], self.steady[0]), max(total[1], self.steady[1])
         if theirs is None:
-            return Yard(numpy_own), Yard(total)
-        return Yard(numpy_own, distance(theirs, their_exact)), Yard(total, total)
+            return Yardstick(numpy_own), Yardstick(total)
+        return Yardstick(numpy_own, distance(theirs, their_exact)), Yardstick(total, total)
 
-    def _row(self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yard, Yard], heat: bool) -> Row:
+    def _row(
+        self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yardstick, Yardstick], heat: bool
+    ) -> Row:
         ops = tuple(dict.fromkeys(call.op for call in self.calls if TABLE[call.op].is_arithmetic))
         if found is None:
             return Row(name, "missing", ops=ops, note=f"{self.candidate.label} has no array of this name")
@@ -266,7 +268,7 @@ class _Run:
             row.note = diagnose(name, found, exact, self.calls, self.before, self.states) or row.note
         return row
 
-    def _judge(self, row: Row, own_yard: Yard, total_yard: Yard) -> None:
+    def _judge(self, row: Row, own_yard: Yardstick, total_yard: Yardstick) -> None:
         assert row.own is not None
         assert row.total is not None
         row.own_yard, row.total_yard = own_yard, total_yard
