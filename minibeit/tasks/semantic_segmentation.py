@@ -170,7 +170,8 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
     def _loss(self, logits: Array, auxiliary_logits: Array | None, labels: Array) -> Array:
         loss = self._pixel_loss(logits, labels)
         if auxiliary_logits is not None:
-            loss = loss + self.config.auxiliary_loss_weight * self._pixel_loss(auxiliary_logits, labels)
+            auxiliary = self._pixel_loss(auxiliary_logits, labels).reshape(1)  # NumPy 1 makes () times a float float64
+            loss = loss + (self.config.auxiliary_loss_weight * auxiliary)[0]
         return self.ops.to_host(loss)
 
     def _pixel_loss(self, logits: Array, labels: Array) -> Array:  # (B, K, h, w), (B, height', width') -> ()
