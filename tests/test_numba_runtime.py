@@ -1,14 +1,10 @@
-"""The numba backend's machinery: threads, memory that is used again, compiled kernels on disk, other CPUs."""
+"""The numba backend's machinery: threads, memory that is used again, other CPUs."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +12,11 @@ import pytest
 pytest.importorskip("numba")
 
 from llvmlite import binding as llvm
+from other_process import SMALL, run_python
 from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool, target
+from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -163,43 +160,8 @@ def test_packing_is_reversible_and_leaves_the_source_alone():
     assert np.array_equal(OPS.prepare(layer).weight(), weight)
 
 
-def run_python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-SMALL = """
-import numpy as np
-from minibeit.ops import get_ops, reference
-from minibeit.params import Linear
-ops = get_ops("numba")
-layer = Linear(np.random.default_rng(0).standard_normal((50, 30), dtype="f4"), None)
-x = np.random.default_rng(1).standard_normal((19, 30), dtype="f4")
-assert np.abs(ops.linear(x, ops.prepare(layer)) - reference.linear(x, layer)).max() < 1e-5
-"""
-
-
 def test_without_a_compiler_numpy_serves():
     run_python(SMALL + "assert ops.linear is reference.linear", NUMBA_DISABLE_JIT="1")
-
-
-def test_kernels_are_compiled_once_and_kept_where_numba_is_told_to(tmp_path):
-    first = run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
-    assert first.stderr.count("compiling") == 1
-    assert list(tmp_path.glob("kernels-*/*.o"))
-    again = SMALL + "import sys; assert 'numba' not in sys.modules"  # the compiler is not even loaded
-    assert "compiling" not in run_python(again, NUMBA_CACHE_DIR=str(tmp_path)).stderr
-
-
-def test_a_damaged_kernel_on_disk_is_compiled_anew(tmp_path):
-    run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
-    for file in tmp_path.glob("kernels-*/product-*.o"):
-        file.write_bytes(file.read_bytes()[:-100])
-    assert run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr.count("compiling") == 1
-    assert not run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path)).stderr
 
 
 def test_a_kernel_that_needs_python_is_refused():
@@ -210,12 +172,6 @@ def test_a_kernel_that_needs_python_is_refused():
 
     with pytest.raises(RuntimeError, match="kernel prints calls"):
         compile_kernel(prints, "prints", 3)
-
-
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path):
-    occupied = tmp_path / "file"
-    occupied.write_text("")
-    run_python(SMALL, NUMBA_CACHE_DIR=str(occupied / "below"))
 
 
 names_of_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
@@ -256,16 +212,3 @@ assert "ymm" in text
 assert not any(word in text for word in ("ymm16", "zmm", "%k1")), text
 """
     run_python(check, NUMBA_CPU_NAME="haswell")
-
-
-def test_kernels_are_kept_apart_from_those_of_other_sources(tmp_path, monkeypatch):
-    """Also where only a constant changed that a kernel takes from the module that runs it."""
-    package = Path(target.__file__).parent
-    shutil.copytree(package, tmp_path / "numba_cpu", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(target, "__file__", str(tmp_path / "numba_cpu" / "target.py"))
-    folders = [target.cache_folder.__wrapped__()]
-    for name in ("pool.py", "kernels/micro.py", "winograd.py"):
-        with open(tmp_path / "numba_cpu" / name, "a") as file:
-            file.write("X = 1\n")
-        folders.append(target.cache_folder.__wrapped__())
-    assert len(set(folders)) == 4

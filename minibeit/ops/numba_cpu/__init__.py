@@ -5,7 +5,7 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 
 target.py             the CPU: its vectors, the register tile of the matrix product
 kernels/              what is compiled: imported only where a kernel is not on disk yet
-machine_code.py, pool.py   machine code that is kept on disk, and the threads that run it
+cache.py, machine_code.py, pool.py   machine code, where it is kept on disk, and the threads that run it
 memory.py, inputs.py  memory of results, addresses of arguments
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging as logging  # its handlers before a fork run after those of here, so none holds its lock while one waits
+import os
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +20,12 @@ from typing import Any
 
 from llvmlite import binding as llvm
 
-from ...files import atomic_write
-from .target import cache_folder, target_machine
+from . import cache
+from .target import target_machine
 
-_lock = threading.RLock()
-_announced = False
-_DIGEST_BYTES = 32
+_lock = threading.RLock()  # one thread loads or compiles
+_compiled = 0  # kernels, by this process
+_FORK_WAITS = 60.0  # seconds for a kernel that is being loaded or compiled
 ALL: list[Kernel] = []
 
 
@@ -43,17 +46,12 @@ class Kernel:
         """The address of the machine code: in memory, from disk, or compiled now."""
         with _lock:
             if not self._address:
-                file = cache_folder() / f"{self.name}-{self._stamp()}.o"
-                code = _read(file)
-                if code is None:
-                    code = self._compile()
-                    _write(file, code)
-                self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
-                self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-                self._engine.finalize_object()
-                address = self._engine.get_function_address(self.name)
-                self._call = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * self.arity)(address)
-                self._address = address
+                engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+                engine.add_object_file(llvm.ObjectFileRef.from_data(self._code()))
+                engine.finalize_object()
+                address = engine.get_function_address(self.name)
+                self._engine, self._call = engine, ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * self.arity)(address)
+                self._address = address  # last: from here other threads call it
         return self._address
 
     @property
@@ -65,6 +63,17 @@ class Kernel:
             self.load()
         self._call(*arguments)
 
+    def _code(self) -> bytes:
+        file = f"{self.name}-{self._stamp()}.o"
+        code = cache.read(file)
+        if code is None:
+            with cache.alone():
+                code = cache.read(file)  # another process may have compiled it meanwhile
+                if code is None:
+                    code = self._compile()
+                    cache.write(file, code)
+        return code
+
     def _stamp(self) -> str:
         """A digest of the kernel's own file, which may lie elsewhere than the others."""
         spec = find_spec(self.module)
@@ -72,27 +81,45 @@ class Kernel:
         return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:16]
 
     def _compile(self) -> bytes:
-        global _announced
-        if not _announced:
-            _announced = True
-            print("minibeit: compiling kernels for this CPU, once (some seconds) ...", file=sys.stderr, flush=True)
-        from .kernels.compiler import compile_kernel
+        global _compiled
+        _compiled += 1
+        if _compiled == 1:
+            place = cache.folder()
+            kept = "once in each process" if place is None else f"once, to be kept in {str(place)!r}"
+            cache.notice(f"minibeit: compiling kernels for this CPU, {kept} (some seconds) ...")
+        with _progress(f"kernel {_compiled} of at most {len(ALL)}: {self.name}"):
+            from .kernels.compiler import compile_kernel
 
-        return compile_kernel(getattr(import_module(self.module), self.name), self.name, self.arity)
+            return compile_kernel(getattr(import_module(self.module), self.name), self.name, self.arity)
 
 
-def _read(file: Path) -> bytes | None:
-    """The machine code of a file that is whole; None if there is none."""
+@contextmanager
+def _progress(text: str) -> Iterator[None]:
+    """Shows a line while the block runs, on a terminal."""
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    if shown:
+        cache.notice(text, end="\r")
     try:
-        content = file.read_bytes()
-    except OSError:
-        return None
-    code = content[_DIGEST_BYTES:]
-    return code if hashlib.sha256(code).digest() == content[:_DIGEST_BYTES] else None
+        yield
+    finally:
+        if shown:
+            cache.notice(" " * len(text), end="\r")
 
 
-def _write(file: Path, code: bytes) -> None:
-    with suppress(OSError):  # nowhere to write: compiled anew in each process
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as out:
-            out.write(hashlib.sha256(code).digest() + code)
+def _before_fork() -> None:
+    """Lets a load or compilation end: locks of numba, LLVM and the import system would stay closed in the child."""
+    _lock.acquire(timeout=_FORK_WAITS)
+
+
+def _after_fork_in_parent() -> None:
+    with suppress(RuntimeError):  # waited in vain
+        _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

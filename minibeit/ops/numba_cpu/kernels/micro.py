@@ -23,7 +23,7 @@ def _emit_prefetch(builder: ir.IRBuilder, address: ir.Value, level: int = 2, wri
     """Asks for the cache line at `address` into the first- (3) or second-level (2) cache, for reading or writing."""
     byte = ir.PointerType(ir.IntType(8))
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    name = "llvm.prefetch.p0" if "ptr" in str(ir.PointerType()) else "llvm.prefetch.p0i8"
+    name = "llvm.prefetch.p0i8"  # of typed pointers; an LLVM without them takes it for its own llvm.prefetch.p0
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     numbers = (ir.Constant(I32, number) for number in (write, level, 1))
     builder.call(function, [builder.inttoptr(address, byte), *numbers])
