@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from html import escape
 
 import numpy as np
 
 from ..ops import NO_ARITHMETIC
+from ..text import html as escape
 from .check import Report, Row
 from .compare import ULP_EDGES, Difference
 from .report_html_parts import SCRIPT, STYLE, heat_png
