@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 from collections.abc import Mapping
@@ -45,6 +46,14 @@ def manifest() -> dict[str, dict[str, Any]]:
     `license`, and `expected`: outputs that others have published.
     """
     return dict(_manifest())
+
+
+def nearest(id: str, most: int = 3) -> list[str]:
+    """The ids of published checkpoints that look most like `id`, the nearest first; none if nothing is near."""
+    known = {known.lower(): known for known in _manifest()}
+    known |= {key.rpartition("/")[2]: value for key, value in known.items()}
+    found = [known[key] for key in difflib.get_close_matches(id.lower(), known, 2 * most, 0.6)]
+    return list(dict.fromkeys(found))[:most]
 
 
 def source_of(task: str, count: int) -> str | None:

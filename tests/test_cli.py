@@ -121,7 +121,7 @@ def test_a_process_that_is_interrupted_says_so(checkpoint, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
-def test_a_broken_pipe_is_one_line(checkpoint, tmp_path):
+def test_a_broken_pipe_is_silent(checkpoint, tmp_path):
     save_pictures(tmp_path, *(f"{i}.png" for i in range(20)))
     process = start("classify", *[tmp_path] * 50, "--model", checkpoint, "-q")
     process.stdout.readline()
@@ -129,7 +129,7 @@ def test_a_broken_pipe_is_one_line(checkpoint, tmp_path):
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=60) == 1
-    assert err.startswith("minibeit: error: ") and "broken pipe" in err and err.count("\n") == 1
+    assert err == ""
 
 
 def test_many_files_have_a_progress_bar_on_stderr_unless_quiet(capsys, checkpoint, tmp_path):

@@ -168,7 +168,9 @@ def test_shipped_digits_by_default(capsys):
     images = shipped_checkpoint() / "images"
     code, out, err = run(capsys, "classify", images, "--json", "-k", 1)
     rows = json.loads(out)
-    assert code == 0 and not err
+    assert code == 0 and "handwritten digits alone" in err and "--model" in err and err.count("\n") == 1
+    assert run(capsys, "classify", images, "--json", "-k", 1, "-q") == (0, out, "")
+    assert code == 0
     assert [row["predictions"][0]["label"] for row in rows] == [str(digit) for digit in range(10)]
 
 

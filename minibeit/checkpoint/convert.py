@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from .. import labels
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
+from ..files import scratch_folder
 from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
 from .formats import PREPARED_NAME
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
@@ -205,8 +205,8 @@ def _write(
 ) -> None:
     """Fills a folder beside `destination` and moves it, or for an existing one its files, into place."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.") as temporary:
-        made = Path(temporary) / "made"
+    with scratch_folder(destination) as temporary:
+        made = temporary / "made"
         save_checkpoint(made, config, task, arrays, dtype, counters)
         if processor is not None:
             (made / PROCESSOR_NAME).write_text(json.dumps(processor, indent=2, sort_keys=True) + "\n", encoding="utf-8")

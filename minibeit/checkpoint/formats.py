@@ -50,6 +50,13 @@ STRANGERS = {
     b"<html": "is a web page, not a checkpoint; download the file itself",
     b"\x89HDF": "is a Keras/TensorFlow HDF5 file, which is not read; convert it to safetensors",
     b"\x93NUMPY": "is a single .npy array without a name; save the tensors with numpy.savez",
+    b"\x89PNG": "is a PNG image, not a checkpoint",
+    b"\xff\xd8\xff": "is a JPEG image, not a checkpoint",
+    b"GIF8": "is a GIF image, not a checkpoint",
+    b"RIFF": "is a WebP image or another media file, not a checkpoint",
+    b"II*\x00": "is a TIFF image, not a checkpoint",
+    b"MM\x00*": "is a TIFF image, not a checkpoint",
+    b"%PDF": "is a PDF document, not a checkpoint",
     b"\x1f\x8b": "is compressed with gzip; unpack it first",
 }
 

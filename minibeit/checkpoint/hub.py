@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 from .. import labels
 from ..errors import CheckpointError
+from ..text import LONGEST_NAME, shortened
 from .formats import FOLDER_FILES
 
+log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 FILE_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz", ".json", ".pkl")
 SETTINGS = ("config.json", "preprocessor_config.json")
 TRUE = ("1", "on", "true", "yes")
+HUB = "https://huggingface.co"
+PATIENCE = 6.0  # seconds for the first answer; huggingface_hub by itself tries for half a minute
 
 
 def resolve(
@@ -31,10 +40,21 @@ def resolve(
         return Path(path_or_id)
     if is_hub_id(path_or_id):
         return download(str(path_or_id), revision, token, weights=weights)
-    entry = labels.manifest().get(str(path_or_id), {})
+    raise not_here(str(path_or_id))
+
+
+def not_here(id: str) -> FileNotFoundError:
+    """The error for a name that is no file, no folder and no id on the Hub, with what may have been meant."""
+    entry = labels.manifest().get(id, {})
     if "file" in entry:
-        raise FileNotFoundError(f"{path_or_id}: is published as {entry['file']}; download that file and give its path")
-    raise FileNotFoundError(f"{path_or_id}: there is no such file or folder, and an id on the Hub is like owner/name")
+        return FileNotFoundError(
+            f"{id}: is published as a file, not on the Hub; download {entry['file']} and give its path"
+        )
+    near = labels.nearest(id)
+    hint = f", such as {' or '.join(near)}" if near else ""
+    return FileNotFoundError(
+        f"{shortened(id, LONGEST_NAME)}: there is no such file or folder, and an id on the Hub is like owner/name{hint}"
+    )
 
 
 def is_hub_id(path: Any) -> bool:
@@ -85,6 +105,9 @@ class _Fetch:
         home = os.environ.get("HF_HOME")
         self.cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
         self.unreachable: str | None = None  # why the Hub did not answer for some file
+        if not self.offline:
+            log.info("looking for %s at %s", id, self.endpoint or HUB)
+            self.unreachable = _silence(self.endpoint or HUB)
 
     @property
     def where(self) -> str:
@@ -151,6 +174,30 @@ def _library(id: str) -> tuple[Any, Any]:
             f'pip install "minibeit[hub]", or {_by_hand(id)}'
         ) from None
     return huggingface_hub, errors
+
+
+def _silence(endpoint: str) -> str | None:
+    """Why no connection to a server comes about within PATIENCE seconds; None where one does, or a proxy is between.
+
+    In a thread of its own, since a look-up of the name has no limit that could be set.
+    """
+    url = urllib.parse.urlsplit(endpoint)
+    if not url.hostname or urllib.request.getproxies().get(url.scheme):
+        return None
+    host, port = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+    reasons: list[str | None] = [f"no answer from {host} within {PATIENCE:.0f} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), PATIENCE).close()
+            reasons.append(None)
+        except OSError as error:
+            reasons.append(f"{host}: {error.strerror or error}")
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return reasons[-1]
 
 
 def _by_hand(id: str) -> str:

@@ -16,6 +16,7 @@ from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from ..files import read_json
 from ..params import TASKS, param_shapes, random_arrays
+from ..text import shown_name
 from .formats import PREPARED_NAME, Loaded, load_file
 from .hub import resolve
 from .infer import infer_config
@@ -311,6 +312,6 @@ def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
 
 def listed(names: Iterable[str]) -> str:
     """The first few of `names` and how many more there are."""
-    names = list(names)
+    names = [shown_name(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

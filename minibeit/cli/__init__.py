@@ -1,4 +1,4 @@
-"""The command line: one module per command, each with `HELP`, `add_arguments(parser)` and `run(args) -> exit code`.
+"""The command line: one module per command, each with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args)`.
 
 A command module imports what it computes with inside its functions, so that `minibeit --help` is quick.
 Exit codes: 0 all is well, 1 an input could not be used, 2 the command was called wrongly, 130 interrupted.
@@ -7,16 +7,18 @@ Exit codes: 0 all is well, 1 an input could not be used, 2 the command was calle
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from .terminal import UsageError, note, one_line
+from ..text import one_line
+from .terminal import OutputError, UsageError, flush, give_up_output, note, out, show_traceback
 
 # The modules of this folder that are commands, in the order of the help.
 COMMANDS = (
@@ -33,55 +35,97 @@ COMMANDS = (
     "warmup",
 )
 
+INTERRUPTED = 130
 DEBUG_HELP = "show the traceback of an error"
 DESCRIPTION = "BEiT on a CPU without a deep-learning framework: classify and segment pictures, look into checkpoints."
 EPILOG = """\
 examples:
-  minibeit classify photo.jpg                            what is it? (the shipped model reads handwritten digits)
+  minibeit classify {digits}
+                                                         the shipped model reads the shipped handwritten digits
+  minibeit classify photo.jpg --model microsoft/beit-base-patch16-224
+                                                         what is it? (needs the extra hub, or a folder of your own)
   minibeit classify holiday/ --model DIR --csv           a folder of pictures, by a checkpoint of your own
   minibeit segment street.jpg --model DIR --output out   a class for every pixel, as pictures
   minibeit inspect DIR                                   what is in a checkpoint, and does it fit together?
+  minibeit --version --verbose                           what to say in the report of a bug
 
 `minibeit COMMAND --help` explains a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; no error of a user's making shows a traceback without --debug."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line for an unreachable Hub instead of all its retries
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _environment():
+            return _main(words)
+    except KeyboardInterrupt:  # before or after the command itself
+        note("error: interrupted")
+        return INTERRUPTED
+
+
+def _main(words: list[str]) -> int:
     if not words:
         _parser(None).print_help(sys.stderr)
         return 2
     try:
         args = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
     except SystemExit as exit:  # argparse has said why, or shown the help
-        return exit.code if isinstance(exit.code, int) else 2
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    with warnings.catch_warnings():
+        with suppress(OutputError):
+            flush()
+            return exit.code if isinstance(exit.code, int) else 2
+        give_up_output()
+        return 1
+    with warnings.catch_warnings(), _log_on_stderr(getattr(args, "quiet", False)):
         warnings.showwarning = _show_warning
         return _run(args)
 
 
+@contextmanager
+def _environment() -> Iterator[None]:
+    """What the command line changes of its process, and undoes for a program that calls `main`."""
+    before = os.environ.get("HF_HUB_VERBOSITY")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line for an unreachable Hub instead of all its retries
+    streams = [(s, s.errors) for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    for stream, _ in streams:  # a name that the terminal cannot show must not end the run
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in streams:
+            with suppress(OSError, ValueError):  # closed, or its reader has gone
+                stream.reconfigure(errors=errors)
+        if before is None:
+            os.environ.pop("HF_HUB_VERBOSITY", None)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints quote no control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser of `command` alone, or where it is none, one with what the help lists of them all."""
-    from .. import __version__
-
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(digits=_shipped_images()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"minibeit {__version__}")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument("--verbose", action="store_true", help="with --version: also CPU, libraries and folders")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    parser.set_defaults(run=_version)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in (command,) if command in COMMANDS else COMMANDS:
         module = import_module(f".{name}", __name__)
-        description = getattr(module, "DESCRIPTION", module.HELP)
         sub = subparsers.add_parser(
-            name, help=module.HELP, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=module.HELP,
+            description=getattr(module, "DESCRIPTION", module.HELP),
+            epilog=f"examples:\n{module.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if name == command:
             module.add_arguments(sub)
@@ -90,17 +134,44 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _shipped_images() -> str:
+    """The folder of the shipped pictures as one would type it here."""
+    import shlex
+
+    from ..labels import weights_folder
+
+    try:
+        folder = str(weights_folder() / "digits" / "images")
+    except FileNotFoundError:  # an installation without them says so when they are needed
+        return "digits/"
+    return shlex.quote(os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder)
+
+
+def _version(args: argparse.Namespace) -> int:
+    if not args.version:
+        raise UsageError("expected a command; `minibeit --help` lists them")
+    from .. import __version__
+
+    if not args.verbose:
+        out(f"minibeit {__version__}")
+        return 0
+    from .about import about
+
+    for line in about():
+        out(line)
+    return 0
+
+
 def _run(args: argparse.Namespace) -> int:
     try:
         code = args.run(args)
-        sys.stdout.flush()
+        flush()
         return code
     except KeyboardInterrupt:
-        return _failed(args, "interrupted", 130)
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):  # what is still buffered has nowhere to go, at exit neither
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _failed(args, "the reader of the output has gone (broken pipe)", 1)
+        return _failed(args, "interrupted", INTERRUPTED)
+    except OutputError as error:
+        give_up_output()
+        return 1 if error.gone else _failed(args, str(error), 1)
     except UsageError as error:
         return _failed(args, str(error), 2)
     except OSError as error:
@@ -115,13 +186,35 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
-    with suppress(BrokenPipeError):
-        if args.debug:
-            traceback.print_exc()
-        note(f"error: {message}")
+    if args.debug:
+        show_traceback()
+    note(f"error: {message}")
     return code
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     kind = "warning" if issubclass(category, UserWarning) else category.__name__
     note(f"{kind}: {one_line(message)}")
+
+
+class _Notes(logging.Handler):
+    """What the package logs, as notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+@contextmanager
+def _log_on_stderr(quiet: bool) -> Iterator[None]:
+    logger, handler = logging.getLogger("minibeit"), _Notes()
+    level, propagate = logger.level, logger.propagate
+    if not quiet:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .inputs import check_output
 from .terminal import UsageError, note, out, positive, table
 
 if TYPE_CHECKING:
@@ -26,6 +27,11 @@ else, and the time from the start of such a process to its first output.
 
 All contestants get the same weights, float32 and the same number of threads, and take turns in one process.  Nothing is
 timed before their outputs have been found to agree.  Other work on the machine spoils the figures.
+"""
+EXAMPLES = """\
+  minibeit bench
+  minibeit bench --size large --batch-size 1 8 --against torch,openvino --json times.json
+  minibeit bench --suite readme
 """
 TASK_NAMES = ("classification", "mim", "segmentation", "backbone")
 SIZE_NAMES = ("base", "large", "digits")
@@ -82,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         report.check_plot()  # before the minutes, not after them
+    for path in filter(None, (args.plot, args.json)):
+        check_output(Path(path))
     gpu = _gpu(args)
     races = _suite(args) if args.suite else _races(args)
     facts, tables, before = machine() | gpu, [], load_average()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..text import shown_name
 from .inputs import Found, Result, add_image_arguments, find_images, run_batches
 from .loading import add_model_arguments, load_model, load_processor, shipped_checkpoint
-from .terminal import one_line, out, positive, print_json_list
+from .terminal import UsageError, note, out, positive, print_csv_line, print_json_line, print_json_list
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,17 @@ Says what is on pictures: the labels with the highest scores, in the order of th
 The score is a probability (softmax over the classes; for multi-label models each class's own, by the sigmoid; for
 regression the number itself).  A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
 """
+EXAMPLES = """\
+  minibeit classify photo.jpg --model microsoft/beit-base-patch16-224
+  minibeit classify holiday/ --recursive --model DIR --csv > holiday.csv
+  minibeit classify 'shots/**/*.png' --model DIR --jsonl --top-k 1
+  curl -s https://example.org/photo.jpg | minibeit classify - --model DIR
+  minibeit classify cells/ --model DIR --labels names.txt
+"""
+SHIPPED = (
+    "no --model is given, so the shipped model answers, which knows handwritten digits alone; name another, such as "
+    "--model microsoft/beit-base-patch16-224"
+)
 COLUMNS = ("file", "rank", "label", "index", "score", "logit")
 
 
@@ -36,23 +48,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="pictures at once (default 8)"
     )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="names of the classes: one per line in the order of the outputs, or JSON, a list or {number: name}",
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions} with every digit")
+    form.add_argument("--jsonl", action="store_true", help="the same, one JSON object per picture and line")
     form.add_argument("--csv", action="store_true", help=f"a CSV table: {', '.join(COLUMNS)}")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..tasks.image_classification import BeitForImageClassification
 
-    args.model = str(shipped_checkpoint()) if args.model is None else args.model
+    if args.model is None:
+        args.model = str(shipped_checkpoint())
+        if not args.quiet:
+            note(SHIPPED)
+    names = None if args.labels is None else _given_names(Path(args.labels))
     found = find_images(args.images, args.recursive)
     model = load_model(BeitForImageClassification, args)
+    if names is None:
+        names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    elif len(names) != model.config.num_labels:
+        raise UsageError(
+            f"--labels {args.labels}: expected {model.config.num_labels} names, one for each output of the model, "
+            f"found {len(names)}"
+        )
     processor = load_processor(args.model, model.config, args.quiet)
     results = run_batches(found, processor, lambda pixels: model(pixels).logits, args.batch_size, args.quiet)
     errors: list[str] = []
-    rows = (_row(result, model.config, args.top_k, errors) for result in results)
+    rows = (_row(result, model.config, names, args.top_k, errors) for result in results)
     if args.json:
         print_json_list(rows)
+    elif args.jsonl:
+        for row in rows:
+            print_json_line(row)
     elif args.csv:
         _print_csv(rows)
     else:
@@ -76,7 +108,26 @@ def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K
     return powers / powers.sum()
 
 
-def _row(result: Result, config: BeitConfig, top_k: int, errors: list[str]) -> dict[str, Any]:
+def _given_names(path: Path) -> list[str]:
+    """The names of classes in a file, in the order of the outputs.  Raises UsageError for a file of another kind."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+        if isinstance(values, dict):
+            by_number = {int(key): value for key, value in values.items()}
+            values = [by_number[i] for i in range(len(by_number))]
+    except KeyError as error:
+        raise UsageError(f"--labels {path}: expected names for 0, 1, 2, ..., found none for {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--labels {path}: expected a name per line or JSON, found neither ({error})") from None
+    while values and values[-1] == "":
+        values.pop()
+    if not all(isinstance(value, str) for value in values):
+        raise UsageError(f"--labels {path}: expected names of classes as text, found something else among them")
+    return values
+
+
+def _row(result: Result, config: BeitConfig, names: list[str], top_k: int, errors: list[str]) -> dict[str, Any]:
     import numpy as np
 
     if result.error is not None:
@@ -85,34 +136,29 @@ def _row(result: Result, config: BeitConfig, top_k: int, errors: list[str]) -> d
     values = scores(result.value, config.problem_type)
     best = np.argsort(-values, kind="stable")[:top_k]
     predictions = [
-        {"label": config.id2label[int(i)], "index": int(i), "score": float(values[i]), "logit": float(result.value[i])}
+        {"label": names[int(i)], "index": int(i), "score": float(values[i]), "logit": float(result.value[i])}
         for i in best
     ]
     return {"file": result.file, "predictions": predictions}
 
 
 def _print_csv(rows: Iterable[dict[str, Any]]) -> None:
-    def line(values: Iterable[Any]) -> str:
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="").writerow(values)
-        return buffer.getvalue()
-
-    out(line(COLUMNS))
+    print_csv_line(COLUMNS)
     for row in rows:
         for rank, prediction in enumerate(row.get("predictions", ()), 1):
-            out(line((row["file"], rank, *prediction.values())))
+            print_csv_line((row["file"], rank, *prediction.values()))
 
 
 def _print_table(rows: Iterable[dict[str, Any]], found: list[Found], config: BeitConfig) -> None:
-    width = max(len("picture"), *(len(one_line(entry.file)) for entry in found if entry.error is None), 0)
+    width = max(len("picture"), *(len(shown_name(entry.file)) for entry in found if entry.error is None), 0)
     regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
     heading = f"{'picture':{width}}  {'value' if regression else 'probability':>11}  label"
     for row in rows:
         if heading and "error" not in row:
             out(heading)
             heading = ""
-        for name, score, label in _cells(row, regression):
-            out(f"{name:{width}}  {score:>11}  {label}")
+        for file, score, label in _cells(row, regression):
+            out(f"{file:{width}}  {score:>11}  {label}")
 
 
 def _cells(row: dict[str, Any], regression: bool) -> Iterator[tuple[str, str, str]]:
@@ -120,7 +166,7 @@ def _cells(row: dict[str, Any], regression: bool) -> Iterator[tuple[str, str, st
     for rank, prediction in enumerate(row.get("predictions", ())):
         score = prediction["score"]
         yield (
-            one_line(row["file"]) if rank == 0 else "",
+            shown_name(row["file"]) if rank == 0 else "",
             f"{score:.6g}" if regression else f"{score:.2%}",
-            one_line(prediction["label"]),
+            shown_name(prediction["label"]),
         )

@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .terminal import UsageError
+from ..files import check_writable, identity
+from ..text import one_line
+from .terminal import UsageError, out
 
 HELP = "turn a checkpoint of any origin into a folder with config.json and model.safetensors"
+EXAMPLES = """\
+  minibeit convert beit_base_patch16_224_pt22k_ft22k.pth DIR
+  minibeit convert DIR LARGER --image-size 384
+  minibeit convert DIR START --task image_classification --num-labels 10
+  minibeit convert DIR FAST --prepared
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         image_size = tuple(args.image_size)
     if args.prepared and args.dtype != "float32":
         raise UsageError(f"--prepared: packed weights are float32, which --dtype {args.dtype} does not go with")
+    _check_destination(args)
     done = convert(
         args.source,
         args.destination,
@@ -55,12 +64,24 @@ def run(args: argparse.Namespace) -> int:
         finish=_prepare if args.prepared else None,
         **({} if args.num_labels is None else {"num_labels": args.num_labels}),
     )
-    for note in done.notes:
-        print(note)
+    for sentence in done.notes:
+        out(one_line(sentence))
     if args.prepared and (done.folder / WEIGHTS_NAME).exists():
-        print(f"{done.folder} also holds {WEIGHTS_NAME}, which comes first; name {PREPARED_NAME} to use that")
-    print(f"{done.folder}: {done.config.architectures[0] if done.config.architectures else done.task}")
+        out(f"{done.folder} also holds {WEIGHTS_NAME}, which comes first; name {PREPARED_NAME} to use that")
+    out(f"{done.folder}: {done.config.architectures[0] if done.config.architectures else done.task}")
     return 0
+
+
+def _check_destination(args: argparse.Namespace) -> None:
+    """Raises UsageError or OSError, before any work is done, where the result could not be written or would destroy."""
+    source, destination = Path(args.source), Path(args.destination)
+    same = identity(destination) in {identity(source), identity(source.parent) if source.is_file() else None}
+    changed = args.image_size or args.task or args.num_labels
+    if same and args.force and (changed or not args.prepared):
+        raise UsageError(
+            f"{destination}: holds the checkpoint that is read, which would be lost; choose another folder"
+        )
+    check_writable(destination / "config.json" if destination.is_dir() else destination)
 
 
 def _prepare(folder: Path, task: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Result, add_image_arguments, check_output_folder, check_outputs, failed, find_images, run_batches
-from .loading import add_model_arguments, config_of, load_processor, shipped_checkpoint
+from .inputs import Result, add_image_arguments, check_output, failed, find_images, run_batches
+from .loading import add_model_arguments, config_of, load_processor
 from .terminal import UsageError, note, out, positive
 
 if TYPE_CHECKING:
@@ -24,13 +24,17 @@ The file holds `features`, one row per picture in their order: (n, D), or with -
 first.  An .npz file also has `files`, `layer`, `pool` and `model`; a .safetensors file has them as metadata, `files`
 as a JSON list.  A picture that cannot be read is named on stderr and has no row, the exit code is 1.
 """
+EXAMPLES = """\
+  minibeit features photos/ --model microsoft/beit-base-patch16-224-pt22k --output features.npz
+  minibeit features photos/ --model DIR --layer 8 --pool cls --output features.safetensors
+"""
 POOLS = ("mean", "cls", "none")
 SUFFIXES = (".safetensors", ".npz")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
-    add_model_arguments(parser, "a checkpoint of any task (default: the shipped model of handwritten digits)")
+    add_model_arguments(parser, "a checkpoint of any task, such as microsoft/beit-base-patch16-224-pt22k")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write: .safetensors or .npz")
     parser.add_argument(
         "--layer",
@@ -54,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--output: expected a file name ending in {' or '.join(SUFFIXES)}, found {args.output}")
-    args.model = str(shipped_checkpoint()) if args.model is None else args.model
+    if not args.model:
+        raise UsageError("features needs a checkpoint, of any task; give it with --model")
     found = find_images(args.images, args.recursive)
-    check_outputs([output], [entry.file for entry in found])
-    check_output_folder(output)
+    check_output(output, [entry.file for entry in found], args.model)
     depth = config_of(args.model).num_hidden_layers
     if not -depth - 1 <= args.layer <= depth:
         raise UsageError(f"--layer: the model has hidden states 0 to {depth}, found {args.layer}")

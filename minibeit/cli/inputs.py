@@ -6,11 +6,16 @@ import argparse
 import glob
 import os
 import re
+import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import check_writable, identity
+from ..text import one_line
 from .terminal import UsageError, note, progress
 
 if TYPE_CHECKING:
@@ -22,12 +27,26 @@ SUFFIXES = (
 )
 
 
+STDIN, STDIN_NAME = "-", "standard input"
+MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
+
+
 @dataclass(frozen=True)
 class Found:
-    """A file to read, or a word that led to none and why."""
+    """A file to read, or a word that led to none and why.  `copy` is where a picture from standard input lies."""
 
     file: str
     error: str | None = None
+    copy: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The path to read."""
+        return self.copy or self.file
+
+    def named(self, message: str) -> str:
+        """A message about `source` as one about what the user has named."""
+        return message.replace(self.copy, STDIN_NAME) if self.copy else message
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="IMAGE|FOLDER|GLOB",
         help="pictures; of a folder the pictures in it, by suffix and in natural order; a quoted pattern such as "
-        "'shots/**/*.png' is expanded",
+        "'shots/**/*.png' is expanded; - is a picture from standard input",
     )
     parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders within folders too")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
@@ -56,14 +75,37 @@ def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
     """The files that the words name, in their order; a word that names none is an entry with its reason."""
     found: list[Found] = []
     for word in words:
-        if os.path.lexists(word) or not glob.has_magic(word):
+        if word == STDIN:
+            found.append(from_stdin())
+        elif os.path.lexists(word) or not glob.has_magic(word):
             found += _expand(word, recursive)
-            continue
-        matches = sorted(glob.glob(word, recursive=True), key=_natural)
-        found += [entry for match in matches for entry in _expand(match, recursive)]
-        if not matches:
-            found.append(Found(word, f"{word}: no file matches this pattern"))
+        else:
+            matches = sorted(glob.glob(word, recursive=True), key=_natural)
+            found += [entry for match in matches for entry in _expand(match, recursive)]
+            if not matches:
+                found.append(Found(word, f"{word}: no file matches this pattern"))
     return found
+
+
+def from_stdin() -> Found:
+    """What comes from standard input, kept in a temporary file as long as the result is in use."""
+    stream = getattr(sys.stdin, "buffer", None)
+    if stream is None or stream.isatty():
+        return Found(STDIN, f"{STDIN_NAME}: expected a picture from a pipe or a file, found a terminal")
+    descriptor, copy = tempfile.mkstemp(prefix="minibeit-stdin-")
+    found = Found(STDIN, copy=copy)
+    weakref.finalize(found, os.unlink, copy)
+    with os.fdopen(descriptor, "wb") as file:
+        _copy_at_most(stream, file, MOST_STDIN)
+        size = file.tell()
+    return found if size < MOST_STDIN else Found(STDIN, f"{STDIN_NAME}: expected a picture, found more than 1 GB")
+
+
+def _copy_at_most(source: Any, target: Any, most: int) -> None:
+    left = most
+    while left and (some := source.read(min(left, 1 << 20))):
+        target.write(some)
+        left -= len(some)
 
 
 def _expand(word: str, recursive: bool) -> list[Found]:
@@ -119,9 +161,9 @@ def run_batches(
 
 def failed(file: str, error: Exception | str) -> Result:
     """Names a file that could not be used, on stderr, and is its result."""
-    message = str(error)
-    if file not in message:
-        message = f"{file}: {message}"
+    message = one_line(error)
+    if one_line(STDIN_NAME if file == STDIN else file) not in message:
+        message = f"{one_line(file)}: {message}"
     note(message)
     return Result(file, error=message)
 
@@ -130,9 +172,9 @@ def _read(entry: Found, processor: Any) -> tuple[Found, np.ndarray | None]:
     if entry.error is not None:
         return entry, None
     try:
-        return entry, processor(entry.file).pixel_values
+        return entry, processor(entry.source).pixel_values
     except ValueError as error:
-        return Found(entry.file, str(error)), None
+        return Found(entry.file, entry.named(str(error))), None
 
 
 def _compute(
@@ -164,17 +206,32 @@ def check_finite(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def check_outputs(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
-    """Raises UsageError when a file to write is one that is read, or is a folder."""
-    read = {os.path.realpath(file) for file in inputs}
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[str], model: str | None = None) -> None:
+    """Raises UsageError when a file to write is one that is read, also by another name, or is a folder.
+
+    Of a `model`, a checkpoint or its folder, every file is read.
+    """
+    read = {identity(file) for file in [*inputs, *_files_of(model)]}
     for path in outputs:
-        if os.path.realpath(path) in read:
+        if identity(path) in read:
             raise UsageError(f"{path}: this is an input, which is not overwritten; choose another --output")
         if path.is_dir():
             raise UsageError(f"{path}: expected the name of a file to write, found a folder")
 
 
-def check_output_folder(path: Path) -> None:
-    """Raises UsageError when there is no folder for a file to write."""
+def check_output(path: Path, inputs: Sequence[str] = (), model: str | None = None) -> None:
+    """Raises UsageError or OSError, before any work is done, for a file that could not be written after it."""
+    check_outputs([path], inputs, model)
     if not path.parent.is_dir():
         raise UsageError(f"{path}: its folder does not exist; make it first")
+    check_writable(path)
+
+
+def _files_of(model: str | None) -> list[str]:
+    if model is None or not os.path.exists(model):  # or an id on the Hub, whose files nobody names as an output
+        return []
+    folder = model if os.path.isdir(model) else None
+    try:
+        return [model] if folder is None else [*(entry.path for entry in os.scandir(folder) if entry.is_file())]
+    except OSError:
+        return [model]

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..text import LONGEST, one_line, shown_name
 from .loading import task_name
-from .terminal import one_line, out, print_json, table
+from .terminal import out, print_json, table
 
 if TYPE_CHECKING:
     from ..checkpoint.formats import Loaded
@@ -21,6 +22,11 @@ Shows the config and the tensors of a checkpoint, and which tensors its model la
 
 Reads folders as on the Hub and files of every format (safetensors, PyTorch, Flax, npz), whose code is never run.
 The exit code is 1 when something is missing, unexpected, or of another shape than the config says.
+"""
+EXAMPLES = """\
+  minibeit inspect DIR
+  minibeit inspect model.pth --summary
+  minibeit inspect microsoft/beit-base-patch16-224 --json
 """
 TASKS = ("model", "masked_image_modeling", "image_classification", "semantic_segmentation", "backbone")
 NAMED_LABELS = 5
@@ -73,9 +79,9 @@ def _match(checkpoint: Checkpoint, task: str) -> Match:
 def _facts(path: Path, loaded: Loaded) -> dict[str, Any]:
     """What the file says of itself; values in tensors are not read."""
     tensors = []
-    for name in loaded.tensors:
-        info = loaded.tensors.info(name)
-        tensors.append({"name": name, "shape": list(info.shape), "dtype": info.dtype, "numbers": _product(info.shape)})
+    for key in loaded.tensors:
+        info = loaded.tensors.info(key)
+        tensors.append({"name": key, "shape": list(info.shape), "dtype": info.dtype, "numbers": _product(info.shape)})
     return {
         "checkpoint": str(path),
         "format": loaded.format,
@@ -119,7 +125,7 @@ def _summary(config: BeitConfig) -> dict[str, str]:
         )
         if flag
     ]
-    labels = [one_line(config.id2label[i]) for i in range(min(config.num_labels, NAMED_LABELS))]
+    labels = [shown_name(config.id2label[i]) for i in range(min(config.num_labels, NAMED_LABELS))]
     more = ", ..." if config.num_labels > NAMED_LABELS else ""
     return {
         "encoder": f"{config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads "
@@ -145,7 +151,7 @@ def _print(facts: dict[str, Any], brief: bool) -> None:
         rows += facts["summary"].items()
         if facts["assumed"]:
             rows.append(("no config", f"inferred from the tensors; assumed: {'; '.join(facts['assumed'])}"))
-    for line in table(rows):
+    for line in table(rows, longest=LONGEST):
         out(line)
     if not brief:
         out("")
@@ -172,8 +178,8 @@ def _print_fit(facts: dict[str, Any]) -> None:
     ):
         if facts[kind]:
             out(f"{kind}: {len(facts[kind])} {comment}")
-            for name in facts[kind]:
-                out(f"  {one_line(name)}")
+            for tensor in facts[kind]:
+                out(f"  {one_line(tensor)}")
     if facts["fits"]:
         out("everything fits")
 

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import check_finite, check_output_folder, check_outputs
+from ..text import shown_name
+from .inputs import STDIN, Found, check_finite, check_output, from_stdin
 from .loading import add_model_arguments, load_model, load_processor
-from .terminal import UsageError, one_line, out, print_json
+from .terminal import UsageError, out, print_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,10 +21,14 @@ Hides blocks of patches of a picture, as in BEiT's pre-training, and predicts th
 Prints the tokens in the grid of the patches, a dot for each visible one; --output draws the picture beside what the
 model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
 """
+EXAMPLES = """\
+  minibeit mask photo.jpg --model microsoft/beit-base-patch16-224-pt22k --output masked.png
+  minibeit mask photo.jpg --model DIR --ratio 0.6 --seed 7 --json
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a picture")
+    parser.add_argument("image", metavar="IMAGE", help="a picture; - for standard input")
     add_model_arguments(parser, "a checkpoint of masked image modelling")
     parser.add_argument("--ratio", type=_ratio, default=0.4, help="share of the patches to hide (default 0.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the blocks; the same seed hides the same (default 0)")
@@ -35,24 +40,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from ..errors import CheckpointError
+    from ..errors import CheckpointError, ImageError
     from ..masking import block_mask
     from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 
     if args.seed < 0:
         raise UsageError(f"--seed: expected a number from 0 up, found {args.seed}")
+    if not args.model:
+        raise UsageError("mask needs a checkpoint of masked image modelling; give it with --model")
     if args.output:
         if Path(args.output).suffix.lower() != ".png":
             raise UsageError(f"--output: expected a file name ending in .png, found {args.output}")
-        check_outputs([Path(args.output)], [args.image])
-        check_output_folder(Path(args.output))
-    if not args.model:
-        raise UsageError("mask needs a checkpoint of masked image modelling; give it with --model")
+        check_output(Path(args.output), [args.image], args.model)
+    picture = from_stdin() if args.image == STDIN else Found(args.image)
+    if picture.error:
+        raise UsageError(picture.error)
     model = load_model(BeitForMaskedImageModeling, args)
     if not model.config.use_mask_token:
         raise CheckpointError(f"{args.model}: mask needs a model with a mask token, use_mask_token in its config")
     processor = load_processor(args.model, model.config, args.quiet)
-    pixels = processor(args.image).pixel_values
+    try:
+        pixels = processor(picture.source).pixel_values
+    except ImageError as error:
+        raise ImageError(picture.named(str(error))) from None
     grid = pixels.shape[2] // model.config.patch_shape[0], pixels.shape[3] // model.config.patch_shape[1]
     count = round(args.ratio * grid[0] * grid[1])
     mask = block_mask(grid, count, np.random.default_rng(args.seed))
@@ -105,9 +115,9 @@ def _print_grid(args: argparse.Namespace, mask: np.ndarray, hidden: list[dict[st
     width = max([len(str(p["token"])) for p in hidden] + [1])
     tokens = {(p["row"], p["column"]): str(p["token"]) for p in hidden}
     sure = sum(p["score"] for p in hidden) / len(hidden) if hidden else 0.0
-    picture = f", drawn in {args.output}" if args.output else ""
+    drawn = shown_name(f", drawn in {args.output}") if args.output else ""
     out(
-        f"{one_line(args.image)}: {len(hidden)} of {mask.size} patches hidden (seed {args.seed}){one_line(picture)}; "
+        f"{shown_name(args.image)}: {len(hidden)} of {mask.size} patches hidden (seed {args.seed}){drawn}; "
         f"their visual tokens, with a mean probability of {sure:.2%}:"
     )
     for row in range(mask.shape[0]):

@@ -3,30 +3,57 @@
 from __future__ import annotations
 
 import argparse
-import json
+from typing import Any
+
+from .terminal import note, out, print_json, table
 
 HELP = "list the published checkpoints: task, size, parameters, labels, licence"
-COLUMNS = ("id", "task", "size", "pixels", "parameters", "labels", "licence")
+EXAMPLES = """\
+  minibeit models
+  minibeit models large imagenet-1k
+  minibeit models ade --json
+"""
+COLUMNS = ("id", "task", "size", "pixels", "parameters", "MB", "labels", "licence", "from")
+SEARCHED = ("id", "task", "size", "labels")
+BYTES = 4  # of a float32, as which nearly all are published
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", help="show only ids that contain all of these")
+    parser.add_argument(
+        "words", nargs="*", help="show only those with all of these in id, task, size or labels; upper or lower case"
+    )
     parser.add_argument("--json", action="store_true", help="everything the manifest says, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     from .. import labels
 
-    found = {id: entry for id, entry in labels.manifest().items() if all(word in id for word in args.words)}
+    rows = {id: _row(id, entry) for id, entry in labels.manifest().items()}
+    words = [word.lower() for word in args.words]
+    found = {id: row for id, row in rows.items() if all(word in _searched(row) for word in words)}
+    if not found:
+        near = labels.nearest(" ".join(args.words))
+        note(f"no published checkpoint matches {' '.join(args.words)}{'; near are ' + ', '.join(near) if near else ''}")
     if args.json:
-        print(json.dumps(found, indent=1))
-        return 0
-    rows = [COLUMNS]
-    for id, entry in found.items():
-        pixels, count = str(entry["image_size"]), f"{entry['parameters']:,}"
-        rows.append((id, entry["task"], entry["size"], pixels, count, entry["labels"] or "-", entry["license"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        cells = [cell.rjust(w) if i in (3, 4) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
+        print_json({id: entry for id, entry in labels.manifest().items() if id in found})
+    elif found:
+        for line in table([COLUMNS, *found.values()], right=(3, 4, 5)):
+            out(line)
+        if any("file" in labels.manifest()[id] for id in found):
+            note("those from a file: `minibeit download ID` says where it is")
     return 0 if found else 1
+
+
+def _searched(row: tuple[str, ...]) -> str:
+    cells = dict(zip(COLUMNS, row))
+    return " ".join(cells[column] for column in SEARCHED).lower()
+
+
+def _row(id: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    count = entry["parameters"]
+    size = f"{BYTES * count / 1e6:,.0f}"
+    where = "file" if "file" in entry else "Hub"
+    return (
+        *(id, entry["task"], entry["size"], str(entry["image_size"]), f"{count:,}", size),
+        *(entry["labels"] or "-", entry["license"], where),
+    )

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Found, add_image_arguments, check_finite, check_outputs, failed, find_images
+from ..files import check_writable
+from ..text import one_line, shown_name
+from . import results
+from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, failed, find_images
 from .loading import add_model_arguments, load_model, load_processor
-from .terminal import UsageError, one_line, out, print_json_list, progress, table
+from .terminal import UsageError, out, print_json_list, progress, table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +29,13 @@ Finds the class of every pixel.  For each picture NAME it writes into the output
   NAME_overlay.png   with --overlay, the colours laid over the picture
   NAME_scores.npz    with --scores, `logits` (K, h, w) as the model gives them, before they are resized
 
-and prints the shares.  A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+and prints the shares.  A folder holds the results of one model: where another has written, --overwrite replaces them.
+A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+"""
+EXAMPLES = """\
+  minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
+  minibeit segment scans/ --model DIR --output out --scores --json
+  minibeit segment scans/ --model OTHER --output out --overwrite
 """
 ROOM = 256 << 20  # bytes for scores in the size of the picture: 150 classes of a large photo would take gigabytes
 ADE20K_CLASSES = 150
@@ -47,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overlay", action="store_true", help="also lay the colours over the picture")
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
+    parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
 
 
@@ -60,13 +70,23 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output: {folder} is a file, expected a folder")
     outputs = _output_names(found, args)
-    check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found])
+    check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found], args.model)
+    check_writable(folder / "labels.png")
+    mark = results.mark_of(args.model)
+    others = results.of_others(folder, mark)
+    if others and not args.overwrite:
+        raise UsageError(
+            f"{others[0]}: is the result of another model, {results.model_in(others[0])}; choose another --output, or "
+            f"--overwrite removes its {len(others)} results"
+        )
     model = load_model(BeitForSemanticSegmentation, args)
     folder.mkdir(parents=True, exist_ok=True)
+    for labels in others:
+        results.remove(labels)
     processor = load_processor(args.model, model.config, args.quiet)
     colours = palette(args.palette, model.config.num_labels)
     errors: list[str] = []
-    rows = _segmented(list(zip(found, outputs)), model, processor, colours, args.quiet, errors)
+    rows = _segmented(list(zip(found, outputs)), model, processor, colours, mark, args.quiet, errors)
     if args.json:
         print_json_list(rows)
     else:
@@ -129,7 +149,7 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
     taken: set[str] = set()
     outputs = []
     for entry in found:
-        stem, number = Path(entry.file).stem, 1
+        stem, number = "stdin" if entry.file == STDIN else Path(entry.file).stem, 1
         name = stem
         while name.lower() in taken:
             number += 1
@@ -144,6 +164,7 @@ def _segmented(
     model: Any,
     processor: Any,
     colours: list[Colour],
+    mark: str,
     quiet: bool,
     errors: list[str],
 ) -> Iterator[dict[str, Any]]:
@@ -151,29 +172,31 @@ def _segmented(
         try:
             if entry.error is not None:
                 raise ValueError(entry.error)
-            yield _segment(entry.file, paths, model, processor, colours)
+            yield _segment(entry, paths, model, processor, colours, mark)
         except ValueError as error:
-            result = failed(entry.file, error)
+            result = failed(entry.file, entry.named(str(error)))
             errors.append(str(result.error))
             yield {"file": result.file, "error": result.error}
 
 
-def _segment(file: str, paths: dict[str, Path], model: Any, processor: Any, colours: list[Colour]) -> dict[str, Any]:
+def _segment(
+    entry: Found, paths: dict[str, Path], model: Any, processor: Any, colours: list[Colour], mark: str
+) -> dict[str, Any]:
     import numpy as np
 
     from ..image_loading import load_image, read_picture
     from . import pictures
 
-    picture = read_picture(file, processor.apply_exif_orientation)
+    picture = read_picture(entry.source, processor.apply_exif_orientation)
     outputs = model(processor(picture).pixel_values)
     size = picture.height, picture.width
     labels = label_map(processor, check_finite(outputs.logits), size)
     classes = _shares(labels, model.config.id2label, colours)
-    pictures.save_png(pictures.indexed(labels, colours), paths["labels"])
-    legend = pictures.legend([(colours[c["index"]], one_line(c["label"]), _percent(c["share"])) for c in classes])
+    pictures.save_png(pictures.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
+    legend = pictures.legend([(colours[c["index"]], shown_name(c["label"]), _percent(c["share"])) for c in classes])
     pictures.save_png(legend, paths["legend"])
     if "overlay" in paths:
-        photo = load_image(picture, file, channels=3)
+        photo = load_image(picture, entry.file, channels=3)
         pictures.save_png(pictures.overlay(photo, labels, colours), paths["overlay"])
     if "scores" in paths:
         from ..files import atomic_write
@@ -181,7 +204,7 @@ def _segment(file: str, paths: dict[str, Path], model: Any, processor: Any, colo
         with atomic_write(paths["scores"]) as stream:
             np.savez(stream, logits=outputs.logits[0])
     return {
-        "file": file,
+        "file": entry.file,
         "height": size[0],
         "width": size[1],
         **{kind: str(path) for kind, path in paths.items()},

@@ -1,12 +1,20 @@
-"""What all commands share towards the terminal: results on stdout, everything else on stderr, one line each."""
+"""What all commands share towards the terminal: results on stdout, everything else on stderr, one line each.
+
+Nothing else of the command line prints: what leaves here has no control characters, whatever file it came from.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import errno
+import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
+
+from ..text import LONGEST_NAME, csv_line, json_text, one_line, printable
 
 Item = TypeVar("Item")
 MANY = 16  # from so many files on there is a progress bar
@@ -16,32 +24,64 @@ class UsageError(ValueError):
     """The command was called wrongly: exit code 2."""
 
 
-def one_line(text: Any) -> str:
-    """`text` as one line without control characters, which names and labels of strangers may hold."""
-    words = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in words)
+class OutputError(Exception):
+    """Results cannot be printed; `gone` when the reader of a pipe has what it wanted, as `head` does."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"standard output: {error.strerror}")
+        # Windows calls a closed pipe an invalid argument.
+        self.gone = error.errno == errno.EPIPE or (sys.platform == "win32" and error.errno == errno.EINVAL)
 
 
-def out(line: str) -> None:
-    """Prints a line of results, past a progress bar if there is one."""
-    _print(line, sys.stdout)
+def out(text: str) -> None:
+    """Prints results, past a progress bar if there is one; only line ends of the program's own may stand in `text`."""
+    try:
+        _print("\n".join(map(printable, text.split("\n"))), sys.stdout)
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def flush() -> None:
+    """Raises OutputError where what was printed cannot be written."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise OutputError(error) from None
+
+
+def give_up_output() -> None:
+    """Nothing more is printed: what is still buffered has nowhere to go, at exit neither."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def note(message: str) -> None:
     """Prints one line to stderr, with the name of the program."""
-    _print(f"minibeit: {one_line(message)}", sys.stderr)
+    with suppress(OSError):  # that nobody reads notes does not end the work
+        _print(f"minibeit: {one_line(message)}", sys.stderr)
 
 
-def _print(line: str, stream: Any) -> None:
-    if "tqdm" in sys.modules and sys.stderr.isatty():
-        sys.modules["tqdm"].tqdm.write(line, file=stream)
+def show_traceback() -> None:
+    """Prints the error at hand for those who look for its cause."""
+    with suppress(OSError):
+        _print("\n".join(map(printable, traceback.format_exc().rstrip().split("\n"))), sys.stderr)
+
+
+def _print(text: str, stream: Any) -> None:
+    if stream is None:  # the program was started with this stream closed
+        return
+    if "tqdm" in sys.modules and sys.stderr is not None and sys.stderr.isatty():
+        sys.modules["tqdm"].tqdm.write(text, file=stream)
     else:
-        print(line, file=stream)
+        print(text, file=stream)
 
 
 def progress(items: list[Item], quiet: bool) -> Iterator[Item]:
     """The items, with a progress bar on stderr when they are many."""
-    if quiet or len(items) < MANY:
+    if quiet or len(items) < MANY or sys.stderr is None:
         yield from items
         return
     from tqdm import tqdm
@@ -57,15 +97,26 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text.strip():
-            print(text.strip(), file=sys.stderr)
+            with suppress(OSError):
+                print(text.strip(), file=sys.stderr)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
+def _encoding() -> str:
+    return getattr(sys.stdout, "encoding", None) or "ascii"
 
 
 def print_json(value: Any) -> None:
-    """One JSON document; numbers keep every digit."""
-    out(json.dumps(value, ensure_ascii=False, indent=2))
+    """One JSON document; numbers keep every digit, names every character."""
+    out(json_text(value, indent=2, encoding=_encoding()))
+
+
+def print_json_line(value: Any) -> None:
+    """One JSON document in one line."""
+    out(json_text(value, encoding=_encoding()))
 
 
 def print_json_list(rows: Iterable[dict[str, Any]]) -> None:
@@ -75,15 +126,20 @@ def print_json_list(rows: Iterable[dict[str, Any]]) -> None:
     for row in rows:
         if last is not None:
             out(last + ",")
-        last = json.dumps(row, ensure_ascii=False)
+        last = json_text(row, encoding=_encoding())
     if last is not None:
         out(last)
     out("]")
 
 
-def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
-    """Lines with aligned columns; the columns in `right` are aligned on their right side."""
-    rows = [tuple(one_line(cell) for cell in row) for row in rows]
+def print_csv_line(values: Iterable[Any]) -> None:
+    """One line of CSV that no spreadsheet takes for a formula."""
+    out(csv_line(values))
+
+
+def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = (), longest: int = LONGEST_NAME) -> list[str]:
+    """Lines with aligned columns, those in `right` on their right side; no cell has more characters than `longest`."""
+    rows = [tuple(one_line(cell, longest) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     flush_right = set(right)
     lines = []

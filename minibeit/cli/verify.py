@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import check_output_folder
+from ..text import one_line, shown_name
+from .inputs import check_output
 from .loading import add_model_arguments, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out
 
@@ -20,7 +21,8 @@ DESCRIPTION = """\
 Runs a model beside a float64 run of the reference and says, for every intermediate array, how far it is from the truth
 and how far PyTorch float32 (or NumPy float32) is.  The first array whose own error is out of budget is named, with what
 that usually means.  Exit code 0 only if everything is within budget.
-
+"""
+EXAMPLES = """\
   minibeit verify --model DIR --against torch            the chosen backend beside PyTorch (extra "verify")
   minibeit verify --model DIR                            the same without PyTorch; NumPy float32 is the yardstick
   minibeit verify --model DIR --against THEIRS.safetensors   another implementation's trace, made anywhere
@@ -90,7 +92,8 @@ def _check_usage(args: argparse.Namespace) -> None:
         if Path(path).suffix.lower() not in REPORTS:
             raise UsageError(f"--report: expected a file name ending in {', '.join(REPORTS)}, found {path}")
     for path in [*args.report, *([args.save_trace] if args.save_trace else [])]:
-        check_output_folder(Path(path))
+        inputs = [file for file in (args.image, args.against, *(args.weights or ())) if file]
+        check_output(Path(path), inputs, args.model)
     if args.size and args.image:
         raise UsageError("--size goes with random pixels; a picture gets the size that the image processor gives it")
 
@@ -248,7 +251,7 @@ def _write_reports(args: argparse.Namespace, report: Report) -> None:
         else:
             text = as_json(report) if suffix == ".json" else markdown(report)
         with atomic_write(path) as file:
-            file.write(text.encode())
+            file.write(text.encode("utf-8", "backslashreplace"))
         note(f"wrote {path}")
 
 
@@ -269,7 +272,7 @@ def _published(args: argparse.Namespace) -> int:
     for id in ids if args.published == "all" else [args.published]:
         for outcome in check_published(id, args.image, args.backend, device=args.device):
             outcomes.append(outcome)
-            out(f"{outcome.id:48} {outcome.status:8} {outcome.image}: {outcome.text}")
+            out(f"{shown_name(outcome.id):48} {outcome.status:8} {one_line(outcome.image)}: {one_line(outcome.text)}")
     checked = [outcome for outcome in outcomes if outcome.status != "skipped"]
     wrong = [outcome for outcome in checked if outcome.status != "ok"]
     if not checked:

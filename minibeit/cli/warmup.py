@@ -7,6 +7,9 @@ import argparse
 from .terminal import out
 
 HELP = "compile the fast kernels now, so that the next run starts at once"
+EXAMPLES = """\
+  minibeit warmup
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from html import escape
 
 import numpy as np
 
 from ..ops.table import ARITHMETIC, names_of
+from ..text import html as escape
 from .difference import ULP_EDGES, Difference
 from .lockstep import Report, Row
 from .report_html_parts import SCRIPT, STYLE, heat_png

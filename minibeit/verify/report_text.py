@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
+from ..text import json_text, one_line, shown_name
+from ..text import markdown as md
 from .difference import ULP_EDGES, Difference
 from .lockstep import Report, Row
 
@@ -20,18 +21,19 @@ STATUS = {
     "nan on both sides": "NAN BOTH",
     "yardstick": "DIFFERS",
 }
+LONGEST_VERDICT = 4000  # characters
 HEADER = f"{'array':44} {'own error':>10} {'x':>6} {'total':>10} {'x':>6}  verdict"
 
 
 def line(row: Row) -> str:
     """One row of the terminal's table: relative rms errors, each in units of the yardstick's."""
     if row.own is None or row.total is None:
-        return f"{row.name:44} {'':>35}  {STATUS[row.status]}"
+        return f"{shown_name(row.name):44} {'':>35}  {STATUS[row.status]}"
     own, total = (
         f"{row.own.rms_rel:10.1e} {times(row.own_ratio)}",
         f"{row.total.rms_rel:10.1e} {times(row.total_ratio)}",
     )
-    return f"{row.name:44} {own} {total}  {STATUS[row.status]}"
+    return f"{shown_name(row.name):44} {own} {total}  {STATUS[row.status]}"
 
 
 def times(ratio: float) -> str:
@@ -42,8 +44,8 @@ def times(ratio: float) -> str:
 def verdict(report: Report) -> str:
     """What the comparison says, in a few sentences."""
     if not report.rows:
-        return f"FAIL: {report.notes[0] if report.notes else 'nothing was compared'}"
-    return _praise(report) if report.ok else _blame(report)
+        return one_line(f"FAIL: {report.notes[0] if report.notes else 'nothing was compared'}")
+    return one_line(_praise(report) if report.ok else _blame(report), LONGEST_VERDICT)
 
 
 def _praise(report: Report) -> str:
@@ -103,12 +105,12 @@ def _made_by(row: Row, report: Report) -> str:
 def markdown(report: Report) -> str:
     """The report as a Markdown document."""
     rows = "\n".join(_markdown_row(row) for row in report.rows)
-    return f"""# minibeit verify: {report.candidate}
+    return f"""# minibeit verify: {md(report.candidate)}
 
-{verdict(report)}
+{md(verdict(report))}
 
-- yardstick: {report.yardstick}
-- model: {report.task}, {", ".join(f"{name} {list(shape)}" for name, shape in report.inputs.items())}
+- yardstick: {md(report.yardstick)}
+- model: {md(report.task)}, {md(", ".join(f"{name} {list(shape)}" for name, shape in report.inputs.items()))}
 
 Errors are root mean squares relative to the float64 truth's; `x` is in units of the yardstick's error.
 Own: the float64 op on the same inputs. Total: the float64 run of the whole network.
@@ -121,12 +123,12 @@ Own: the float64 op on the same inputs. Total: the float64 run of the whole netw
 
 def _markdown_row(row: Row) -> str:
     shape = "x".join(map(str, row.shape))
-    note = f": {row.note}" if row.note else ""
+    note = f": {md(row.note)}" if row.note else ""
     if row.own is None or row.total is None:
-        return f"| {row.name} | {shape} | | | | | | {STATUS[row.status]}{note} |"
+        return f"| {md(row.name)} | {shape} | | | | | | {STATUS[row.status]}{note} |"
     return (
-        f"| {row.name} | {shape} | {row.own.rms_rel:.1e} | {row.own_ratio:.1f} | {row.total.rms_rel:.1e} | "
-        f"{row.total_ratio:.1f} | {worst(row.own)} | {STATUS[row.status]}{note} |"
+        f"| {md(row.name)} | {shape} | {row.own.rms_rel:.1e} | {row.own_ratio:.1f} | {row.total.rms_rel:.1e} | "
+        f"{row.total_ratio:.1f} | {md(worst(row.own))} | {STATUS[row.status]}{note} |"
     )
 
 
@@ -155,7 +157,7 @@ def as_json(report: Report) -> str:
         "ulp_edges": list(ULP_EDGES),
         "rows": rows,
     }
-    return json.dumps(finite(values), indent=1) + "\n"
+    return json_text(values, indent=1) + "\n"
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
@@ -176,14 +178,3 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "total_ratio": row.total_ratio,
         "total_limit": row.total_limit,
     }
-
-
-def finite(value: Any) -> Any:
-    """`value` with NaN and infinities, which JSON does not have, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value

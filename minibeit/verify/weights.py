@@ -11,6 +11,7 @@ import numpy as np
 from ..checkpoint.load import Checkpoint, Match, match_names, open_checkpoint, read_arrays
 from ..config import BeitConfig
 from ..params import param_shapes
+from ..text import one_line, shown_name
 
 
 @dataclass
@@ -108,12 +109,12 @@ def _config_notes(a: BeitConfig, b: BeitConfig) -> list[str]:
 
 def describe(report: WeightsReport) -> str:
     """The comparison as text: differing tensors, then the sum of it."""
-    lines = [f"config: {note}" for note in report.config_notes]
+    lines = [f"config: {one_line(note)}" for note in report.config_notes]
     for pair in report.pairs:
         if pair.status == "equal bits":
             continue
         numbers = f"max abs {pair.max_abs:.3e}, max rel {pair.max_rel:.3e}" if pair.status == "differs" else pair.status
-        lines.append(f"{pair.name:50} {numbers}{'; ' + pair.note if pair.note else ''}")
+        lines.append(f"{shown_name(pair.name):50} {numbers}{'; ' + pair.note if pair.note else ''}")
     equal = sum(pair.status == "equal bits" for pair in report.pairs)
     if not report.pairs:
         lines.append("FAIL: nothing was compared: the checkpoints hold no parameter of this task")

@@ -1,0 +1,70 @@
+"""What the report of a bug should say: `minibeit --version --verbose`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+LIBRARIES = ("numpy", "numba", "llvmlite", "pillow", "safetensors", "tqdm")
+EXTRAS = ("huggingface_hub", "torch", "transformers", "cupy-cuda12x", "cupy-cuda13x")
+SETTINGS = ("MINIBEIT_", "NUMBA_", "OMP_", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+
+
+def about() -> Iterator[str]:
+    """One fact a line; what cannot be found out says why."""
+    from .. import __version__
+
+    yield f"minibeit {__version__} in {Path(__file__).resolve().parents[1]}"
+    yield f"Python {platform.python_version()} ({platform.python_implementation()}), {platform.platform()}"
+    yield f"CPU: {_said(_cpu)}"
+    yield f"threads: {_said(_threads)} of {os.cpu_count()} cores"
+    yield f"backend: {_said(_backend)}"
+    yield f"compiled kernels: {_said(_kernels)}"
+    yield f"libraries: {', '.join(_versions(LIBRARIES, missing=True))}"
+    yield f"extras: {', '.join(_versions(EXTRAS)) or 'none'}"
+    found = sorted(key for key in os.environ if key.startswith(SETTINGS) and "TOKEN" not in key)
+    yield f"environment: {', '.join(f'{key}={os.environ[key]}' for key in found) or 'nothing set'}"
+
+
+def _said(fact: Callable[[], str]) -> str:
+    try:
+        return fact()
+    except Exception as error:  # a machine on which something is broken is what such reports are about
+        return f"cannot be told ({type(error).__name__}: {error})"
+
+
+def _cpu() -> str:
+    from ..bench.measure import cpu_name
+
+    return cpu_name()
+
+
+def _threads() -> str:
+    from ..ops.numba_cpu.pool import default_num_threads
+
+    return str(default_num_threads())
+
+
+def _backend() -> str:
+    from ..ops import default_backend
+
+    return default_backend()
+
+
+def _kernels() -> str:
+    from ..ops.numba_cpu.target import cache_folder
+
+    folder = cache_folder()
+    return f"{folder} ({'there' if folder.is_dir() else 'not made yet'})"
+
+
+def _versions(names: tuple[str, ...], missing: bool = False) -> Iterator[str]:
+    for name in names:
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            if missing:
+                yield f"{name} missing"
