@@ -1,8 +1,7 @@
-"""Files are written beside their place and renamed into it, so that nobody ever sees half of one; settings are read."""
+"""Files are written beside their place and renamed into it, so that nobody ever sees half of one."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tempfile
@@ -10,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-LARGEST_JSON = 64 << 20  # bytes; a config takes a few thousand, with 21,841 class names a few million
 
 
 @contextmanager
@@ -33,13 +30,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file of settings.  Raises ValueError when it is too large, no UTF-8 or no JSON."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mapped_file(array: Any) -> mmap.mmap | None:

@@ -20,6 +20,8 @@ from ..trace import Scope, Trace
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
 
+LARGEST_PIXEL = 1e12  # the squares of larger ones leave float32 in the first layer norm, and all outputs become NaN
+LARGEST_HALF_PIXEL = 1e3  # the same in float16
 GRIDS_KEPT = 4  # position biases are kept for the last few grids only
 
 
@@ -177,6 +179,8 @@ class BeitPreTrainedModel:
 
     def _pixels(self, pixel_values: Any) -> Array:  # -> (B, C, height, width)
         """`pixel_values` in the model's dtype, checked.  Raises ValueError."""
+        if "complex" in str(getattr(pixel_values, "dtype", "")):  # NumPy would drop the imaginary part with a warning
+            raise ValueError(f"pixel_values: expected real numbers, found {pixel_values.dtype}")
         try:
             x = self.ops.stage(pixel_values, self.dtype)
         except (TypeError, ValueError) as error:
@@ -195,8 +199,10 @@ class BeitPreTrainedModel:
                 f"pixel_values: expected at least one image, height and width multiples of the patch size {ph}x{pw}, "
                 f"found shape {tuple(x.shape)}"
             )
-        if not self.ops.all_finite(x):
-            raise ValueError("pixel_values: found NaN or infinite values; check the image and its normalisation")
+        most = LARGEST_HALF_PIXEL if self.dtype == "float16" else LARGEST_PIXEL
+        if not self.ops.all_finite(x, most):
+            what = f"values beyond {most:g}" if self.ops.all_finite(x) else "NaN or infinite values"
+            raise ValueError(f"pixel_values: found {what}; check the image and its normalisation")
         return self.ops.asarray(x, self.dtype)
 
     def _mask(self, bool_masked_pos: Any, grid: tuple[int, int], batch: int) -> Array | None:  # -> (B, P)

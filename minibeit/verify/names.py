@@ -85,7 +85,7 @@ def _resized(x: Any, size: Sequence[int]) -> np.ndarray:
 
 
 GHOST_OPS = {
-    "all_finite": lambda x: True,
+    "all_finite": lambda x, most=None: True,
     "layer_norm": lambda x, norm, eps: _ghost(x.shape),
     "linear": _linear,
     "linear_activation": _linear,
