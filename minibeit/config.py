@@ -9,9 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config_checks import (
+    MOST_PATCHES,
+    check_count,
+    check_number,
+    counts,
+    label_map,
+    labels_for,
+    name_list,
+    pair_or_int,
+    stage_indices,
+)
 from .errors import CheckpointError
-from .files import atomic_write, read_json
+from .files import atomic_write
 from .labels import renumbered
+from .strict_json import brief, read_json
 
 CONFIG_NAME = "config.json"
 MODEL_TYPES = ("beit", "data2vec-vision")
@@ -43,7 +55,6 @@ ACTIVATIONS = (
 COMPAT = (None, "transformers")
 FEATURE_CONVENTIONS = ("transformers", "unilm")
 FILLER_INDICES = (3, 5, 7, 11)  # written by Data2VecVisionConfig and by transformers before 4.36 at any depth
-LARGEST_COUNT = 1 << 20  # no size of a real model comes near; keeps a stranger's config from asking for terabytes
 
 
 @dataclass(frozen=True, init=False)
@@ -109,39 +120,43 @@ class BeitConfig:
         for f in dataclasses.fields(self):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             self._set(f.name, values.pop(f.name, default))
+        hidden = [name for name in self.extra if name in _NOT_EXTRA]
+        if hidden:
+            raise ValueError(f"config: extra holds {brief(hidden)}, which belong beside it")
         self._set("extra", {**self.extra, **values})
         self._check()
 
     def _check(self) -> None:
         for name in _COUNTS:
-            _check_count(name, getattr(self, name), least=1)
+            check_count(name, getattr(self, name), least=1)
         for name in ("num_hidden_layers", "auxiliary_num_convs"):
-            _check_count(name, getattr(self, name), least=0)
+            check_count(name, getattr(self, name), least=0)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"config: {name} must be true or false, found {getattr(self, name)!r}")
+                raise ValueError(f"config: {name} must be true or false, found {brief(getattr(self, name))}")
         for name in _PROBABILITIES:
-            _check_number(name, getattr(self, name), 0.0, 1.0)
+            check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("initializer_range", "layer_norm_eps", "auxiliary_loss_weight"):
-            _check_number(name, getattr(self, name), 0.0, 1e6)
-        _check_number("layer_scale_init_value", self.layer_scale_init_value, -1e6, 1e6)
+            check_number(name, getattr(self, name), 0.0, 1e6)
+        check_number("layer_scale_init_value", self.layer_scale_init_value, -1e6, 1e6)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"config: {name} must be one of {', '.join(map(str, allowed))}, found {getattr(self, name)!r}"
+                    f"config: {name} must be one of {', '.join(map(str, allowed))}, found {brief(getattr(self, name))}"
                 )
-        for name in ("out_features", "out_indices", "architectures"):
-            if not isinstance(getattr(self, name), (list, tuple, type(None))):
-                raise ValueError(f"config: {name} must be a list, found {getattr(self, name)!r}")
+        if not isinstance(self.out_indices, (list, tuple, type(None))):
+            raise ValueError(f"config: out_indices must be a list, found {brief(self.out_indices)}")
+        for name in ("out_features", "architectures"):
+            self._set(name, name_list(name, getattr(self, name)))
         for name in ("id2label", "label2id"):
             if not isinstance(getattr(self, name), dict) and (name != "label2id" or self.label2id is not None):
-                raise ValueError(f"config: {name} must be a mapping, found {getattr(self, name)!r}")
-        self._set("image_size", _pair_or_int("image_size", self.image_size))
-        self._set("patch_size", _pair_or_int("patch_size", self.patch_size))
-        self._set("pool_scales", _counts("pool_scales", self.pool_scales))
+                raise ValueError(f"config: {name} must be a mapping, found {brief(getattr(self, name))}")
+        self._set("image_size", pair_or_int("image_size", self.image_size))
+        self._set("patch_size", pair_or_int("patch_size", self.patch_size))
+        self._set("pool_scales", counts("pool_scales", self.pool_scales))
         if not isinstance(self.semantic_loss_ignore_index, int) or isinstance(self.semantic_loss_ignore_index, bool):
             raise ValueError(
-                f"config: semantic_loss_ignore_index must be an integer, found {self.semantic_loss_ignore_index!r}"
+                f"config: semantic_loss_ignore_index must be an integer, found {brief(self.semantic_loss_ignore_index)}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -151,8 +166,10 @@ class BeitConfig:
         height, width = self.grid
         if height < 1 or width < 1:
             raise ValueError(f"config: patch_size {self.patch_size} is larger than image_size {self.image_size}")
-        if height * width > 1 << 16:  # (P + 1)^2 index entries must stay addressable
-            raise ValueError(f"config: image_size {self.image_size} gives {height}x{width} patches, more than 65536")
+        if height * width > MOST_PATCHES:
+            raise ValueError(
+                f"config: image_size {self.image_size} gives {height}x{width} patches, more than {MOST_PATCHES}"
+            )
         self._check_labels()
         self._align_stages()
 
@@ -256,6 +273,7 @@ class BeitConfig:
         object.__setattr__(self, name, value)  # the dataclass is frozen for everyone but its own checks
 
     def _check_labels(self) -> None:
+        check_count("num_labels", len(self.id2label), least=0)
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(
                 f"config: id2label must have the keys 0 to {len(self.id2label) - 1}, one per output of the head; "
@@ -271,26 +289,27 @@ class BeitConfig:
             self._set("out_indices", None)
             self._set("out_features", None)
         if self.out_indices is not None:
-            indices = _stage_indices(self.out_indices, len(names))
+            indices = stage_indices(self.out_indices, len(names))
             if self.out_features is not None and tuple(self.out_features) != tuple(names[i] for i in indices):
                 raise ValueError(
-                    f"config: out_features {list(self.out_features)} and out_indices {list(self.out_indices)} "
+                    f"config: out_features {brief(list(self.out_features))} and "
+                    f"out_indices {brief(list(self.out_indices))} "
                     "name different stages; give one of them"
                 )
         elif self.out_features is not None:
             unknown = [name for name in self.out_features if name not in names]
             if unknown:
                 raise ValueError(
-                    f"config: out_features names {unknown}, but the stages are stem, stage1 to {names[-1]}"
+                    f"config: out_features names {brief(unknown)}, but the stages are stem, stage1 to {names[-1]}"
                 )
-            indices = _stage_indices(tuple(names.index(name) for name in self.out_features), len(names))
+            indices = stage_indices(tuple(names.index(name) for name in self.out_features), len(names))
         else:
             indices = (len(names) - 1,)
         self._set("out_features", tuple(names[i] for i in indices))
         self._set("out_indices", tuple(self.out_indices) if self.out_indices is not None else indices)
         if self.add_fpn and len(indices) != 4:
             raise ValueError(
-                f"config: add_fpn needs exactly 4 out_indices, found {list(indices)}; "
+                f"config: add_fpn needs exactly 4 out_indices, found {brief(list(indices))}; "
                 "base-sized models use [3, 5, 7, 11]"
             )
 
@@ -305,16 +324,16 @@ def _normalised(values: dict[str, Any]) -> dict[str, Any]:
     values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
     num_labels = values.pop("num_labels", None)
     if num_labels is not None:
-        values.update(_labels_for(num_labels, values))
+        values.update(labels_for(num_labels, values))
     elif values.get("id2label") is None:
         values.pop("id2label", None)
     else:
-        values["id2label"] = _label_map(values["id2label"])
+        values["id2label"] = label_map(values["id2label"])
     for name in ("pool_scales", "out_features", "out_indices", "architectures"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
     if not isinstance(values.get("extra", {}), dict):
-        raise ValueError(f"config: extra must be a mapping, found {values['extra']!r}")
+        raise ValueError(f"config: extra must be a mapping, found {brief(values['extra'])}")
     return values
 
 
@@ -326,6 +345,7 @@ _COUNTS = (
     "num_channels",
     "auxiliary_channels",
 )
+_NOT_EXTRA = {*BeitConfig.__dataclass_fields__, "num_labels", "segmentation_indices", "stage_names"}
 _FLAGS = (
     "use_mask_token",
     "use_absolute_position_embeddings",
@@ -347,64 +367,5 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
-        raise ValueError(f"config: {name} must be an integer from {least} to {LARGEST_COUNT}, found {value!r}")
-
-
-def _check_number(name: str, value: Any, least: float, most: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
-        raise ValueError(f"config: {name} must be a number from {least:g} to {most:g}, found {value!r}")
-
-
-def _counts(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple)):
-        raise ValueError(f"config: {name} must be a list of integers, found {values!r}")
-    for value in values:
-        _check_count(name, value, least=1)
-    return tuple(values)
-
-
-def _pair_or_int(name: str, value: Any) -> int | tuple[int, int]:
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2:
-            raise ValueError(f"config: {name} must be an integer or a (height, width) pair, found {value!r}")
-        height, width = _counts(name, value)
-        return height, width
-    _check_count(name, value, least=1)
-    return value
-
-
 def _as_pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else value
-
-
-def _stage_indices(indices: Any, count: int) -> tuple[int, ...]:
-    """Checks stage numbers and makes negative ones, counted from the end, positive."""
-    whole = [isinstance(i, int) and not isinstance(i, bool) and -count <= i < count for i in indices]
-    if not all(whole):
-        raise ValueError(f"config: out_indices must be integers from {-count} to {count - 1}, found {list(indices)}")
-    positive = tuple(i % count for i in indices)
-    if list(positive) != sorted(set(positive)):
-        raise ValueError(f"config: out_indices must rise and not repeat, found {list(indices)}")
-    return positive
-
-
-def _label_map(labels: Any) -> dict[int, str]:
-    """id2label with integer keys; JSON has only strings as keys."""
-    if isinstance(labels, dict):
-        try:
-            return {int(key): str(label) for key, label in labels.items()}
-        except (TypeError, ValueError):
-            pass
-    raise ValueError("config: id2label must map class numbers to names")
-
-
-def _labels_for(num_labels: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """id2label and label2id for `num_labels` classes: those of the file if they are as many, else LABEL_0 ..."""
-    _check_count("num_labels", num_labels, least=0)
-    if values.get("id2label") is not None:
-        known = _label_map(values["id2label"])
-        if len(known) == num_labels:
-            return {"id2label": known}
-    return {"id2label": {i: f"LABEL_{i}" for i in range(num_labels)}, "label2id": None}

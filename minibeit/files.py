@@ -1,4 +1,4 @@
-"""Files are written beside their place and renamed into it, so that nobody ever sees half of one; settings are read.
+"""Files are written beside their place and renamed into it, so that nobody ever sees half of one.
 
 A process that is killed while it writes leaves its temporary file behind.  Such files are called
 `.minibeit-HOST-PID-RANDOM.tmp` and are locked by whoever writes them; the next process that writes into the folder
@@ -8,7 +8,6 @@ removes those that nobody holds.
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import platform
@@ -28,7 +27,6 @@ try:
 except ImportError:  # Windows, where a file that someone has open cannot be removed
     fcntl = None  # type: ignore[assignment]
 
-LARGEST_JSON = 64 << 20  # bytes; a config takes a few thousand, with 21,841 class names a few million
 MARK, END = ".minibeit-", ".tmp"
 STALE = 24 * 3600  # seconds after which a temporary of another host, whose locks may not be seen here, is given up
 # Errors of writing, which come without the name of the file.
@@ -110,13 +108,6 @@ def identity(path: str | os.PathLike[str]) -> Any:
     except (OSError, ValueError):
         return os.path.realpath(path)
     return found.st_dev, found.st_ino
-
-
-def read_json(path: Path) -> Any:
-    """The content of a file of settings.  Raises ValueError when it is too large, no UTF-8 or no JSON."""
-    if path.stat().st_size > LARGEST_JSON:
-        raise ValueError("expected a config of a few kilobytes, found more than 64 MB")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def mapped_file(array: Any) -> mmap.mmap | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
+from .strict_json import brief
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
+MOST_PIXELS = 1 << 27
+STRIP_PIXELS = 1 << 20  # of what is converted at once
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
@@ -67,7 +70,7 @@ def load_image(
         name, item = _loaded(item, name, apply_exif_orientation)
     if isinstance(item, Image.Image):
         with _reading(name):
-            item = np.asarray(item if channels is None else _convert_picture(item, channels, name))
+            item = _pixels_of(item, channels, name)
         input_data_format = CHANNELS_LAST
     pixels = _channels_last(_checked_numbers(_as_array(item, name), name), channels, input_data_format, name)
     if pixels.dtype == np.bool_:
@@ -90,7 +93,7 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
                 f"{name}: a segmentation map holds one class id per pixel, expected a grayscale or palette picture, "
                 f"found mode {item.mode}"
             )
-        item = np.asarray(item)
+        item = _pixels_of(item, None, name)
     labels = _checked_numbers(_as_array(item, name), name)
     if labels.ndim != 2:
         raise ImageError(f"{name}: expected a segmentation map of shape (H, W), found {labels.shape}")
@@ -102,8 +105,9 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
 def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = True) -> Image.Image:
     """The decoded picture of a file (of an animation the first frame), turned upright if its EXIF data say how.
 
-    Raises ImageError, naming the file, when it is missing, empty, truncated, no picture, or a decompression bomb:
-    more pixels than Pillow allows, twice `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises ImageError, naming the file, when it is missing, empty, truncated, no picture, or a decompression bomb: more
+    pixels than `most_pixels()`, or than Pillow allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, upright
+    and converted, takes at most 8 bytes per pixel, a WebP 17 (its decoder keeps two frames).
     """
     name, file = str(path), Path(path)
     if name.startswith(("http://", "https://")):
@@ -117,8 +121,32 @@ def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = Tr
         if file.stat().st_size == 0:
             raise ImageError(f"{name}: expected a picture, found an empty file")
         with Image.open(file) as image:
+            _check_pixels(image, name)
             image.load()
+            vars(image).pop("_decoder", None)  # that of a WebP holds two more frames
             return _upright(image) if apply_exif_orientation else image
+
+
+def most_pixels() -> int:
+    """How many pixels a picture may have: MINIBEIT_MAX_PIXELS if set, else 2^27, a third more than 100 megapixels.
+
+    Raises ValueError when the variable is no positive whole number.
+    """
+    text = os.environ.get("MINIBEIT_MAX_PIXELS")
+    if not text:
+        return MOST_PIXELS
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) == 0:
+        raise ValueError(f"MINIBEIT_MAX_PIXELS: expected a positive whole number, found {brief(text)}")
+    return int(text)
+
+
+def _check_pixels(image: Image.Image, name: str) -> None:
+    limit = most_pixels()
+    if image.width * image.height > limit:
+        raise ImageError(
+            f"{name}: expected at most {limit} pixels, found {image.width} x {image.height}; "
+            "set MINIBEIT_MAX_PIXELS to a larger number if you trust it"
+        )
 
 
 @contextmanager
@@ -150,6 +178,7 @@ def _loaded(image: Image.Image, name: str, apply_exif_orientation: bool) -> tupl
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found a picture of {image.width} x {image.height}")
     with _reading(name):
+        _check_pixels(image, name)
         image.load()
         return name, _upright(image) if apply_exif_orientation else image
 
@@ -161,9 +190,31 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(image, name))
+def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarray:  # -> (H, W) or (H, W, C)
+    """The pixels of a picture in that many channels (None: as they are), some rows after the others.
+
+    A conversion needs up to twenty bytes per pixel beside the picture and the result; in strips, next to nothing.
+    """
+    deep = image.mode == "F" or image.mode.startswith("I")
+    to_bytes = _byte_conversion(image, name) if deep and channels is not None else None
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    pixels = np.empty(0)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = image if rows >= height else image.crop((0, top, width, bottom))
+        if to_bytes is not None:
+            strip = Image.fromarray(to_bytes(np.asarray(strip)))
+        part = np.asarray(strip if channels is None else _convert_picture(strip, channels))
+        if rows >= height:
+            return part
+        if top == 0:
+            pixels = np.empty((height, *part.shape[1:]), part.dtype)
+        pixels[top:bottom] = part
+    return pixels
+
+
+def _convert_picture(image: Image.Image, channels: int) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL converts to nothing else
         image = image.convert(image.mode.upper())
     transparent = image.getbands()[-1] == "A" or image.info.get("transparency") is not None
@@ -174,19 +225,30 @@ def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Imag
     return image.convert(MODES[channels])
 
 
-def _eight_bits(image: Image.Image, name: str) -> np.ndarray:
-    values = _checked_numbers(np.asarray(image), name)
-    low, high = values.min(), values.max()
+def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """How values of more than 8 bits become bytes; the extremes of the whole picture tell what they stand for."""
+    low, high = _extremes(image, name)
     if image.mode == "F":
         if low < 0 or high > 255:
             raise ImageError(f"{name}: expected floats within 0..1 or 0..255, found {low:g}..{high:g}")
-        return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
+        return lambda values: np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ImageError(f"{name}: expected 16-bit pixels, found values {low}..{high}")
     # Mode "I" is 32 bits wide and does not say how many are used; older Pillows open 16-bit PNGs so.
     if image.mode == "I" and image.format != "PNG" and high <= 255:
-        return values.astype(np.uint8)
-    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+        return lambda values: values.astype(np.uint8)
+    return lambda values: ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
+def _extremes(image: Image.Image, name: str) -> tuple[Any, Any]:
+    rows = max(1, STRIP_PIXELS // image.width)
+    lows, highs = [], []
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = _checked_numbers(np.asarray(strip), name)
+        lows.append(values.min())
+        highs.append(values.max())
+    return min(lows), max(highs)
 
 
 def _as_array(item: Any, name: str) -> np.ndarray:

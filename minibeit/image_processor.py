@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from .errors import CheckpointError, ImageError
-from .files import atomic_write, read_json
+from .files import atomic_write
 from .image_loading import flatten_images, load_image, load_label_map
 from .image_settings import SETTINGS, ImageSettings
 from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
+from .strict_json import brief, read_json
 
 PROCESSOR_NAME = "preprocessor_config.json"
 IGNORED_LABEL = 255
@@ -156,8 +157,9 @@ class BeitImageProcessor:
             values = {**_OLD_DEFAULTS, **values}
             for name in ("size", "crop_size"):
                 values[name] = _width_first(values[name])
-        kind = str(values.get("image_processor_type", "Beit"))
+        kind = _text(values.get("image_processor_type", "Beit"))
         if not kind.startswith("Beit"):
+            kind = kind if kind.isidentifier() and len(kind) < 80 else brief(kind)
             warnings.warn(f"settings of a {kind} are read as those of a BeitImageProcessor", stacklevel=2)
         for old, new in _RENAMED.items():
             if old in values:
@@ -262,6 +264,10 @@ def _settings(values: dict[str, Any], overrides: dict[str, Any]) -> ImageSetting
     return ImageSettings(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else brief(value)
+
+
 def _width_first(size: Any) -> Any:
     if isinstance(size, (list, tuple)) and len(size) == 2:
         return {"height": size[1], "width": size[0]}
@@ -294,15 +300,15 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
 
 def _labels(item: Any, name: str, settings: ImageSettings) -> np.ndarray:
     labels = load_label_map(item, name, settings.apply_exif_orientation)
-    if settings.do_reduce_labels:
-        if labels.min() < 0:
-            raise ImageError(f"{name}: do_reduce_labels expects class ids from 0 up, found {labels.min()}")
-        labels = reduce_labels(labels)
+    if settings.do_reduce_labels and labels.min() < 0:
+        raise ImageError(f"{name}: do_reduce_labels expects class ids from 0 up, found {labels.min()}")
     as_originals = settings.compat == "transformers"
+    if settings.do_resize and not as_originals:
+        labels = resize_labels(labels, resized_shape(labels.shape, settings.size, name))
+    if settings.do_reduce_labels:
+        labels = reduce_labels(labels)
     if settings.do_resize and as_originals:
         labels = resize(labels[..., None], settings.size, settings.resample, name)[..., 0]
-    elif settings.do_resize:
-        labels = resize_labels(labels, resized_shape(labels.shape, settings.size))
     if settings.do_center_crop:
         labels = center_crop(labels, settings.crop_size, fill=0 if as_originals else IGNORED_LABEL)
     return labels.astype(np.int64)
@@ -315,7 +321,7 @@ def _stacked(arrays: list[np.ndarray], names: list[str]) -> np.ndarray:
                 f"{name}: expected shape {arrays[0].shape} as of {names[0]}, found {array.shape}; "
                 "resize all pictures to one height and width, or process them one by one"
             )
-    return np.stack(arrays)
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
 
 def _resized_logits(logits: np.ndarray, target_sizes: Any) -> list[np.ndarray]:
@@ -330,4 +336,5 @@ def _resized_logits(logits: np.ndarray, target_sizes: Any) -> list[np.ndarray]:
             f"target_sizes: expected {len(logits)} pairs (height, width) of positive whole numbers, one per picture, "
             f"found {target_sizes!r}"
         )
-    return [resize_bilinear(logit[None], (int(h), int(w)))[0] for logit, (h, w) in zip(logits, sizes)]
+    with np.errstate(under="ignore"):  # means of tiny logits may be zero
+        return [resize_bilinear(logit[None], (int(h), int(w)))[0] for logit, (h, w) in zip(logits, sizes)]

@@ -11,6 +11,11 @@ import numpy as np
 from PIL import Image
 
 from .image_loading import MODES
+from .image_transforms import LARGEST_RESULT
+from .strict_json import brief
+
+LARGEST_EDGE = 1 << 16  # pixels
+LARGEST_NUMBER = 1e6  # of factor, mean and deviation, of which the largest in use are 255
 
 _SIZE_KEYS = (
     {"height", "width"},
@@ -43,19 +48,21 @@ class ImageSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, (bool, np.bool_)):
-                raise ValueError(f"{field.name}: expected true or false, found {value!r}")
+                raise ValueError(f"{field.name}: expected true or false, found {brief(value)}")
         if self.compat not in (None, "transformers"):
-            raise ValueError(f"compat: expected None or 'transformers', found {self.compat!r}")
+            raise ValueError(f"compat: expected None or 'transformers', found {brief(self.compat)}")
         self._set("size", size_dict(self.size, "size"))
         self._set("crop_size", size_dict(self.crop_size, "crop_size"))
         if set(self.crop_size) != _SIZE_KEYS[0]:
-            raise ValueError(f"crop_size: expected the keys height and width, found {', '.join(self.crop_size)}")
+            raise ValueError(f"crop_size: expected the keys height and width, found {_listed(self.crop_size)}")
         self._set("resample", _resample(self.resample))
         self._set("rescale_factor", _number(self.rescale_factor, "rescale_factor"))
         self._set("image_mean", _per_channel(self.image_mean, "image_mean"))
         self._set("image_std", _per_channel(self.image_std, "image_std"))
         if np.any(np.asarray(self.image_std) <= 0):
             raise ValueError(f"image_std: expected numbers above 0, found {self.image_std}")
+        if np.any(np.asarray(self.image_std) < 1 / LARGEST_NUMBER):
+            raise ValueError(f"image_std: expected numbers of at least {1 / LARGEST_NUMBER:g}, found {self.image_std}")
         lengths = {len(v) for v in (self.image_mean, self.image_std) if isinstance(v, list)}
         if len(lengths) == 2:
             raise ValueError(
@@ -87,15 +94,33 @@ def size_dict(value: Any, name: str) -> dict[str, int]:
     sizes = {str(k): v for k, v in dict(value).items() if v is not None}
     if set(sizes) not in _SIZE_KEYS:
         allowed = "; ".join(" and ".join(sorted(keys)) for keys in _SIZE_KEYS)
-        raise ValueError(f"{name}: expected the keys {allowed}; found {', '.join(sizes) or 'none'}")
+        raise ValueError(f"{name}: expected the keys {allowed}; found {_listed(sizes)}")
     for key, number in sizes.items():
         try:
             sizes[key] = operator.index(number)
         except TypeError:
             sizes[key] = 0
         if sizes[key] < 1 or isinstance(number, bool):
-            raise ValueError(f"{name}: expected whole numbers of pixels, at least 1, found {key} {number!r}")
+            raise ValueError(f"{name}: expected whole numbers of pixels, at least 1, found {key} {brief(number)}")
+        if sizes[key] > LARGEST_EDGE:
+            raise ValueError(f"{name}: expected at most {LARGEST_EDGE} pixels, found {key} {brief(number)}")
+    area = _least_area(sizes)
+    if area > LARGEST_RESULT:
+        raise ValueError(f"{name}: expected at most {LARGEST_RESULT} pixels in all, found {sizes}, which gives {area}")
     return sizes
+
+
+def _least_area(sizes: dict[str, int]) -> int:
+    """Of what `sizes` always gives; proportions may make it more, which is looked at when a picture is there."""
+    if "height" in sizes:
+        return sizes["height"] * sizes["width"]
+    return sizes["shortest_edge"] ** 2 if "shortest_edge" in sizes and "longest_edge" not in sizes else 0
+
+
+def _listed(keys: Any) -> str:
+    """The first few keys of a stranger's dictionary."""
+    shown = [key if key.isidentifier() and len(key) < 40 else brief(key) for key in list(keys)[:6]]
+    return ", ".join(shown + ["..."] * (len(keys) > 6)) or "none"
 
 
 def _resample(value: Any) -> int:
@@ -104,17 +129,22 @@ def _resample(value: Any) -> int:
     except ValueError:
         known = ", ".join(f"{filter.value} {filter.name.lower()}" for filter in Image.Resampling)
         raise ValueError(
-            f"resample: expected the number of one of Pillow's filters ({known}), found {value!r}"
+            f"resample: expected the number of one of Pillow's filters ({known}), found {brief(value)}"
         ) from None
 
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, (bool, str)) or not np.isscalar(value) or not np.isreal(value) or not np.isfinite(value):
-        raise ValueError(f"{name}: expected a number, found {value!r}")
-    return float(value)  # type: ignore[arg-type]
+        raise ValueError(f"{name}: expected a number, found {brief(value)}")
+    number = float(value)  # type: ignore[arg-type]
+    if not -LARGEST_NUMBER <= number <= LARGEST_NUMBER:
+        raise ValueError(f"{name}: expected a number within {LARGEST_NUMBER:g} of 0, found {brief(value)}")
+    return number
 
 
 def _per_channel(value: Any, name: str) -> float | list[float]:
     if isinstance(value, (list, tuple, np.ndarray)):
+        if len(value) > max(MODES):  # whose number is wrong anyway
+            raise ValueError(f"{name}: expected 1, 3 or 4 numbers, found {len(value)}")
         return [_number(v, name) for v in value]
     return _number(value, name)

@@ -6,6 +6,9 @@ import numpy as np
 from PIL import Image
 
 from .errors import ImageError
+from .image_loading import most_pixels
+
+LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped picture: 8192 x 8192, 800 MB as float32 of three channels
 
 
 def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
@@ -15,10 +18,12 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     levels and come back as float32 in 0..1.  Raises ImageError for other values.
     Source: image_transforms.resize of transformers 5, equal to it in every bit.
     """
-    height, width = resized_shape(pixels.shape[:2], size)
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # the limit of Pillow for what it opens
-    if 0 < limit < height * width:
-        raise ImageError(f"{name}: resizing by {size} gives {height} x {width}, more than {limit} pixels")
+    height, width = resized_shape(pixels.shape[:2], size, name)
+    if pixels.shape[0] * width > most_pixels():  # Pillow resizes rows first, and then columns
+        raise ImageError(
+            f"{name}: expected a picture less elongated, found {pixels.shape[0]} x {pixels.shape[1]}; "
+            f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
+        )
     levels, in_unit_range = _to_bytes(pixels, name)
     picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
     resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
@@ -27,12 +32,21 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     return _multiplied(resized, 1 / 255) if in_unit_range else resized
 
 
-def resized_shape(shape: tuple[int, ...], size: dict[str, int]) -> tuple[int, int]:
+def resized_shape(shape: tuple[int, ...], size: dict[str, int], name: str = "image") -> tuple[int, int]:
     """The (height, width) that `size` asks for, given the (H, W) of a picture; proportions are rounded down.
 
     shortest_edge s: the shorter edge becomes s.  With longest_edge l, s shrinks until the longer edge fits l.
     max_height, max_width: the largest picture that fits (small ones grow).
+    Raises ImageError for more than LARGEST_RESULT pixels, or more than Pillow opens.
     """
+    height, width = _proportional_shape(shape, size)
+    limit = min(LARGEST_RESULT, 2 * (Image.MAX_IMAGE_PIXELS or LARGEST_RESULT))
+    if height * width > limit:
+        raise ImageError(f"{name}: resizing by {size} gives {height} x {width}, more than {limit} pixels")
+    return height, width
+
+
+def _proportional_shape(shape: tuple[int, ...], size: dict[str, int]) -> tuple[int, int]:
     height, width = shape
     if "height" in size:
         return size["height"], size["width"]
@@ -78,7 +92,10 @@ def to_pixel_values(
         return np.ascontiguousarray(np.moveaxis(_scaled(pixels, factor, mean, std), -1, 0), dtype=np.float32)
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], pixels.shape[-1], axis=1)
     table = _scaled(levels, factor, mean, std).astype(np.float32)  # a byte has 256 values: look them up
-    return np.stack([table[pixels[..., channel], channel] for channel in range(pixels.shape[-1])])
+    values = np.empty((pixels.shape[-1], *pixels.shape[:-1]), np.float32)
+    for channel, plane in enumerate(values):
+        np.take(table[:, channel], pixels[..., channel], out=plane, mode="clip")  # "raise" would buffer the output
+    return values
 
 
 def reduce_labels(labels: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -333,10 +334,25 @@ def random_arrays(
 
     Normal(0, initializer_range) for the weights of linear layers and convolutions, the layer scale's start value for
     lambda_1 and lambda_2, ones for the scales and variances of norms, zeros for everything else (tokens, position
-    embeddings, bias tables and biases).
+    embeddings, bias tables and biases).  Raises ValueError, before anything is allocated, for more than the machine's
+    memory.
     """
+    needed, memory = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values())), _memory_bytes()
+    if needed > memory:
+        raise ValueError(
+            f"config: random weights of these {len(shapes)} shapes take {needed:,} bytes, more than the {memory:,} of "
+            "this machine's memory; make the sizes smaller"
+        )
     rng = np.random.default_rng(seed)
     return {name: _random_array(name, shape, config, rng).astype(dtype) for name, shape in shapes.items()}
+
+
+def _memory_bytes() -> float:
+    """All the memory of the machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def _random_array(name: str, shape: tuple[int, ...], config: BeitConfig, rng: np.random.Generator) -> np.ndarray:

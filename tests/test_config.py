@@ -16,7 +16,7 @@ BAD = {
     "vocab_size must be an integer from 1": dict(vocab_size=0),
     "num_attention_heads must be an integer": dict(num_attention_heads=True),
     "num_hidden_layers must be an integer from 0": dict(num_hidden_layers=-1),
-    "intermediate_size must be an integer from 1 to 1048576, found 1099511627776": dict(intermediate_size=1 << 40),
+    "intermediate_size must be an integer from 1 to 131072, found 1099511627776": dict(intermediate_size=1 << 40),
     "hidden_act must be one of gelu, .* found 'softmax'": dict(hidden_act="softmax"),
     r"hidden_act must be one of .* found \['gelu'\]": dict(hidden_act=["gelu"]),
     "layer_norm_eps must be a number from 0 to 1e.06, found nan": dict(layer_norm_eps=float("nan")),
@@ -28,7 +28,7 @@ BAD = {
     "image_size must be an integer or a .height, width. pair": dict(image_size=[1, 2, 3]),
     "image_size must be an integer from 1 to .*, found -1": dict(image_size=[16, -1]),
     "patch_size 16 is larger than image_size 8": dict(image_size=8),
-    "gives 32768x32768 patches, more than 65536": dict(image_size=1 << 19),
+    "gives 4096x4096 patches, more than 65536": dict(image_size=1 << 16),
     "use_mean_pooling must be true or false, found 1": dict(use_mean_pooling=1),
     "use_mask_token must be true or false, found None": dict(use_mask_token=None),
     "pool_scales must be a list of integers": dict(pool_scales=5),
@@ -165,7 +165,7 @@ def test_missing_file(tmp_path):
         ('{"hidden_size": 7}', "hidden_size 7 is not divisible"),
         ('{"out_indices": 5}', "out_indices must be a list"),
         ("\0\0\0", "Expecting value"),
-        ("[" * 100000, "recursion"),
+        ("[" * 100000, "nested too deeply: more than 64 levels"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, text, message):

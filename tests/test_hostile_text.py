@@ -26,8 +26,8 @@ from minibeit import BeitForImageClassification, text
 from minibeit.checkpoint.formats import read_tensors, write_safetensors
 from minibeit.cli import COMMANDS
 from minibeit.errors import CheckpointError, DeviceError, ImageError
-from minibeit.verify.check import Job
-from minibeit.verify.exact import task_class
+from minibeit.verify.float64_model import task_class
+from minibeit.verify.lockstep import Job
 from minibeit.verify.trace_file import save_trace
 
 # ANSI and its 8-bit form, a title, a bell, NUL, backspace, DEL, line ends, directions, and what cannot be seen.

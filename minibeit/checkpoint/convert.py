@@ -18,6 +18,7 @@ from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from ..files import scratch_folder
 from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
+from ..strict_json import read_json
 from .formats import PREPARED_NAME
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
 from .names import IGNORED
@@ -162,7 +163,7 @@ def _processor(
     entry = known.get(source) or known.get(Path(source).stem) or known.get(f"timm/{Path(source).stem}")
     if file.is_file():
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = read_json(file)
         except ValueError as error:
             raise CheckpointError(f"{file}: {error}") from None
         if not isinstance(settings, dict):

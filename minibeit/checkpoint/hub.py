@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from .. import labels
 from ..errors import CheckpointError
+from ..strict_json import read_json
 from ..text import LONGEST_NAME, shortened
 from .formats import FOLDER_FILES
 
@@ -212,7 +212,7 @@ def _shards(main: Path) -> list[str]:
     if not main.name.endswith(".index.json"):
         return []
     try:
-        names = sorted(set(json.loads(main.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(main)["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{main}: is no index of shards ({_sentence(error)})") from None

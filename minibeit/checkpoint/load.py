@@ -14,8 +14,8 @@ import numpy as np
 from .. import labels
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
-from ..files import read_json
 from ..params import TASKS, param_shapes, random_arrays
+from ..strict_json import read_json
 from ..text import shown_name
 from .formats import PREPARED_NAME, Loaded, load_file
 from .hub import resolve

@@ -75,7 +75,7 @@ class Reader:
         if code in FIXED:
             return self.number(FIXED[code])
         if 0xD4 <= code <= 0xD8:
-            return self.extension(1 << (code - 0xD4))
+            return self.extension(1 << (code - 0xD4), depth)
         if code not in LENGTHS:
             raise self.source.error(f"the byte 0x{code:02x} at offset {self.position - 1:,} is not msgpack")
         kind, layout = LENGTHS[code]
@@ -85,7 +85,7 @@ class Reader:
         if kind == "str":
             return self.text(length)
         if kind == "ext":
-            return self.extension(length)
+            return self.extension(length, depth)
         return self.list(length, depth) if kind == "list" else self.map(length, depth)
 
     def text(self, length: int) -> str:
@@ -115,14 +115,14 @@ class Reader:
         if values > len(self.data) - self.position:
             raise self.source.error(f"a msgpack container claims {values:,} values, more than the bytes left")
 
-    def extension(self, length: int) -> Stored:
+    def extension(self, length: int, depth: int) -> Stored:
         kind = self.number(">b")
         payload = self.take(length)
         if kind not in (1, 3):
             raise self.source.error(f"holds a msgpack extension of type {kind}; Flax arrays have 1, its scalars 3")
         inner = Reader(self.source, payload)
         inner.values = self.values  # one budget for all, or many arrays could each spend it
-        fields = inner.value(0)
+        fields = inner.value(depth + 1)  # the depth goes on too: an extension may hold extensions
         self.values = inner.values
         if not isinstance(fields, list) or len(fields) != 3 or inner.position != len(payload):
             raise self.source.error("holds a msgpack array that is not [shape, dtype, bytes]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import stat
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minibeit import strict_json
 from minibeit.errors import CheckpointError
 
 MAX_JSON = 2 << 20  # the header of BEiT-large takes 60 KB; parsing may take 24 times the text in memory
@@ -74,47 +74,16 @@ def shown(text: Any) -> str:
 
 
 def parse_json(source: Source, text: memoryview, what: str) -> dict[str, Any]:
-    """A JSON object without repeated keys, without integers beyond 64 bits, of at most MAX_JSON bytes."""
+    """A JSON object of at most MAX_JSON bytes; see `strict_json.parse_json`.  Raises CheckpointError."""
     if len(text) > MAX_JSON:
         raise source.error(f"{what} has {len(text):,} bytes, more than the {MAX_JSON:,} that are read")
     try:
-        value = json.loads(
-            bytes(text).decode("utf-8"), object_pairs_hook=_unique, parse_int=_integer, parse_constant=_constant
-        )
-    except _Refused as error:
-        raise source.error(f"{what} {error}") from None
-    except UnicodeDecodeError:
-        raise source.error(f"{what} is not UTF-8 text") from None
-    except RecursionError:
-        raise source.error(f"{what} is nested too deeply") from None
+        value = strict_json.parse_json(bytes(text), MAX_JSON, most_values=MAX_JSON)
     except ValueError as error:
-        raise source.error(f"{what} is not JSON ({error})") from None
+        raise source.error(f"{what} {error}") from None
     if not isinstance(value, dict):
         raise source.error(f"{what} is not a JSON object")
     return value
-
-
-class _Refused(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Refused(f"has the key {shown(twice)} twice")
-    return result
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 19:  # converting a long run of digits takes quadratic time
-        raise _Refused(f"has an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _constant(name: str) -> float:
-    raise _Refused(f"has the value {name}, which is not JSON")
 
 
 def file_in_folder(folder: Path, name: str, source: str) -> Path:

@@ -156,7 +156,7 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 def narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     """Floats in another dtype ("bfloat16" as uint16 bits); a value that would become infinite is refused."""
-    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is refused below, a signalling NaN turns quiet
+    with np.errstate(all="ignore"):  # an overflow is refused below, a signalling NaN turns quiet, tiny values are 0
         if dtype == "bfloat16":
             result = float32_to_bfloat16(array.astype(np.float32, copy=False))
             infinite = (result & 0x7FFF) == 0x7F80

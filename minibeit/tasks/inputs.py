@@ -8,10 +8,14 @@ from ..config import BeitConfig
 from ..ops import Ops
 
 Array = Any
+LARGEST_PIXEL = 1e12  # the squares of larger ones leave float32 in the first layer norm, and all outputs become NaN
+LARGEST_HALF_PIXEL = 1e3  # the same in float16
 
 
 def checked_pixels(ops: Ops, pixel_values: Any, config: BeitConfig, dtype: str) -> Array:  # -> (B, C, height, width)
     """`pixel_values` in the model's dtype: finite, of whole patches."""
+    if "complex" in str(getattr(pixel_values, "dtype", "")):  # NumPy would drop the imaginary part with a warning
+        raise ValueError(f"pixel_values: expected real numbers, found {pixel_values.dtype}")
     try:
         x = ops.stage(pixel_values, dtype)
     except (TypeError, ValueError) as error:
@@ -30,8 +34,10 @@ def checked_pixels(ops: Ops, pixel_values: Any, config: BeitConfig, dtype: str) 
             f"pixel_values: expected at least one image, height and width multiples of the patch size {ph}x{pw}, "
             f"found shape {tuple(x.shape)}"
         )
-    if not ops.all_finite(x):
-        raise ValueError("pixel_values: found NaN or infinite values; check the image and its normalisation")
+    most = LARGEST_HALF_PIXEL if dtype == "float16" else LARGEST_PIXEL
+    if not ops.all_finite(x, most):
+        what = f"values beyond {most:g}" if ops.all_finite(x) else "NaN or infinite values"
+        raise ValueError(f"pixel_values: found {what}; check the image and its normalisation")
     return ops.asarray(x, dtype)
 
 

@@ -32,6 +32,7 @@ from ..checkpoint.formats import load_file
 from ..config import BeitConfig
 from ..files import atomic_write
 from ..params import TASKS
+from ..strict_json import parse_json
 from ..trace import Trace
 from .lockstep import Job
 from .streams import TraceSource, host
@@ -85,7 +86,7 @@ class TraceFile(Mapping[str, np.ndarray]):
         """The config it was made with, if it says."""
         text = self.metadata.get("config")
         try:
-            return None if text is None else BeitConfig.from_dict(json.loads(text))
+            return None if text is None else BeitConfig.from_dict(parse_json(text))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: the config in its metadata cannot be used: {error}") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...params import table_rows
+from .. import reference
 from .device import cupy
 from .kernels import DTYPES, model_dtype, visible
 
@@ -92,12 +93,14 @@ def concatenate(arrays: Sequence[Array], axis: int) -> Array:
     return cupy.concatenate(arrays, axis)
 
 
-def all_finite(x: Array) -> bool:
+def all_finite(x: Array, most: float | None = None) -> bool:
     """See `reference.all_finite`; looks where the array is."""
     if isinstance(x, cupy.ndarray):
-        return bool(cupy.isfinite(x).all())
+        return bool((cupy.isfinite(x) if most is None else cupy.absolute(x) <= most).all())
     flat = x.reshape(-1)
-    pieces = _piece_by_piece(lambda piece: bool(np.isfinite(flat[piece]).all()), flat.size, PIECE_BYTES // x.itemsize)
+    pieces = _piece_by_piece(
+        lambda piece: reference.all_finite(flat[piece], most), flat.size, PIECE_BYTES // x.itemsize
+    )
     return all(pieces)
 
 

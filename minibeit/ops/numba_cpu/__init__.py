@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
@@ -51,6 +52,12 @@ def warmup() -> float:
 
 def num_threads(count: int | None) -> Any:  # type: ignore[no-redef]
     """Context manager: ops called within, from this Python thread, use `count` threads (None: as before)."""
+    from ..reference import num_threads as without_underflow
     from .pool import num_threads
 
-    return num_threads(count)
+    @contextmanager
+    def session() -> Iterator[None]:
+        with without_underflow(count), num_threads(count):  # NumPy serves some of the ops
+            yield
+
+    return session()

@@ -40,6 +40,18 @@ class PackedLinear:
         return self.panels.transpose(0, 2, 1).reshape(-1, self.steps)[: self.out]
 
 
+class Hollow(np.ndarray):
+    """An array that only stands for its shape, and so do its views: what packs it makes the panels and leaves them.
+
+    A type of its own, since any property of an array (such as strides of 0) may come from a file.
+    """
+
+
+def hollow(shape: tuple[int, ...]) -> Hollow:
+    """A float32 array of any shape that takes four bytes."""
+    return np.broadcast_to(np.float32(0), shape).view(Hollow)
+
+
 _pack = Kernel("minibeit.ops.numba_cpu.kernels.pack", "pack")
 
 
@@ -49,16 +61,11 @@ def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.nd
     panels = -(-out // NR)
     if into is None:
         into = aligned((panels, steps, NR))
-    if is_hollow(matrix):
+    if isinstance(matrix, Hollow):
         return into
     addresses = (matrix.ctypes.data, matrix.strides[0], out, steps, matrix.strides[1], into.ctypes.data)
     run(_pack, panels, (*addresses, 0 if scale is None else scale.ctypes.data))
     return into
-
-
-def is_hollow(array: np.ndarray) -> bool:
-    """Whether an array is one number seen many times: it stands for a shape, and packing it would be wasted."""
-    return array.size > 1 and not any(array.strides)
 
 
 def padded_bias(bias: np.ndarray | None, out: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 
 from ...params import flatten, unflatten
 from .memory import aligned
+from .pack import hollow
 from .prepare import prepare
 from .target import NR, TILE
 
+_SLACK = 16 << 20  # bytes
 VERSION = 2  # of what `prepare` makes; one more whenever its arrays change
 LAYOUT = f"numba {VERSION}, {TILE.name}, panels of {NR} columns"
 
@@ -29,8 +32,24 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
     """
     if layout != LAYOUT:
         raise ValueError(f"was prepared as '{layout}', but this machine and version read '{LAYOUT}'; prepare it again")
-    hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in flatten(shapes).items()}
-    return _filled(prepare(unflatten(shapes, hollow)), "", arrays)
+    named = flatten(shapes)
+    _check_size(named, arrays)
+    return _filled(prepare(unflatten(shapes, {name: hollow(shape) for name, shape in named.items()})), "", arrays)
+
+
+def _check_size(shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for shapes that the arrays come nowhere near filling, before panels are made for them.
+
+    Packing never makes a matrix smaller, so all matrices together take no more than the arrays do; a small lack is
+    left to the check of each array, which can name it.
+    """
+    needed = sum(4 * math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+    found = sum(array.nbytes for array in arrays.values())
+    if needed > found + _SLACK:
+        raise ValueError(
+            f"holds {found:,} bytes, but the weights that its config describes take {needed:,}; "
+            "was it prepared for another task or config?"
+        )
 
 
 def _arrays(node: Any, path: str) -> Iterator[tuple[str, np.ndarray]]:

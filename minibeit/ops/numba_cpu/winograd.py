@@ -15,7 +15,7 @@ import numpy as np
 from .gemm import PLAIN, panel_group, run_products
 from .machine_code import Kernel
 from .memory import aligned, padded
-from .pack import is_hollow, padded_bias
+from .pack import Hollow, padded_bias
 from .pool import run
 from .target import LANES, MR, NR, STEPS
 
@@ -49,7 +49,7 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
     """Transformed weights of a convolution (out, in, 3, 3) whose outputs are multiplied by `scale` (out,)."""
     out, channels = weight.shape[:2]
     panels = aligned((POINTS, -(-out // NR), channels, NR))
-    if is_hollow(weight):
+    if isinstance(weight, Hollow):
         return PackedWinograd(panels, out)
     if weight.strides[2:] != (12, 4):
         weight = np.ascontiguousarray(weight)

@@ -27,8 +27,11 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
-    """Context in which ops use `count` threads; here it does nothing, since NumPy follows its BLAS's settings."""
-    return nullcontext()
+    """Context of a call; `count` means nothing here, since NumPy follows its BLAS's settings.
+
+    Underflow is no error in it whatever the caller's `np.errstate` says: softmax rounds small probabilities to zero.
+    """
+    return np.errstate(under="ignore")
 
 
 def queued(wanted: bool = True) -> AbstractContextManager[Any]:
@@ -62,9 +65,11 @@ def concatenate(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
     return np.concatenate(arrays, axis)
 
 
-def all_finite(x: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite."""
-    return bool(np.isfinite(x).all())
+def all_finite(x: np.ndarray, most: float | None = None) -> bool:
+    """Whether no element is NaN or infinite, or beyond -most ... most."""
+    if most is None or not x.size:
+        return bool(np.isfinite(x).all())
+    return bool(-most <= x.min() and x.max() <= most)  # either is NaN if any element is
 
 
 def tokens_to_map(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:  # (B, N, D) -> (B, D, gh, gw)
