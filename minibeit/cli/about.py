@@ -55,10 +55,10 @@ def _backend() -> str:
 
 
 def _kernels() -> str:
-    from ..ops.numba_cpu.target import cache_folder
+    from ..ops.numba_cpu import cache
 
-    folder = cache_folder()
-    return f"{folder} ({'there' if folder.is_dir() else 'not made yet'})"
+    folder = cache.folder()
+    return "no folder is safe to keep them in" if folder is None else str(folder)
 
 
 def _versions(names: tuple[str, ...], missing: bool = False) -> Iterator[str]:
