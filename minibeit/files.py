@@ -76,7 +76,8 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             if lock is None or _mine(lock, folder):
                 break
     try:
-        yield folder
+        with _naming(path):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
@@ -179,7 +180,8 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         named = os.fspath(error.filename) if isinstance(error.filename, (str, os.PathLike)) else ""
-        if not Path(named).name.startswith(MARK) and not (error.filename is None and error.errno in _NAMELESS):
+        temporary = any(part.startswith(MARK) for part in Path(named).parts)
+        if not temporary and not (error.filename is None and error.errno in _NAMELESS):
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 

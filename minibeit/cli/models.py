@@ -8,6 +8,10 @@ from typing import Any
 from .terminal import note, out, print_json, table
 
 HELP = "list the published checkpoints: task, size, parameters, labels, licence"
+DESCRIPTION = """\
+Lists the published checkpoints.  Those from the Hub are models by their id, --model ID; of those from a file,
+`minibeit download ID` says where it is.  MB are those of float32, as which nearly all are published.
+"""
 EXAMPLES = """\
   minibeit models
   minibeit models large imagenet-1k
@@ -15,7 +19,7 @@ EXAMPLES = """\
 """
 COLUMNS = ("id", "task", "size", "pixels", "parameters", "MB", "labels", "licence", "from")
 SEARCHED = ("id", "task", "size", "labels")
-BYTES = 4  # of a float32, as which nearly all are published
+BYTES = 4  # of a float32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
     elif found:
         for line in table([COLUMNS, *found.values()], right=(3, 4, 5)):
             out(line)
-        if any("file" in labels.manifest()[id] for id in found):
-            note("those from a file: `minibeit download ID` says where it is")
     return 0 if found else 1
 
 
