@@ -19,7 +19,7 @@ from llvmlite import binding as llvm
 from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool, target
+from minibeit.ops.numba_cpu import gemm, machine_code, memory, pool, queue, target
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -32,7 +32,13 @@ def layer_and_rows(rows=70, steps=96, out=130):
     return OPS.prepare(layer), rng.standard_normal((rows, steps), dtype=np.float32)
 
 
-def test_the_same_bits_at_any_number_of_threads():
+@pytest.fixture
+def many_cpus(monkeypatch):
+    """As many threads work as are asked for, also where that is more than this machine has CPUs."""
+    monkeypatch.setattr(pool, "usable_cpus", lambda: 1000)
+
+
+def test_the_same_bits_at_any_number_of_threads(many_cpus):
     layer, x = layer_and_rows(400, 96, 400)
     with numba_cpu.num_threads(1):
         expected = OPS.linear(x, layer).copy()
@@ -43,7 +49,7 @@ def test_the_same_bits_at_any_number_of_threads():
     assert threading.active_count() >= 4  # the workers are there: the equality above was earned
 
 
-def test_more_threads_than_a_job_has_shares_or_tasks():
+def test_more_threads_than_a_job_has_shares_or_tasks(many_cpus):
     layer, x = layer_and_rows(400, 96, 400)
     expected = OPS.linear(x, layer).copy()
     with numba_cpu.num_threads(pool.SHARES + 3):
@@ -51,7 +57,7 @@ def test_more_threads_than_a_job_has_shares_or_tasks():
             assert np.array_equal(OPS.linear(x, layer), expected)
 
 
-def test_every_task_is_done_once_whoever_does_it():
+def test_every_task_is_done_once_whoever_does_it(many_cpus):
     """A kernel that adds 1 at its task's place, for numbers of tasks around the number of threads."""
     done = np.zeros(1000, np.float32)
     kernel = machine_code.Kernel("count_tasks", "count_task")
@@ -59,7 +65,7 @@ def test_every_task_is_done_once_whoever_does_it():
         for tasks in (1, 2, 3, 5, 7, 8, 1000):
             done[:] = 0
             with numba_cpu.num_threads(threads):
-                pool.run(kernel, tasks, (done.ctypes.data,))
+                queue.run(kernel, tasks, (memory.operand(done),), ())
             assert (done[:tasks] == 1).all() and not done[tasks:].any(), (threads, tasks)
 
 
@@ -149,10 +155,10 @@ def test_pages_of_a_mapped_file_are_released_and_come_back(tmp_path):
     path = tmp_path / "weights"
     np.arange(1_000_000, dtype=np.float32).tofile(path)
     mapped = np.memmap(path, np.float32, "r").reshape(1000, 1000)
-    pack.release_pages(mapped[10:900])
+    memory.release_pages(mapped[10:900])
     assert np.array_equal(mapped.reshape(-1), np.arange(1_000_000, dtype=np.float32))
     owned = np.ones((1000, 1000), np.float32)
-    pack.release_pages(owned)
+    memory.release_pages(owned)
     assert (owned == 1).all()  # dropping pages that no file backs would lose them
 
 

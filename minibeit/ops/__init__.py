@@ -71,7 +71,7 @@ def get_ops(
             table["prepare"] = functools.partial(fast.prepare, keep_source=True)
         for name in table:
             if origin[name] == "numpy" and name != "prepare":
-                op = fast.settled(table[name])
+                op = fast.synchronous(table[name])
                 table[name] = op if only is None else _on_sources(op)
     return SimpleNamespace(backend=backend, origin=origin, **table)
 

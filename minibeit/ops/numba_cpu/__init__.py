@@ -5,8 +5,9 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 
 target.py             the CPU: its vectors, the register tile of the matrix product
 kernels/              what is compiled: imported only where a kernel is not on disk yet
-machine_code.py, pool.py   machine code that is kept on disk, and the threads that run it
-memory.py, inputs.py  memory of results, addresses of arguments
+machine_code.py, pool.py, cpus.py   machine code that is kept on disk, and the threads that run it
+memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels that wait for their turn
+guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops
 """
@@ -67,8 +68,8 @@ if not COMPILED:
         """The parameters as they are: without a compiler NumPy serves every op."""
         return params
 
-    def settled(op: Callable[..., Any]) -> Callable[..., Any]:
-        """The op as it is: nothing waits."""
+    def synchronous(op: Callable[..., Any]) -> Callable[..., Any]:
+        """The op as it is: nothing is queued."""
         return op
 
 else:
@@ -88,9 +89,9 @@ else:
         project_qkv,
         resize_bilinear,
     )  # fmt: skip
-    from .pool import deferred
-    from .pool import settled as settled
     from .prepare import prepare
+    from .queue import deferred
+    from .queue import synchronous as synchronous
     from .stored import dump, restore
 
 
