@@ -19,7 +19,7 @@ from llvmlite import binding as llvm
 from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import gemm, machine_code, memory, pool, queue, target
+from minibeit.ops.numba_cpu import cpus, gemm, machine_code, memory, pool, queue, target
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -98,6 +98,112 @@ def test_a_forked_child_has_workers_of_its_own():
     if child == 0:
         os._exit(0 if np.array_equal(OPS.linear(x, layer), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture
+def new_pool(monkeypatch):
+    """A pool without workers, as a process begins with one."""
+    monkeypatch.setattr(pool, "_pool", pool._Pool())
+    return pool._pool
+
+
+def test_no_more_threads_work_than_the_process_has_cpus(new_pool, monkeypatch):
+    """They would take turns on the CPUs, spinning: 64 threads on one CPU once took 22 times as long as one."""
+    with numba_cpu.num_threads(1):
+        layer, x = layer_and_rows(400, 96, 400)
+    with numba_cpu.num_threads(64):
+        monkeypatch.setattr(pool, "usable_cpus", lambda: 1)
+        expected = OPS.linear(x, layer).copy()
+        assert not new_pool.workers
+        monkeypatch.setattr(pool, "usable_cpus", lambda: 3)
+        assert np.array_equal(OPS.linear(x, layer), expected)
+        assert len(new_pool.workers) == 2
+
+
+def test_threads_that_cannot_be_started_are_done_without(new_pool, many_cpus, monkeypatch):
+    with numba_cpu.num_threads(1):
+        layer, x = layer_and_rows(400, 96, 400)
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if len(started) >= 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with numba_cpu.num_threads(1):
+        expected = OPS.linear(x, layer).copy()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with numba_cpu.num_threads(5):
+        for _ in range(3):
+            assert np.array_equal(OPS.linear(x, layer), expected)
+    assert len(new_pool.workers) == len(started) == 2
+
+
+MODES = {"flush to zero": 0x9FC0, "round down": 0x3F80, "round up": 0x5F80, "round to zero": 0x7F80}  # MXCSR
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="sets a register of x86")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_mode_of_floating_point_changes_nothing_and_is_left_alone(mode, many_cpus):
+    """Each thread has its own, and it once depended on who did which task."""
+    set_mode, get_mode = (machine_code.Kernel("count_tasks", name, 1) for name in ("set_mode", "get_mode"))
+    layer, x = layer_and_rows(400, 96, 400)
+    x *= np.float32(1e-38)  # products below are denormal
+    expected = OPS.linear(x, layer).copy()
+    assert (np.abs(expected) < np.finfo(np.float32).tiny).any() and expected.any()
+    place = np.zeros(1, np.int64)
+    found = []
+    get_mode.load()
+    for threads in (1, 2, 3):
+        with numba_cpu.num_threads(threads):
+            set_mode(MODES[mode])
+            try:
+                found += [OPS.linear(x, layer) for _ in range(5)]
+                get_mode(memory.operand(place).address)
+            finally:
+                set_mode(0x1F80)
+        assert place[0] & ~0x3F == MODES[mode] & ~0x3F  # but for the flags of what happened
+    assert all(np.array_equal(y, expected) for y in found)
+
+
+V1 = "7:cpu,cpuacct:/shop\n3:memory:/shop\n"
+V2 = "0::/system/shop\n"
+
+
+@pytest.mark.parametrize(
+    "membership, files, expected",
+    [
+        (V2, {}, None),
+        (V2, {"system/shop/cpu.max": "max 100000"}, None),
+        (V2, {"system/shop/cpu.max": "150000 100000"}, 1.5),
+        (V2, {"system/shop/cpu.max": "400000 100000", "system/cpu.max": "50000 100000"}, 0.5),
+        (V2, {"cpu.max": "200000 100000"}, 2.0),  # a container sees its own group as the root
+        (V2, {"system/shop/cpu.max": "what is this"}, None),
+        (V1, {"cpu,cpuacct/shop/cpu.cfs_quota_us": "-1", "cpu,cpuacct/shop/cpu.cfs_period_us": "100000"}, None),
+        (V1, {"cpu,cpuacct/shop/cpu.cfs_quota_us": "250000", "cpu,cpuacct/shop/cpu.cfs_period_us": "100000"}, 2.5),
+        (V1, {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        (V1, {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "0"}, None),
+        ("nonsense", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_quotas_of_control_groups(membership, files, expected, tmp_path):
+    file, root = tmp_path / "cgroup", tmp_path / "fs"
+    if membership is not None:
+        file.write_text(membership)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    assert cpus.cpu_quota(file, root) == expected
+
+
+@pytest.mark.parametrize("quota, threads", [(None, 7), (0.5, 1), (1.5, 2), (30.0, 7)])
+def test_the_default_number_of_threads_follows_mask_and_quota(quota, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    monkeypatch.setattr(cpus, "_own_quota", lambda: quota)
+    monkeypatch.delenv("MINIBEIT_NUM_THREADS", raising=False)
+    assert pool.default_num_threads.__wrapped__() == threads
 
 
 def test_workers_sleep_and_wake():

@@ -50,10 +50,10 @@ def cpu_quota(membership: Path, root: Path) -> float | None:
 
 def _quota(folder: Path) -> list[float]:
     """The quota that stands in a group's folder, if there is one."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (folder / "cpu.max").read_text().split()
         return [] if quota == "max" else [int(quota) / int(period)]
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return [int(quota) / int(period)] if int(quota) > 0 else []
     return []
