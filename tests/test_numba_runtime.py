@@ -16,7 +16,7 @@ from other_process import SMALL, run_python
 from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import gemm, machine_code, memory, pack, pool
+from minibeit.ops.numba_cpu import cpus, gemm, machine_code, memory, pool, queue
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -29,7 +29,13 @@ def layer_and_rows(rows=70, steps=96, out=130):
     return OPS.prepare(layer), rng.standard_normal((rows, steps), dtype=np.float32)
 
 
-def test_the_same_bits_at_any_number_of_threads():
+@pytest.fixture
+def many_cpus(monkeypatch):
+    """As many threads work as are asked for, also where that is more than this machine has CPUs."""
+    monkeypatch.setattr(pool, "usable_cpus", lambda: 1000)
+
+
+def test_the_same_bits_at_any_number_of_threads(many_cpus):
     layer, x = layer_and_rows(400, 96, 400)
     with numba_cpu.num_threads(1):
         expected = OPS.linear(x, layer).copy()
@@ -40,7 +46,7 @@ def test_the_same_bits_at_any_number_of_threads():
     assert threading.active_count() >= 4  # the workers are there: the equality above was earned
 
 
-def test_more_threads_than_a_job_has_shares_or_tasks():
+def test_more_threads_than_a_job_has_shares_or_tasks(many_cpus):
     layer, x = layer_and_rows(400, 96, 400)
     expected = OPS.linear(x, layer).copy()
     with numba_cpu.num_threads(pool.SHARES + 3):
@@ -48,7 +54,7 @@ def test_more_threads_than_a_job_has_shares_or_tasks():
             assert np.array_equal(OPS.linear(x, layer), expected)
 
 
-def test_every_task_is_done_once_whoever_does_it():
+def test_every_task_is_done_once_whoever_does_it(many_cpus):
     """A kernel that adds 1 at its task's place, for numbers of tasks around the number of threads."""
     done = np.zeros(1000, np.float32)
     kernel = machine_code.Kernel("count_tasks", "count_task")
@@ -56,7 +62,7 @@ def test_every_task_is_done_once_whoever_does_it():
         for tasks in (1, 2, 3, 5, 7, 8, 1000):
             done[:] = 0
             with numba_cpu.num_threads(threads):
-                pool.run(kernel, tasks, (done.ctypes.data,))
+                queue.run(kernel, tasks, (memory.operand(done),), ())
             assert (done[:tasks] == 1).all() and not done[tasks:].any(), (threads, tasks)
 
 
@@ -89,6 +95,112 @@ def test_a_forked_child_has_workers_of_its_own():
     if child == 0:
         os._exit(0 if np.array_equal(OPS.linear(x, layer), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture
+def new_pool(monkeypatch):
+    """A pool without workers, as a process begins with one."""
+    monkeypatch.setattr(pool, "_pool", pool._Pool())
+    return pool._pool
+
+
+def test_no_more_threads_work_than_the_process_has_cpus(new_pool, monkeypatch):
+    """They would take turns on the CPUs, spinning: 64 threads on one CPU once took 22 times as long as one."""
+    with numba_cpu.num_threads(1):
+        layer, x = layer_and_rows(400, 96, 400)
+    with numba_cpu.num_threads(64):
+        monkeypatch.setattr(pool, "usable_cpus", lambda: 1)
+        expected = OPS.linear(x, layer).copy()
+        assert not new_pool.workers
+        monkeypatch.setattr(pool, "usable_cpus", lambda: 3)
+        assert np.array_equal(OPS.linear(x, layer), expected)
+        assert len(new_pool.workers) == 2
+
+
+def test_threads_that_cannot_be_started_are_done_without(new_pool, many_cpus, monkeypatch):
+    with numba_cpu.num_threads(1):
+        layer, x = layer_and_rows(400, 96, 400)
+    start, started = threading.Thread.start, []
+
+    def refuse(thread):
+        if len(started) >= 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with numba_cpu.num_threads(1):
+        expected = OPS.linear(x, layer).copy()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with numba_cpu.num_threads(5):
+        for _ in range(3):
+            assert np.array_equal(OPS.linear(x, layer), expected)
+    assert len(new_pool.workers) == len(started) == 2
+
+
+MODES = {"flush to zero": 0x9FC0, "round down": 0x3F80, "round up": 0x5F80, "round to zero": 0x7F80}  # MXCSR
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="sets a register of x86")
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_mode_of_floating_point_changes_nothing_and_is_left_alone(mode, many_cpus):
+    """Each thread has its own, and it once depended on who did which task."""
+    set_mode, get_mode = (machine_code.Kernel("count_tasks", name, 1) for name in ("set_mode", "get_mode"))
+    layer, x = layer_and_rows(400, 96, 400)
+    x *= np.float32(1e-38)  # products below are denormal
+    expected = OPS.linear(x, layer).copy()
+    assert (np.abs(expected) < np.finfo(np.float32).tiny).any() and expected.any()
+    place = np.zeros(1, np.int64)
+    found = []
+    get_mode.load()
+    for threads in (1, 2, 3):
+        with numba_cpu.num_threads(threads):
+            set_mode(MODES[mode])
+            try:
+                found += [OPS.linear(x, layer) for _ in range(5)]
+                get_mode(memory.operand(place).address)
+            finally:
+                set_mode(0x1F80)
+        assert place[0] & ~0x3F == MODES[mode] & ~0x3F  # but for the flags of what happened
+    assert all(np.array_equal(y, expected) for y in found)
+
+
+V1 = "7:cpu,cpuacct:/shop\n3:memory:/shop\n"
+V2 = "0::/system/shop\n"
+
+
+@pytest.mark.parametrize(
+    "membership, files, expected",
+    [
+        (V2, {}, None),
+        (V2, {"system/shop/cpu.max": "max 100000"}, None),
+        (V2, {"system/shop/cpu.max": "150000 100000"}, 1.5),
+        (V2, {"system/shop/cpu.max": "400000 100000", "system/cpu.max": "50000 100000"}, 0.5),
+        (V2, {"cpu.max": "200000 100000"}, 2.0),  # a container sees its own group as the root
+        (V2, {"system/shop/cpu.max": "what is this"}, None),
+        (V1, {"cpu,cpuacct/shop/cpu.cfs_quota_us": "-1", "cpu,cpuacct/shop/cpu.cfs_period_us": "100000"}, None),
+        (V1, {"cpu,cpuacct/shop/cpu.cfs_quota_us": "250000", "cpu,cpuacct/shop/cpu.cfs_period_us": "100000"}, 2.5),
+        (V1, {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        (V1, {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "0"}, None),
+        ("nonsense", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_quotas_of_control_groups(membership, files, expected, tmp_path):
+    file, root = tmp_path / "cgroup", tmp_path / "fs"
+    if membership is not None:
+        file.write_text(membership)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    assert cpus.cpu_quota(file, root) == expected
+
+
+@pytest.mark.parametrize("quota, threads", [(None, 7), (0.5, 1), (1.5, 2), (30.0, 7)])
+def test_the_default_number_of_threads_follows_mask_and_quota(quota, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
+    monkeypatch.setattr(cpus, "_own_quota", lambda: quota)
+    monkeypatch.delenv("MINIBEIT_NUM_THREADS", raising=False)
+    assert pool.default_num_threads.__wrapped__() == threads
 
 
 def test_workers_sleep_and_wake():
@@ -146,10 +258,10 @@ def test_pages_of_a_mapped_file_are_released_and_come_back(tmp_path):
     path = tmp_path / "weights"
     np.arange(1_000_000, dtype=np.float32).tofile(path)
     mapped = np.memmap(path, np.float32, "r").reshape(1000, 1000)
-    pack.release_pages(mapped[10:900])
+    memory.release_pages(mapped[10:900])
     assert np.array_equal(mapped.reshape(-1), np.arange(1_000_000, dtype=np.float32))
     owned = np.ones((1000, 1000), np.float32)
-    pack.release_pages(owned)
+    memory.release_pages(owned)
     assert (owned == 1).all()  # dropping pages that no file backs would lose them
 
 

@@ -23,14 +23,15 @@ def available() -> bool:
 
 def measure(threads: int) -> float:
     """Operations per second of about a millisecond on `threads` threads; a multiplication and an addition are two."""
-    from ..ops.numba_cpu.pool import num_threads, run
+    from ..ops.numba_cpu.pool import num_threads
+    from ..ops.numba_cpu.queue import run
     from ..ops.numba_cpu.target import LANES
 
     tasks = threads * _ROUNDS_PER_THREAD
     with num_threads(threads):
-        run(_kernel(), threads, (64,), 64)  # wakes the threads
+        run(_kernel(), threads, (), (64,), 64)  # wakes the threads
         start = time.perf_counter()
-        run(_kernel(), tasks, (_STEPS,), 64)
+        run(_kernel(), tasks, (), (_STEPS,), 64)
         seconds = time.perf_counter() - start
     return 2 * LANES * CHAINS * _STEPS * tasks / seconds
 

@@ -5,8 +5,9 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 
 target.py             the CPU: its vectors, the register tile of the matrix product
 kernels/              what is compiled: imported only where a kernel is not on disk yet
-cache.py, machine_code.py, pool.py   machine code, where it is kept on disk, and the threads that run it
-memory.py, inputs.py  memory of results, addresses of arguments
+cache.py, machine_code.py, pool.py, cpus.py   machine code, where it is kept on disk, the threads that run it
+memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels that wait for their turn
+guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   arguments for the kernels;   ops.py   the ops
 """
@@ -23,9 +24,8 @@ COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 if COMPILED:
     from .ops import *
-    from .pool import deferred as queued
-    from .pool import settled as synchronous
     from .prepare import prepare
+    from .queue import queued, synchronous
     from .stored import dump, restore
 else:
     from ..reference import *  # type: ignore[assignment]

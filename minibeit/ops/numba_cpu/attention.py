@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import address, constant, contiguous
 from .machine_code import Kernel
-from .memory import result
-from .pool import get_num_threads, run
+from .memory import NOTHING, operand, result
+from .operands import contiguous, scalar
+from .pool import get_num_threads
+from .queue import run
 from .target import LANES, MR, NR
 
 _QUERY_ROWS = 384 // MR * MR  # query rows per task, at most; each task packs its head's keys and values anew
@@ -33,20 +34,18 @@ def can_fuse(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> b
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.ndarray:  # (B, H, N, d) -> (B, N, D)
     """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread."""
     B, H, N, d = q.shape
-    context, context_address, context_bytes = result((B, N, H * d))
-    table = (0, 0, 0, 0)
+    context, output, context_bytes = result((B, N, H * d))
+    table, layout = NOTHING, (0, 0, 0)
     offsets = 0
     if bias is not None:
         values = contiguous(bias.table)
-        table = (address(values), values.strides[0], *bias.grid)
+        table, layout = operand(values), (values.strides[0], *bias.grid)
         offsets = len(values)
     halves = get_num_threads() * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
     rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
-    arguments = (
-        address(q), address(k), address(v), context_address, H, N, d, rows,
-        *q.strides[:3], context_bytes, constant(d**-0.5), *table,
-    )  # fmt: skip
+    operands = operand(q), operand(k), operand(v), output, scalar(d**-0.5), table
+    numbers = H, N, d, rows, *q.strides[:3], context_bytes, *layout
     up = -(-N // LANES) * LANES
     floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64
-    run(_attention, B * H * -(-N // rows), arguments, 4 * floats + 128)
+    run(_attention, B * H * -(-N // rows), operands, numbers, 4 * floats + 128)
     return context

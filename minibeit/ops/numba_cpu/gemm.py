@@ -6,11 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from .inputs import address, contiguous, rows
 from .machine_code import Kernel
-from .memory import result
+from .memory import NOTHING, Operand, operand, result
+from .operands import contiguous, rows
 from .pack import PackedLinear
-from .pool import get_num_threads, run
+from .pool import get_num_threads
+from .queue import run
 from .target import LANES, MR, NR, STEPS
 
 PLAIN, GELU, RELU, RESIDUAL = 0, 1, 2, 3  # what follows + bias
@@ -38,34 +39,40 @@ def product(
     `memory.result`).
     """
     x_rows, count, x_bytes = rows(x)
-    y, y_address, y_bytes = result((*x.shape[:-1], layer.out))
-    scale_address = residual_address = residual_bytes = 0
+    y, c, y_bytes = result((*x.shape[:-1], layer.out))
+    factors, addend, addend_bytes = NOTHING, NOTHING, 0
     if scale is not None:
-        scale = contiguous(scale)
-        scale_address = address(scale)
+        factors = operand(contiguous(scale))
     if residual is not None:
-        residual, _, residual_bytes = rows(residual)
-        residual_address = address(residual)
+        addend, _, addend_bytes = rows(residual)
     layout = row_layout(count, layer.panels.shape[0], y_bytes)
-    (panels, bias), out, steps = layer.addresses, layer.out, layer.steps
-    x_address, panel_bytes = address(x_rows), 4 * NR * steps
+    (panels, bias), out, steps = layer.operands, layer.out, layer.steps
+    panel_bytes = 4 * NR * steps
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
     if half:
-        first = (x_address, x_bytes, count, half, panels, bias, out)
-        run_products(1, first, (y_address, y_bytes, PLAIN, 0, 0, 0), (*layout, panel_bytes, at_once, 0))
-    inputs = (x_address + 4 * half, x_bytes, count, steps - half, panels + 4 * NR * half, bias, out)
-    outputs = (y_address, y_bytes, mode, scale_address, residual_address, residual_bytes)
-    run_products(1, inputs, outputs, (*layout, panel_bytes, at_once, half))
+        whole = (*layout, panel_bytes, at_once, 0)
+        run_products(1, (x_rows, panels, bias, c), (x_bytes, count, half, out), (y_bytes, PLAIN, 0), whole)
+        x_rows, panels = x_rows.at(4 * half), panels.at(4 * NR * half)
+    operands, sizes = (x_rows, panels, bias, c, factors, addend), (x_bytes, count, steps - half, out)
+    run_products(1, operands, sizes, (y_bytes, mode, addend_bytes), (*layout, panel_bytes, at_once, half))
     return y
 
 
-def run_products(number: int, inputs: tuple[int, ...], outputs: tuple[int, ...], layout: tuple[int, ...]) -> None:
-    """Runs `number` products; see `kernels/gemm.py` for the arguments, in its order."""
-    count, out, blocks, group = inputs[2], inputs[6], layout[1], layout[2]
+def run_products(
+    number: int,
+    operands: tuple[Operand, ...],
+    sizes: tuple[int, int, int, int],
+    outputs: tuple[int, int, int],
+    layout: tuple[int, ...],
+) -> None:
+    """Runs `number` products; see `kernels/gemm.py` for the arguments, in its order.  Scale and residual may lack."""
+    (_, count, steps, out), blocks, group = sizes, layout[1], layout[2]
     panels = -(-out // NR)
     tasks = number * blocks * -(-panels // group)
-    small = number * count * inputs[3] * out < _SMALL
-    run(_product, tasks, (*inputs, *outputs, *layout), TILE_BYTES, small)
+    small = number * count * steps * out < _SMALL
+    if len(operands) == 4:
+        operands = (*operands, NOTHING, NOTHING)
+    run(_product, tasks, operands, (*sizes, *outputs, *layout), TILE_BYTES, small)
 
 
 def row_layout(count: int, panels: int, c_bytes: int) -> tuple[int, ...]:

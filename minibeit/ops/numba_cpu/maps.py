@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from . import gemm
-from .inputs import rows
-from .memory import padded
+from .memory import constant_operand, padded, result
+from .operands import rows
 from .pack import PackedLinear
 from .spread import PackedTaps, convolve_enlarged, spread
 from .target import LANES, NR, STEPS
@@ -74,12 +74,12 @@ def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndar
     """Four products, one for each corner of the 2x2 squares; the rows of one product go to every second pixel."""
     B, C, h, w = x.shape
     x_rows, count, x_bytes = rows(last(x))
-    y = padded((B, 2 * h, 2 * w, layer.out))
-    pixel, row = y.strides[2], y.strides[1]
+    y, output, pixel = result((B, 2 * h, 2 * w, layer.out))
+    row = y.strides[1]
     group = gemm.panel_group(layer.panels.shape[1], 4 * B * h)
     gemm.run_products(
-        4, (x_rows.ctypes.data, x_bytes, count, C, layer.panels.ctypes.data, layer.bias.ctypes.data, layer.out),
-        (y.ctypes.data, 2 * pixel, mode, 0, 0, 0),
+        4, (x_rows, constant_operand(layer.panels), constant_operand(layer.bias), output),
+        (x_bytes, count, C, layer.out), (2 * pixel, mode, 0),
         (1, B * h, group, w, 2 * row, 0, row, pixel, C * NR * 4, STEPS, 0),
     )  # fmt: skip
     return first(y)

@@ -27,12 +27,12 @@ from .maps import (
 )
 from .norm import PackedNorm, layer_norm_rows
 from .pack import PackedLinear
-from .pool import finish, settled
 from .prepare import PackedAttention, is_float32
+from .queue import flush, synchronous
 from .target import FEW_STEPS
 
 _GELUS = ("gelu", "gelu_python")
-_numpy = SimpleNamespace(**{name: settled(getattr(reference, name)) for name in TABLE})
+_numpy = SimpleNamespace(**{name: synchronous(getattr(reference, name)) for name in TABLE})
 
 
 def layer_norm(x: np.ndarray, norm: Any, eps: float) -> np.ndarray:  # (..., D) -> (..., D)
@@ -58,7 +58,7 @@ def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:
     if activation == "relu":
         return gemm.product(x, layer, gemm.RELU)
     y = gemm.product(x, layer)
-    finish()
+    flush()
     return ACTIVATIONS[activation](y)
 
 
@@ -97,7 +97,7 @@ def attention(
     return attend(q, k, v, bias)
 
 
-@settled
+@synchronous
 def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv2d`; fast for kernels of 1x1."""
     if not isinstance(conv, PackedLinear):
@@ -105,7 +105,7 @@ def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 
     return conv_1x1(x, conv, relu=False)
 
 
-@settled
+@synchronous
 def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv_bn_relu`; the batch norm was folded into the weights."""
     if isinstance(layer, PackedLinear):
@@ -115,7 +115,7 @@ def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B
     return reference.conv_bn_relu(x, layer)
 
 
-@settled
+@synchronous
 def conv_bn_relu_resized(
     maps: Sequence[np.ndarray], layer: Any, size: tuple[int, int]
 ) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
@@ -128,7 +128,7 @@ def conv_bn_relu_resized(
     return conv_3x3(maps, layer, (size[0], size[1]))
 
 
-@settled
+@synchronous
 def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose`."""
     if not isinstance(deconv, PackedDeconv):
@@ -136,7 +136,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
     return conv_transpose_2x2(x, deconv, gemm.PLAIN)
 
 
-@settled
+@synchronous
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
     if not isinstance(deconv, PackedDeconv):
@@ -144,19 +144,19 @@ def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  
     return conv_transpose_2x2(x, deconv, gemm.GELU)
 
 
-@settled
+@synchronous
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
     """See `reference.max_pool2x2`."""
     return max_pool(x) if is_float32(x) else reference.max_pool2x2(x)
 
 
-@settled
+@synchronous
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """See `reference.adaptive_avg_pool`."""
     return average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
 
 
-@settled
+@synchronous
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
     return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)

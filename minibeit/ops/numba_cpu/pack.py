@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from ...files import mapped_file
 from .machine_code import Kernel
-from .memory import aligned
-from .pool import run
+from .memory import NOTHING, Operand, aligned, constant_operand, operand
+from .queue import run
 from .target import NR
 
 
@@ -25,10 +21,10 @@ class PackedLinear:
     bias: np.ndarray  # (panels * NR,), zeros where the layer has none or the panel is padding
     out: int
     source: Any = None  # the layer as it was, kept on request
-    addresses: tuple[int, int] = field(init=False, repr=False, compare=False)  # of panels and bias
+    operands: tuple[Operand, Operand] = field(init=False, repr=False, compare=False)  # panels and bias
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "addresses", (self.panels.ctypes.data, self.bias.ctypes.data))
+        object.__setattr__(self, "operands", (constant_operand(self.panels), constant_operand(self.bias)))
 
     @property
     def steps(self) -> int:
@@ -63,29 +59,14 @@ def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.nd
         into = aligned((panels, steps, NR))
     if isinstance(matrix, Hollow):
         return into
-    addresses = (matrix.ctypes.data, matrix.strides[0], out, steps, matrix.strides[1], into.ctypes.data)
-    run(_pack, panels, (*addresses, 0 if scale is None else scale.ctypes.data))
+    operands = operand(matrix), operand(into), NOTHING if scale is None else operand(scale)
+    run(_pack, panels, operands, (matrix.strides[0], out, steps, matrix.strides[1]))
     return into
 
 
 def padded_bias(bias: np.ndarray | None, out: int) -> np.ndarray:
     """The bias with zeros up to a whole number of panels."""
-    result = np.zeros(-(-out // NR) * NR, np.float32)
-    if bias is not None:
-        result[:out] = bias
+    result = aligned((-(-out // NR) * NR,))
+    result[out:] = 0
+    result[:out] = 0 if bias is None else bias
     return result
-
-
-def release_pages(array: np.ndarray) -> None:
-    """Lets the system drop the pages of a memory-mapped array; they are read again from the file if needed.
-
-    Does nothing for any other array: there it would lose the data.
-    """
-    if not sys.platform.startswith("linux") or mapped_file(array) is None:
-        return
-    page = mmap.PAGESIZE
-    start = -(-array.ctypes.data // page) * page  # whole pages inside the array only
-    length = (array.ctypes.data + array.nbytes - start) // page * page
-    if array.flags.c_contiguous and length > 0:
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), 4)  # 4 is MADV_DONTNEED

@@ -12,53 +12,111 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, wraps
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import guard
+from .cpus import usable_cpus
 from .machine_code import Kernel
-from .memory import aligned, held_bytes, let_go, own_buffers
+from .memory import Operand, aligned, constant_operand
 
 SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
-MORE = 224  # where in the control block stands how many jobs are still to come, in bytes
-_CONTROL_BYTES = 256 + 64 * SHARES  # see kernels/pool.py
-_MOST_HELD = 64 << 20  # bytes that jobs may keep alive by waiting
+MORE, STARTED, RECORD, LEFT = 224, 232, 240, 248  # bytes from the start of the control block, see kernels/pool.py
+_CONTROL_BYTES = 256 + 64 * SHARES
+SLICE = 20_000_000  # nanoseconds that the caller spends in machine code at a time: in between Python sees signals
 
-_execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 3)
+_execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 2)
+_cancel = Kernel("minibeit.ops.numba_cpu.kernels.pool", "cancel", 1)
 _wait = Kernel("minibeit.ops.numba_cpu.kernels.pool", "wait", 3)
+
+
+class Job(NamedTuple):
+    """A kernel's call for each of its tasks.  `owners` keep the memory alive that `arguments` point at."""
+
+    function: int
+    tasks: int
+    threads: int
+    scratch: int  # bytes for each thread
+    arguments: Sequence[int]
+    owners: Sequence[Any]
 
 
 class _Pool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.caller: int | None = None  # the Python thread that holds the lock
+        self.running: Any = None  # what a call uses that may not have ended
         self.control = aligned((_CONTROL_BYTES // 8,), np.int64)
         self.control[:] = 0
-        self.control_address = self.control.ctypes.data
-        self.workers: list[tuple[np.ndarray, threading.Semaphore]] = []
-        self.scratch = aligned((0,), np.uint8)
-        self.scratch_address = 0
+        self.address = constant_operand(self.control).address
+        self.workers: list[tuple[Operand, threading.Semaphore]] = []
+        self.scratch, self.scratch_bytes = constant_operand(aligned((0,), np.uint8)), 0
 
-    def _serve(self, asleep: np.ndarray, bell: threading.Semaphore, thread: int) -> None:
+    def _serve(self, asleep: Operand, bell: threading.Semaphore, thread: int) -> None:
         while True:
-            _wait(self.control_address, asleep.ctypes.data, thread)
+            _wait(self.address, asleep.address, thread)
             bell.acquire()
 
     def wake(self, threads: int) -> None:
-        """Makes sure that threads - 1 workers exist and look for jobs."""
+        """Makes sure that threads - 1 workers exist and look for jobs; fewer where the system starts no more."""
         for i in range(threads - 1):
-            if i == len(self.workers):
-                asleep, bell = aligned((8,), np.int64), threading.Semaphore(0)
-                asleep[:] = 0
-                self.workers.append((asleep, bell))
-                name, arguments = f"minibeit-{i + 1}", (asleep, bell, i + 1)
-                threading.Thread(target=self._serve, args=arguments, daemon=True, name=name).start()
+            if i == len(self.workers) and not self._start(i):
+                return
             asleep, bell = self.workers[i]
-            if asleep[0]:
-                asleep[0] = 0
+            if asleep.array[0]:  # type: ignore[index]
+                asleep.array[0] = 0  # type: ignore[index]
                 bell.release()
+
+    def _start(self, i: int) -> bool:
+        asleep, bell = constant_operand(aligned((8,), np.int64)), threading.Semaphore(0)
+        asleep.array[:] = 0  # type: ignore[index]
+        arguments = asleep, bell, i + 1
+        try:
+            threading.Thread(target=self._serve, args=arguments, daemon=True, name=f"minibeit-{i + 1}").start()
+        except (RuntimeError, MemoryError):  # a limit on processes, or the interpreter is about to end
+            return False
+        self.workers.append((asleep, bell))
+        return True
+
+    def execute(self, jobs: Sequence[Job], threads: int) -> None:
+        """Runs jobs one after another on at most `threads` threads.
+
+        An exception of a signal handler ends it between two slices.  All that kernels may still use then stays in
+        `running` until they have been told to stop, by this call or, if that was interrupted as well, by the next one.
+        """
+        if self.running is not None:
+            self.stop()
+        need = threads * max(job.scratch for job in jobs)
+        if self.scratch_bytes < need:
+            self.scratch, self.scratch_bytes = constant_operand(aligned((need,), np.uint8)), need
+        address = self.scratch.address
+        records = array("q")
+        for function, tasks, limit, size, arguments, _ in jobs:
+            records.extend((function, tasks, min(limit, threads), len(arguments) + 2, address, size, *arguments))
+        self.running = jobs, records, guard.before(jobs, records, threads) if guard.ACTIVE else None
+        self.control[RECORD // 8] = records.buffer_info()[0]
+        self.control[STARTED // 8] = 0
+        self.control[MORE // 8] = self.control[LEFT // 8] = len(jobs)  # from here no worker falls asleep
+        try:
+            while self.control[LEFT // 8]:
+                if threads > 1:
+                    self.wake(threads)
+                _execute(self.address, SLICE)
+        except BaseException:
+            self.stop()
+            raise
+        if guard.ACTIVE:
+            guard.after(self.running[2])
+        self.running = None
+
+    def stop(self) -> None:
+        """Waits for the tasks that were begun, and forgets the others."""
+        _cancel(self.address)
+        self.running = None
 
 
 _pool = _Pool()
@@ -73,12 +131,25 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-Job = tuple[int, int, int, int, Sequence[int]]  # kernel, tasks, threads, scratch bytes of each, arguments
+def execute(jobs: Sequence[Job]) -> None:
+    """Runs jobs one after another; returns when all are done."""
+    pool = _pool
+    if pool.caller == threading.get_ident():  # a signal handler, in the middle of this thread's own jobs
+        _Pool().execute(jobs, 1)
+        return
+    threads = max(job.threads for job in jobs)
+    if threads > 1:
+        threads = min(threads, usable_cpus())  # more would take turns with each other, spinning
+    with pool.lock:
+        try:
+            pool.caller = threading.get_ident()
+            pool.execute(jobs, threads)
+        finally:
+            pool.caller = None
 
 
 class _Local(threading.local):
     threads: int | None = None  # those of `num_threads(...)`
-    waiting: list[Job] | None = None
 
 
 _local = _Local()
@@ -86,13 +157,11 @@ _local = _Local()
 
 @lru_cache(maxsize=1)
 def default_num_threads() -> int:
-    """MINIBEIT_NUM_THREADS as it was when first asked for, else the cores this process may use.  Raises ValueError."""
+    """MINIBEIT_NUM_THREADS as it was when first asked for, else the CPUs this process may use.  Raises ValueError."""
     text = os.environ.get("MINIBEIT_NUM_THREADS", "")
     if text and not (text.isdigit() and int(text) > 0):
         raise ValueError(f"MINIBEIT_NUM_THREADS must be a positive whole number, found {text!r}; set it to 1 or more.")
-    if text:
-        return int(text)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(text) if text else usable_cpus()
 
 
 def get_num_threads() -> int:
@@ -111,97 +180,3 @@ def num_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         _local.threads = before
-
-
-def run(kernel: Kernel, tasks: int, arguments: Sequence[int], scratch: int = 0, small: bool = False) -> None:
-    """Runs `kernel(arguments, task, thread)` for each task; every thread has `scratch` bytes of its own.
-
-    The kernel finds the address of the scratch memory and the bytes per thread as its arguments 0 and 1, then
-    `arguments` from 2 on.  `small` work, of some microseconds, is done by the calling thread alone.
-    """
-    threads = 1 if small else min(get_num_threads(), tasks)
-    size = -(-scratch // 64) * 64 + 64  # never a multiple of a page on which the threads' scratch would alias
-    job = kernel.address, tasks, threads, size, arguments
-    waiting = _local.waiting
-    if waiting is None:
-        _run([job])
-        return
-    waiting.append(job)
-    if held_bytes() > _MOST_HELD:
-        finish()
-
-
-@contextmanager
-def deferred(wanted: bool = True) -> Iterator[None]:
-    """Within the block `run` notes this thread's jobs; they run one after another when it ends, or at `finish()`.
-
-    Between two kernels Python is three times slower than it need be: its code and data have been driven from the
-    caches by then.  So it does all its work first.  Until then results are not there: nothing but ops that end in
-    `run` may touch them.  If the block raises, its jobs are dropped.  Where it is not `wanted`, jobs run at once.
-    """
-    if not wanted:
-        with _at_once():
-            yield
-        return
-    if _local.waiting is not None:
-        yield
-        finish()
-        return
-    with own_buffers():
-        _local.waiting = []
-        try:
-            yield
-            finish()
-        finally:
-            _local.waiting = None
-
-
-def finish() -> None:
-    """Runs the jobs of this thread that wait."""
-    waiting = _local.waiting
-    if waiting:
-        _local.waiting = []
-        _run(waiting)
-        let_go()
-
-
-@contextmanager
-def _at_once() -> Iterator[None]:
-    """Within the block no job waits; those that did run before."""
-    finish()
-    waiting, _local.waiting = _local.waiting, None
-    try:
-        yield
-    finally:
-        _local.waiting = waiting
-
-
-def settled(op: Callable[..., Any]) -> Callable[..., Any]:
-    """An op that reads arrays itself, or whose jobs cannot wait: what waits runs before it, its own jobs at once."""
-
-    @wraps(op)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _at_once():
-            return op(*args, **kwargs)
-
-    return call
-
-
-def _run(jobs: Sequence[Job]) -> None:
-    pool = _pool
-    threads = max(job[2] for job in jobs)
-    need = max(job[2] * job[3] for job in jobs)
-    with pool.lock:
-        if pool.scratch.nbytes < need:
-            pool.scratch = aligned((need,), np.uint8)
-            pool.scratch_address = pool.scratch.ctypes.data
-        records = array("q")
-        for function, tasks, limit, size, arguments in jobs:
-            records.extend((function, tasks, limit, len(arguments) + 2, pool.scratch_address, size, *arguments))
-        try:
-            if threads > 1:
-                pool.control[MORE // 8] = len(jobs)  # from here no worker falls asleep
-                pool.wake(threads)
-            _execute(pool.control_address, records.buffer_info()[0], len(jobs))
-        finally:
-            pool.control[MORE // 8] = 0

@@ -24,9 +24,9 @@ from ...params import (
 )  # fmt: skip
 from ..folding import fold
 from .maps import PackedConv, PackedDeconv
-from .memory import aligned
+from .memory import aligned, aligned_copy, release_pages
 from .norm import PackedNorm
-from .pack import PackedLinear, pack_matrix, padded_bias, release_pages
+from .pack import PackedLinear, pack_matrix, padded_bias
 from .spread import PackedTaps, pack_taps
 from .target import LANES, NR
 from .winograd import PackedWinograd, pack_winograd
@@ -105,7 +105,7 @@ def _pack_attention(p: Attention, keep_source: bool) -> Any:
 def _pack_norm(norm: LayerNorm, keep_source: bool) -> Any:
     if not is_float32(norm.weight, norm.bias):
         return norm
-    weight, bias = (np.array(a) for a in (norm.weight, norm.bias))
+    weight, bias = (aligned_copy(a) for a in (norm.weight, norm.bias))
     return PackedNorm(weight, bias, norm if keep_source else None)
 
 
@@ -169,7 +169,7 @@ def _pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int
         share = weight[:, i * out : (i + 1) * out]
         parts.append(pack_winograd(share, scale) if i < full_size_parts else pack_taps(share, scale))
     release_pages(weight)
-    return PackedConv(tuple(parts), bias, layer if keep_source else None)
+    return PackedConv(tuple(parts), aligned_copy(bias), layer if keep_source else None)
 
 
 def _pack_deconv(layer: ConvTranspose, bn: BatchNorm | None, keep_source: bool) -> Any:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from .gemm import PLAIN, row_layout, run_products
-from .inputs import rows
 from .machine_code import Kernel
-from .memory import aligned, padded
+from .memory import NOTHING, aligned, constant_operand, operand, result
+from .operands import rows
 from .pack import pack_matrix, padded_bias
-from .pool import run
+from .queue import run
 from .target import NR, STEPS
 
 _GROUP = 128  # output channels in work at a time
@@ -72,13 +72,11 @@ def spread(
     (from `bias`) or adds to."""
     B, h, w, _ = y.shape
     start = 4 * channel
-    row_sources, row_factors = _sources(z.shape[1], h)
-    column_sources, column_factors = _sources(z.shape[2], w)
-    run(_spread, B * h, (
-        z.ctypes.data, z.strides[2], z.strides[1], z.strides[0], z.shape[2],
-        y.ctypes.data + start, y.strides[2], y.strides[1], y.strides[0], h, w,
-        side, size, 0 if bias is None else bias.ctypes.data + start, int(add), int(relu),
-        row_sources.ctypes.data, row_factors.ctypes.data, column_sources.ctypes.data, column_factors.ctypes.data,
+    first = NOTHING if bias is None else constant_operand(bias).at(start)
+    sources = [constant_operand(x) for x in (*_sources(z.shape[1], h), *_sources(z.shape[2], w))]
+    run(_spread, B * h, (operand(z), operand(y).at(start), first, *sources), (
+        z.strides[2], z.strides[1], z.strides[0], z.shape[2], y.strides[2], y.strides[1], y.strides[0], h, w,
+        side, size, int(add), int(relu),
     ), side * z.shape[2] * size * 4)  # fmt: skip
 
 
@@ -86,13 +84,12 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
     """y = f(conv(up(x)) + bias), or f(y + conv(up(x))) without `bias`; x (B, h', w', C) is enlarged to y's size."""
     x_rows, count, x_bytes = rows(x)
     channel = 0
-    zeros, panel_bytes = padded_bias(None, 9 * _GROUP), 4 * NR * layer.channels
+    zeros, panel_bytes = constant_operand(padded_bias(None, 9 * _GROUP)), 4 * NR * layer.channels
     for panels, size in zip(layer.groups, layer.sizes):
-        z = padded((*x.shape[:3], 9 * size))
-        z_bytes = z.strides[2]
+        z, products, z_bytes = result((*x.shape[:3], 9 * size))
         run_products(
-            1, (x_rows.ctypes.data, x_bytes, count, layer.channels, panels.ctypes.data, zeros.ctypes.data, 9 * size),
-            (z.ctypes.data, z_bytes, PLAIN, 0, 0, 0),
+            1, (x_rows, constant_operand(panels), zeros, products),
+            (x_bytes, count, layer.channels, 9 * size), (z_bytes, PLAIN, 0),
             (*row_layout(count, len(panels), z_bytes), panel_bytes, STEPS, 0),
         )  # fmt: skip
         spread(z, y, channel, size, 3, bias, bias is None, relu)

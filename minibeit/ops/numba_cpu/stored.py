@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...params import flatten, unflatten
-from .memory import aligned
+from .memory import aligned_copy, is_aligned
 from .pack import hollow
 from .prepare import prepare
 from .target import NR, TILE
@@ -96,8 +96,6 @@ def _checked(name: str, expected: np.ndarray, arrays: Mapping[str, np.ndarray]) 
         raise ValueError(
             f"{name}: expected {expected.dtype} of shape {expected.shape}, found {array.dtype} of shape {array.shape}"
         )
-    if array.ctypes.data % 64 == 0 and array.flags.c_contiguous:
+    if is_aligned(array) and array.flags.c_contiguous:
         return array
-    copy = aligned(array.shape)  # a file that another program wrote: vectors would straddle cache lines
-    copy[...] = array
-    return copy
+    return aligned_copy(array)  # a file that another program wrote: vectors would straddle cache lines

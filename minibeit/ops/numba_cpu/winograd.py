@@ -14,9 +14,9 @@ import numpy as np
 
 from .gemm import PLAIN, panel_group, run_products
 from .machine_code import Kernel
-from .memory import aligned, padded
+from .memory import NOTHING, aligned, constant_operand, operand, result
 from .pack import Hollow, padded_bias
-from .pool import run
+from .queue import run
 from .target import LANES, MR, NR, STEPS
 
 POINTS = 36
@@ -53,8 +53,8 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
         return PackedWinograd(panels, out)
     if weight.strides[2:] != (12, 4):
         weight = np.ascontiguousarray(weight)
-    addresses = (weight.ctypes.data, *weight.strides[:2], out, channels, scale.ctypes.data, panels.ctypes.data)
-    run(_transform_weight, panels.shape[1], addresses, 6 * 3 * 4)
+    operands = operand(weight), operand(scale), operand(panels)
+    run(_transform_weight, panels.shape[1], operands, (*weight.strides[:2], out, channels), 6 * 3 * 4)
     return PackedWinograd(panels, out)
 
 
@@ -63,22 +63,20 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
     B, h, w, C = x.shape
     total = B * -(-h // 4) * -(-w // 4)
     chunk = min(_CHUNK, total)
-    v, m = padded((POINTS, chunk, C)), padded((POINTS, chunk, layer.out))
-    zeros = padded_bias(None, layer.out)
+    v, tiles_in, _ = result((POINTS, chunk, C))
+    m, tiles_out, _ = result((POINTS, chunk, layer.out))
+    panels, zeros = constant_operand(layer.panels), constant_operand(padded_bias(None, layer.out))
+    source, target, addend = operand(x), operand(y), NOTHING if bias is None else constant_operand(bias)
     group = panel_group(layer.panels.shape[1], POINTS)
     for first in range(0, total, chunk):
         tiles = min(chunk, total - first)
-        run(_transform_input, tiles, (
-            x.ctypes.data, x.strides[2], x.strides[1], x.strides[0], h, w, C,
-            v.ctypes.data, v.strides[1], v.strides[0], first,
+        run(_transform_input, tiles, (source, tiles_in), (
+            x.strides[2], x.strides[1], x.strides[0], h, w, C, v.strides[1], v.strides[0], first,
         ), (POINTS + 6) * _VECTOR)  # fmt: skip
         run_products(
-            POINTS, (v.ctypes.data, v.strides[1], tiles, C, layer.panels.ctypes.data, zeros.ctypes.data, layer.out),
-            (m.ctypes.data, m.strides[1], PLAIN, 0, 0, 0),
+            POINTS, (tiles_in, panels, zeros, tiles_out), (v.strides[1], tiles, C, layer.out), (m.strides[1], PLAIN, 0),
             (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0], C * NR * 4, STEPS, 0),
         )  # fmt: skip
-        run(_transform_output, tiles, (
-            m.ctypes.data, m.strides[1], m.strides[0], layer.out,
-            y.ctypes.data, y.strides[2], y.strides[1], y.strides[0], h, w,
-            0 if bias is None else bias.ctypes.data, int(relu), first,
+        run(_transform_output, tiles, (tiles_out, target, addend), (
+            m.strides[1], m.strides[0], layer.out, y.strides[2], y.strides[1], y.strides[0], h, w, int(relu), first,
         ), 30 * _VECTOR)  # fmt: skip

@@ -165,8 +165,8 @@ def _prefetch_rows(address, row_bytes, count, size):
 def attention(args, task, thread):
     """One head of one image, `query_rows` query rows or what is left of them."""
     (
-        scratch, scratch_bytes, q, k, v, context, heads, count, size, query_rows, image_bytes, head_bytes, row_bytes,
-        context_bytes, scale, table, table_bytes, grid_rows, grid_columns,
+        scratch, scratch_bytes, q, k, v, context, scale, table, heads, count, size, query_rows, image_bytes,
+        head_bytes, row_bytes, context_bytes, table_bytes, grid_rows, grid_columns,
     ) = arguments(args, 19)  # fmt: skip
     scratch = scratch + thread * scratch_bytes
 

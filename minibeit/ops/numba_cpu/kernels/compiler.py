@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.core.compiler_lock import global_compiler_lock
 
 # What machine code may ask of the process that loads it: these, and nothing of Python or numba.
-_EXTERNAL = ("llvm.", "memcpy", "memmove", "memset", "sched_yield")
+_EXTERNAL = ("llvm.", "memcpy", "memmove", "memset", "sched_yield", "clock_gettime")
 
 
 @global_compiler_lock

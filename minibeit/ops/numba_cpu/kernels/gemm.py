@@ -54,7 +54,7 @@ def product(args, task, thread):
     c + n * c_unit_bytes + i * c_bytes + p // 2 * c_pair_bytes + p % 2 * c_odd_bytes.
     """
     (
-        scratch, scratch_bytes, a, a_bytes, count, steps, weights, bias, out, c, c_bytes, mode, scale, residual,
+        scratch, scratch_bytes, a, weights, bias, c, scale, residual, a_bytes, count, steps, out, c_bytes, mode,
         residual_bytes, side, blocks, group, unit, c_unit_bytes, a_product_bytes, c_pair_bytes, c_odd_bytes,
         panel_bytes, at_once, onto,
     ) = arguments(args, 26)  # fmt: skip

@@ -14,7 +14,7 @@ _ONE = np.float32(1)
 
 def layer_norm(args, task, thread):
     """Two passes over a row that stays in the first-level cache; sums in LANES parts, then the rest one by one."""
-    _, _, x, x_bytes, count, width, weight, bias, y, y_bytes, eps_at = arguments(args, 11)
+    _, _, x, weight, bias, y, eps_at, x_bytes, count, width, y_bytes = arguments(args, 11)
     eps = load_float(eps_at)
     whole = width // LANES * LANES
     inverse = _ONE / np.float32(width)

@@ -41,7 +41,7 @@ def pack_panel(source, row_bytes, step_bytes, rows, steps, panel, width, scale, 
 
 def pack(args, task, thread):
     """Copies rows task * NR ... of a matrix (out, in) into panel `task`, times the row's scale if there is one."""
-    _, _, matrix, row_bytes, out, steps, step_bytes, panel_at, scale = arguments(args, 9)
+    _, _, matrix, panel_at, scale, row_bytes, out, steps, step_bytes = arguments(args, 9)
     row = task * NR
     pack_panel(
         matrix + row * row_bytes, row_bytes, step_bytes, min(NR, out - row), steps, panel_at + row * steps * 4, NR,

@@ -28,8 +28,8 @@ def spread(args, task, thread):
     then the columns left and right of every large pixel.  Taps beyond the border are left out.
     """
     (
-        scratch, scratch_bytes, z, z_pixel, z_row, z_image, small_width, y, y_pixel, y_row, y_image, height, width,
-        side, size, bias, add, relu, row_sources, row_factors, column_sources, column_factors,
+        scratch, scratch_bytes, z, y, bias, row_sources, row_factors, column_sources, column_factors, z_pixel, z_row,
+        z_image, small_width, y_pixel, y_row, y_image, height, width, side, size, add, relu,
     ) = arguments(args, 22)  # fmt: skip
     mixed = scratch + thread * scratch_bytes
     row, reach, tap_bytes = task % height, side // 2, size * 4

@@ -8,7 +8,6 @@ is the same on every run.  Addresses are plain integers (`intp`), in bytes.
 from __future__ import annotations
 
 import operator
-import os
 
 import numpy as np
 from llvmlite import ir
@@ -18,7 +17,7 @@ from numba.core.datamodel import models
 from numba.core.extending import lower_builtin, type_callable
 from numba.extending import intrinsic, register_model
 
-from ..target import LANES, TILE, target
+from ..target import LANES, target
 
 if config.CPU_NAME and config.CPU_FEATURES is None:
     # Every kernel's module imports this one first.  By the first function that numba sees it would keep the host's
@@ -274,18 +273,6 @@ def _emit_call(builder, function, arguments, task, thread):
     builder.call(builder.inttoptr(function, ir.PointerType(_TASK)), [arguments, task, thread])
 
 
-def _emit_pause(builder):
-    if TILE.name in ("avx512", "avx2"):
-        kind = ir.FunctionType(ir.VoidType(), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-
-
-def _emit_yield(builder):
-    if os.name == "posix":
-        builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(I32, []), "sched_yield"), [])
-
-
-sched_yield = vector_intrinsic((), types.void, _emit_yield)
 load_atomic = vector_intrinsic((types.intp,), types.intp, _order("seq_cst"))
 store_atomic = vector_intrinsic(
     (types.intp, types.intp),
@@ -298,4 +285,3 @@ add_atomic = vector_intrinsic(
     lambda builder, address, value: builder.atomic_rmw("add", pointer(builder, address, I64), value, "seq_cst"),
 )
 call_task = vector_intrinsic((types.intp,) * 4, types.void, _emit_call)
-pause = vector_intrinsic((), types.void, _emit_pause)

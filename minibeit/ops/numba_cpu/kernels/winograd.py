@@ -46,7 +46,7 @@ def _output_line(source, source_step, target, target_step):
 def transform_input(args, task, thread):
     """Transforms one tile of the map, all channels."""
     (
-        scratch, scratch_bytes, x, pixel, row, image, height, width, channels, v, tile_bytes, point_bytes,
+        scratch, scratch_bytes, x, v, pixel, row, image, height, width, channels, tile_bytes, point_bytes,
         first_tile,
     ) = arguments(args, 13)  # fmt: skip
     work = scratch + thread * scratch_bytes
@@ -77,7 +77,7 @@ def transform_input(args, task, thread):
 def transform_output(args, task, thread):
     """Transforms one tile of products back and puts it into the map: f(products + bias, or + what is there)."""
     (
-        scratch, scratch_bytes, m, tile_bytes, point_bytes, channels, y, pixel, row, image, height, width, bias, relu,
+        scratch, scratch_bytes, m, y, bias, tile_bytes, point_bytes, channels, pixel, row, image, height, width, relu,
         first_tile,
     ) = arguments(args, 15)  # fmt: skip
     work = scratch + thread * scratch_bytes
@@ -100,7 +100,7 @@ def transform_output(args, task, thread):
 
 def transform_weight(args, task, thread):
     """G g G^T in float64 of the kernels of one panel of output channels, times the batch norm's scale."""
-    scratch, scratch_bytes, weight, out_bytes, in_bytes, out, channels, scale, panels = arguments(args, 9)
+    scratch, scratch_bytes, weight, scale, panels, out_bytes, in_bytes, out, channels = arguments(args, 9)
     point_bytes = (out + NR - 1) // NR * channels * NR * 4
     half = scratch + thread * scratch_bytes  # G g: 6 x 3
     for k in range(channels):
