@@ -26,7 +26,7 @@ LAYERS = [
     {"errors", "files"},
     {"config", "labels"},
     {"params", "trace", "outputs", "masking"},
-    {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms"},
+    {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms", "image_types"},
     {"model", "image_processor"},
     {"tasks"},
     {"flax"},
