@@ -270,10 +270,8 @@ def test_another_image_size_of_a_file_without_config(tmp_path):
     arrays = random_weights(config, "image_classification", dtype="float32", seed=0)
     write_safetensors(tmp_path / "x.safetensors", prefixed(arrays))
     with pytest.warns(UserWarning, match="2 position tensors were resized to 24x24"):
-        found, _ = load_checkpoint(
-            tmp_path / "x.safetensors", "image_classification", config_overrides={"image_size": 24}
-        )
-    assert found.image_size == 24
+        model = BeitForImageClassification.from_pretrained(tmp_path / "x.safetensors", image_size=24)
+    assert model.config.image_size == 24
 
 
 def test_no_position_is_nothing_to_resize(tmp_path):
