@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..errors import CheckpointError
 from .dialects import ALIASES, DIALECTS, Dialect, Place
 
-# Buffers that carry no learned number: index tables that follow from the grid, and a counter of training steps.
-IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked)$")
+# Buffers that carry no learned number: index tables that follow from the grid, a counter of training steps, and timm's
+# zeros beside the biases of query and value (softmax would not see a bias of the keys either).
+IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked|attn\.k_bias)$")
 EMA = re.compile(r"(^|[._/])ema([._/]|$)", re.IGNORECASE)
 # torch.compile, (Distributed)DataParallel, FSDP, activation checkpointing, Lightning Fabric.
 WRAPPER_WORDS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}

@@ -154,6 +154,9 @@ class Machine:
         """A value that may be a key: hashing others may recurse without end or collide by design."""
         if isinstance(value, (Name, Inert)):
             return value  # hashed by name and by identity
+        if isinstance(value, (set, frozenset)):  # its elements have been keys themselves
+            self.charge(len(value))
+            return frozenset(value)
         parts = value if isinstance(value, tuple) else (value,)
         self.charge(len(parts) - 1)
         small = len(parts) <= MAX_KEY and all(
