@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +21,23 @@ from .config_checks import (
     pair_or_int,
     stage_indices,
 )
-from .errors import CheckpointError
+from .errors import CheckpointError, unknown_keywords
 from .files import atomic_write
-from .labels import renumbered
+from .labels import numbered, renumbered
 from .strict_json import brief, read_json
 
 CONFIG_NAME = "config.json"
 MODEL_TYPES = ("beit", "data2vec-vision")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = (
-    "gelu",
-    "gelu_10",
-    "gelu_accurate",
-    "gelu_fast",
-    "gelu_new",
-    "gelu_python",
-    "gelu_python_tanh",
-    "gelu_pytorch_tanh",
-    "hardswish",
-    "laplace",
-    "leaky_relu",
-    "linear",
-    "mish",
-    "quick_gelu",
-    "relu",
-    "relu2",
-    "relu6",
-    "sigmoid",
-    "silu",
-    "sqrtsoftplus",
-    "swish",
-    "tanh",
-)  # all of transformers' ACT2FN that have no learned parameters; defined in ops/activations.py
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh",
+    "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2",
+    "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip # all of transformers' ACT2FN that have no learned parameters; defined in ops/activations.py
 COMPAT = (None, "transformers")
 FEATURE_CONVENTIONS = ("transformers", "unilm")
 FILLER_INDICES = (3, 5, 7, 11)  # written by Data2VecVisionConfig and by transformers before 4.36 at any depth
+OLD_WORDS = ("num_labels", "segmentation_indices")  # keywords that stand for fields
 
 
 @dataclass(frozen=True, init=False)
@@ -115,7 +98,13 @@ class BeitConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
-        """Fields by name, and what `from_dict` takes: `num_labels`, `segmentation_indices`, keys to keep in `extra`."""
+        """Fields by name, and what `from_dict` takes: `num_labels`, `segmentation_indices`, keys to keep in `extra`.
+
+        Raises TypeError for a key that is nearly the name of a field.
+        """
+        known = _known(type(self))
+        if near := [name for name in values if name not in known and get_close_matches(name, known, 1, 0.85)]:
+            raise unknown_keywords("BeitConfig", near, known)
         values = _normalised(values)
         for f in dataclasses.fields(self):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
@@ -219,17 +208,26 @@ class BeitConfig:
         for names in ("out_features", "out_indices"):  # the two say the same: overriding one replaces both
             if names in overrides:
                 values = {k: v for k, v in values.items() if k not in ("out_features", "out_indices")}
-        return cls(**{**renumbered(values), **overrides})
+        known = _known(cls)
+        if unknown := [name for name in overrides if name not in known]:
+            raise unknown_keywords("BeitConfig", unknown, known)
+        values = {**renumbered(values), **overrides}
+        extra = {name: values.pop(name) for name in list(values) if name not in known}
+        if isinstance(values.get("extra", {}), dict):
+            values["extra"] = {**values.get("extra", {}), **extra}
+        return cls(**values)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitConfig:
+    def from_pretrained(cls, path: str | os.PathLike[str], **keywords: Any) -> BeitConfig:
         """Reads `config.json`, given the file, its folder, or an id on the Hub.
 
-        Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
+        `keywords` are fields to replace, and the words of `checkpoint.options.Where` that say where files lie.
+        Raises TypeError for any other keyword, FileNotFoundError when there is none and CheckpointError, naming the
+        file, when it cannot be used.
         """
-        from .checkpoint.hub import resolve
+        from .checkpoint.hub import resolve_settings
 
-        file = resolve(path, weights=False)
+        file, overrides = resolve_settings(path, keywords, _known(cls))
         if file.is_dir():
             file = file / CONFIG_NAME
         if not file.is_file():
@@ -274,11 +272,10 @@ class BeitConfig:
 
     def _check_labels(self) -> None:
         check_count("num_labels", len(self.id2label), least=0)
-        if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise ValueError(
-                f"config: id2label must have the keys 0 to {len(self.id2label) - 1}, one per output of the head; "
-                "give num_labels= if the names do not matter"
-            )
+        names = numbered(self.id2label)
+        if names is not self.id2label:
+            self._set("id2label", names)
+            self._set("label2id", None)
         if self.label2id is None:
             self._set("label2id", {label: i for i, label in self.id2label.items()})
 
@@ -312,6 +309,10 @@ class BeitConfig:
                 f"config: add_fpn needs exactly 4 out_indices, found {brief(list(indices))}; "
                 "base-sized models use [3, 5, 7, 11]"
             )
+
+
+def _known(cls: type) -> tuple[str, ...]:
+    return *(f.name for f in dataclasses.fields(cls)), *OLD_WORDS
 
 
 def _normalised(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .text import one_line
@@ -24,3 +26,16 @@ class ImageError(Shown, ValueError):
 
 class DeviceError(Shown, OSError):
     """A GPU, its driver or its libraries are missing."""
+
+
+def unknown_keywords(
+    function: str, unknown: Iterable[str], known: Iterable[str], hints: Mapping[str, str] | None = None
+) -> TypeError:
+    """The error for keywords that a function does not have; each is told with the nearest one that it has."""
+    known, told = list(known), []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = (hints or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
+        told.append(f"{name!r}" + (f" ({hint})" if hint else ""))
+    alone = "" if all("(" in text for text in told) else f"; it takes {', '.join(sorted(known))}"
+    return TypeError(f"{function}: unknown keyword {', '.join(told)}{alone}")

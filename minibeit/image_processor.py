@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import CheckpointError, ImageError
+from .errors import CheckpointError, ImageError, unknown_keywords
 from .files import atomic_write
 from .image_loading import flatten_images, load_image, load_label_map
 from .image_settings import SETTINGS, ImageSettings
 from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
+from .image_types import defaults_of_type, width_first
 from .strict_json import brief, read_json
 
 PROCESSOR_NAME = "preprocessor_config.json"
 IGNORED_LABEL = 255
 _RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
-_OLD_DEFAULTS = {"size": 256, "crop_size": 224, "do_center_crop": True}  # of BeitFeatureExtractor, transformers 4
 
 
 class BatchFeature(dict[str, Any]):
@@ -147,20 +147,15 @@ class BeitImageProcessor:
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitImageProcessor:
         """The processor of a dictionary as it stands in `preprocessor_config.json`, of any age.
 
-        A dictionary that names its `feature_extractor_type` is read as at its time: absent keys mean a size of 256 and
-        a centre crop of 224, and pairs are (width, height).  Unknown keys are kept in `extra`.
+        A dictionary that names its `feature_extractor_type` is read as at its time: of a BeitFeatureExtractor, absent
+        keys mean a size of 256 and a centre crop of 224, and pairs are (width, height).  For other types absent keys
+        mean the defaults of that type (see `image_types`).  Unknown keys are kept in `extra`.
         """
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping of settings, found {type(values).__name__}")
         values = {k: v for k, v in values.items() if v is not None}
-        if "feature_extractor_type" in values:
-            values = {**_OLD_DEFAULTS, **values}
-            for name in ("size", "crop_size"):
-                values[name] = _width_first(values[name])
-        kind = _text(values.get("image_processor_type", "Beit"))
-        if not kind.startswith("Beit"):
-            kind = kind if kind.isidentifier() and len(kind) < 80 else brief(kind)
-            warnings.warn(f"settings of a {kind} are read as those of a BeitImageProcessor", stacklevel=2)
+        kind = _text(values.get("image_processor_type") or values.get("feature_extractor_type") or "Beit")
+        values = defaults_of_type(kind, values)
         for old, new in _RENAMED.items():
             if old in values:
                 values.setdefault(new, values.pop(old))
@@ -169,14 +164,16 @@ class BeitImageProcessor:
         return cls(**{**known, **overrides}, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **overrides: Any) -> BeitImageProcessor:
+    def from_pretrained(cls, path: str | os.PathLike[str], **keywords: Any) -> BeitImageProcessor:
         """Reads `preprocessor_config.json`, given the file, its folder, or an id on the Hub.
 
-        Raises FileNotFoundError when there is none and CheckpointError, naming the file, when it cannot be used.
+        `keywords` are settings to replace, and the words of `checkpoint.options.Where` that say where files lie, as
+        models take them.  Raises TypeError for any other keyword, FileNotFoundError when there is none and
+        CheckpointError, naming the file, when it cannot be used.
         """
-        from .checkpoint.hub import resolve
+        from .checkpoint.hub import resolve_settings
 
-        file = resolve(path, weights=False)
+        file, overrides = resolve_settings(path, keywords, (*SETTINGS, *_RENAMED))
         if file.is_dir():
             file = file / PROCESSOR_NAME
         if not file.is_file():
@@ -240,10 +237,10 @@ class BeitFeatureExtractor(BeitImageProcessor):
         settings.setdefault("do_reduce_labels", reduce_labels)
         super().__init__(
             do_resize=do_resize,
-            size=_width_first(size),
+            size=width_first(size),
             resample=resample,
             do_center_crop=do_center_crop,
-            crop_size=_width_first(crop_size),
+            crop_size=width_first(crop_size),
             do_normalize=do_normalize,
             image_mean=image_mean,
             image_std=image_std,
@@ -260,18 +257,12 @@ def _settings(values: dict[str, Any], overrides: dict[str, Any]) -> ImageSetting
     overrides = {_RENAMED.get(k, k): v for k, v in overrides.items()}
     unknown = [k for k in overrides if k not in SETTINGS]
     if unknown:
-        raise TypeError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(SETTINGS)}")
+        raise unknown_keywords("image processor", unknown, SETTINGS)
     return ImageSettings(**{**values, **{k: v for k, v in overrides.items() if v is not None}})
 
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else brief(value)
-
-
-def _width_first(size: Any) -> Any:
-    if isinstance(size, (list, tuple)) and len(size) == 2:
-        return {"height": size[1], "width": size[0]}
-    return size
 
 
 def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_format: str | None) -> np.ndarray:

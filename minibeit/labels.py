@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,25 @@ def renumbered(values: Any) -> Any:
         return values
     in_order = dict(enumerate(by_number[i] for i in sorted(by_number)))
     return {**values, "id2label": in_order, "label2id": None}
+
+
+def numbered(labels: dict[int, str]) -> dict[int, str]:
+    """Names for the outputs 0 to K - 1 of a head, K as many as there are names; the same object where it is so already.
+
+    transformers takes K likewise.  A name whose number is no output's is left out and an output without one is called
+    LABEL_i, with a warning that lists both.
+    """
+    count = len(labels)
+    if set(labels) == set(range(count)):
+        return labels
+    strays = ", ".join(f"{i} {label!r}" for i, label in labels.items() if i not in range(count))
+    unnamed = ", ".join(str(i) for i in range(count) if i not in labels)
+    warnings.warn(
+        f"config: id2label has {count} names, for the outputs 0 to {count - 1}: {strays[:200]} name no output, "
+        f"the outputs {unnamed[:100]} are called LABEL_i",
+        stacklevel=7,
+    )
+    return {i: labels.get(i, f"LABEL_{i}") for i in range(count)}
 
 
 def weights_folder() -> Path:

@@ -48,7 +48,6 @@ BAD = {
     "feature_convention must be one of transformers, unilm": dict(feature_convention="hf"),
     "id2label must map class numbers to names": dict(id2label=["a"]),
     "id2label must map class numbers": dict(id2label={"x": "a"}),
-    "id2label must have the keys 0 to 0": dict(id2label={1: "a"}),
     "label2id must be a mapping": dict(label2id=[1]),
     "num_labels must be an integer from 0": dict(num_labels=-1),
     "extra must be a mapping": dict(extra=5),
@@ -61,6 +60,28 @@ def test_impossible_values_are_refused_in_a_sentence(message):
     with pytest.raises(ValueError, match=f"^config: .*{message}") as caught:
         BeitConfig.from_dict(BAD[message])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_labels": 3}])
+def test_names_with_gaps_are_numbered(more):
+    """As many outputs as names, which is how transformers counts them too."""
+    with pytest.warns(UserWarning, match=r"255 'UNK' name no output, the outputs 0 are called LABEL_i"):
+        c = BeitConfig.from_dict({"id2label": {"1": "BG", "2": "CA", "255": "UNK"}, "label2id": {"BG": 1}, **more})
+    assert c.id2label == {0: "LABEL_0", 1: "BG", 2: "CA"} and c.label2id == {"LABEL_0": 0, "BG": 1, "CA": 2}
+    assert c.num_labels == 3
+
+
+def test_misspelt_keywords(tmp_path):
+    """A field that is not there is refused; what a file holds beyond the fields is kept."""
+    with pytest.raises(TypeError, match=r"'hiden_size' \(did you mean hidden_size\?\)"):
+        BeitConfig(hiden_size=12)
+    BeitConfig.from_dict({"hiden_size": 12, "made_by": 1}).save_pretrained(tmp_path)
+    assert BeitConfig.from_pretrained(tmp_path).extra == {"hiden_size": 12, "made_by": 1}
+    with pytest.raises(TypeError, match=r"'image_sise' \(did you mean image_size\?\)"):
+        BeitConfig.from_pretrained(tmp_path, image_sise=64)
+    with pytest.raises(TypeError, match="unknown keyword 'made_by'"):
+        BeitConfig().replace(made_by=2)
+    assert BeitConfig.from_pretrained(tmp_path, revision="main", token=None, image_size=64).image_size == 64
 
 
 def test_not_a_mapping():

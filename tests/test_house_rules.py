@@ -27,7 +27,7 @@ LAYERS = [
     {"text", "errors", "files", "strict_json"},
     {"config", "config_checks", "labels"},
     {"params", "trace", "outputs", "masking"},
-    {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms"},
+    {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms", "image_types"},
     {"model", "image_processor"},
     {"tasks"},
     {"flax"},

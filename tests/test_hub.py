@@ -16,6 +16,7 @@ from conftest import random_weights, tiny_config
 from minibeit import BeitForImageClassification, CheckpointError
 from minibeit.checkpoint import hub
 from minibeit.checkpoint.formats import write_safetensors
+from minibeit.checkpoint.options import Where
 from minibeit.checkpoint.save import save_checkpoint
 
 ID = "someone/tiny-beit"
@@ -206,7 +207,7 @@ def test_what_is_not_there(server, checkpoint):
     with pytest.raises(FileNotFoundError, match="no repository on the Hub"):
         hub.resolve("someone/else")
     with pytest.raises(FileNotFoundError, match="no revision 'v2'"):
-        hub.resolve(ID, revision="v2")
+        hub.resolve(ID, Where(revision="v2"))
 
 
 def test_settings_alone(server, checkpoint):
@@ -220,7 +221,7 @@ def test_token(server, checkpoint, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(FileNotFoundError, match="gated"):
         hub.resolve(ID)
-    assert hub.resolve(ID, token="secret").is_dir()
+    assert hub.resolve(ID, Where(token="secret")).is_dir()
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert hub.resolve(ID).is_dir()
 

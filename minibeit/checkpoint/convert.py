@@ -22,6 +22,7 @@ from ..strict_json import read_json
 from .formats import PREPARED_NAME
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
 from .names import IGNORED
+from .options import split_model_keywords
 from .resize import resize_arrays, share_to_blocks
 from .save import DTYPES, WEIGHTS_NAME, save_checkpoint
 
@@ -78,7 +79,8 @@ def convert(
         raise FileExistsError(f"{destination}: is a file; give a folder to write to")
     if destination.exists() and any(destination.iterdir()) and not force:
         raise FileExistsError(f"{destination}: the folder is not empty; give another one, or --force to write into it")
-    checkpoint = open_checkpoint(source, config_overrides, dialect)
+    loading, fields = split_model_keywords({**config_overrides, "dialect": dialect})
+    checkpoint = open_checkpoint(source, fields, loading=loading)
     task = task or checkpoint.task
     if task is None:
         raise CheckpointError(f"{checkpoint.path}: neither config nor tensors tell its task; give --task")
@@ -100,7 +102,8 @@ def convert(
     prefix = "Data2VecVision" if config.model_type == "data2vec-vision" else "Beit"
     config = config.replace(architectures=(prefix + CLASSES[task],))
     if config.add_fpn and "batch_norm_eps" not in config.extra:
-        config = config.replace(batch_norm_eps=BATCH_NORM_EPS)  # transformers 4 reads it and has no default
+        # transformers 4 reads it and has no default
+        config = config.replace(extra={**config.extra, "batch_norm_eps": BATCH_NORM_EPS})
     if config.feature_convention == "unilm":
         notes.append(
             'config: feature_convention is "unilm", the blocks it was trained with; transformers, which does not know '
@@ -122,6 +125,10 @@ def _found(checkpoint: Checkpoint) -> list[str]:
         f"found {config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{_by(config.image_shape)} pixels, made for {checkpoint.task or 'no task that is known'}",
     ]
+    if checkpoint.others:
+        notes.append(f"other weights of such a model in it are left: {listed(map(repr, checkpoint.others))}")
+    if checkpoint.adapter is not None:
+        notes.append(f"the LoRA adapter of {checkpoint.adapter.folder} was merged into the weights")
     if checkpoint.assumed:
         notes.append(f"there is no config; inferred from the tensors, and assumed: {'; '.join(checkpoint.assumed)}")
     return notes
@@ -132,14 +139,15 @@ def _match(checkpoint: Checkpoint, task: str, notes: list[str]) -> Match:
     match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        check_match(match, checkpoint)
+        check_match(match, checkpoint, task)
     if match.missing and task == checkpoint.task:
         notes.append(f"{len(match.missing)} tensors are missing and were left out: {listed(match.missing)}")
     ignored = sum(IGNORED.match(name) is not None for name in checkpoint.tensors)
     if ignored:
         notes.append(f"{ignored} tensors are index tables or step counters, which carry no learned number")
     if match.unexpected:
-        notes.append(f"{len(match.unexpected)} tensors of another head are not used: {listed(match.unexpected)}")
+        count, names = len(match.unexpected), listed(match.unexpected)
+        notes.append(f"{count} tensors of another head, or beside the model, are not used: {names}")
     return match
 
 

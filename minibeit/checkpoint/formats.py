@@ -7,7 +7,8 @@ No format runs code of the file, and no reader copies more of it than is asked f
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from minibeit.checkpoint.safetensors_file import read_safetensors, write_safeten
 from minibeit.checkpoint.source import Source, file_in_folder, open_source, parse_json, shown
 from minibeit.checkpoint.tensors import Stored, TensorInfo, Tensors, gather
 from minibeit.checkpoint.torch_file import pickle_entry, read_torch_legacy, read_torch_zip
-from minibeit.checkpoint.tree import FLAX_WRAPPERS, TORCH_WRAPPERS, split
+from minibeit.checkpoint.tree import split
 from minibeit.checkpoint.zip_file import read_zip
 from minibeit.errors import CheckpointError
 
@@ -44,6 +45,9 @@ FOLDER_FILES = (
     PREPARED_NAME,
 )
 MAX_SHARDS = 1000
+ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz")
+SHOWN = 8
+VARIANT = re.compile(r"[\w-]+")
 STRANGERS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"<!DOCTYPE": "is a web page, not a checkpoint; download the file itself",
@@ -68,7 +72,8 @@ class Loaded:
     `tensors` are those of the state dict; `wrapper` is the key it was found under ("model", "module", "state_dict",
     "params", or several joined by dots; None when it was at the top), and `extra` everything beside it as dicts, lists,
     texts and numbers (tensors there are only described, by a TensorInfo). `metadata` holds the texts of a safetensors
-    header, or the `metadata` of an index file; `files` are the paths that were read.
+    header, or the `metadata` of an index file; `files` are the paths that were read. `others` are the keys of other
+    state dicts of such a model in the file, and `chosen` tells whether `weights=` chose among them.
     """
 
     tensors: Tensors
@@ -77,6 +82,29 @@ class Loaded:
     extra: dict[Any, Any] = field(default_factory=dict)
     wrapper: str | None = None
     files: tuple[Path, ...] = ()
+    others: tuple[str, ...] = ()
+    chosen: bool = False
+
+
+def variant_name(name: str, variant: str | None) -> str:
+    """A file's name with the variant before its ending, as transformers writes it: model.fp16.safetensors.
+
+    Raises ValueError for a variant that cannot be part of a name.
+    """
+    if not variant:
+        return name
+    if not isinstance(variant, str) or not VARIANT.fullmatch(variant):
+        raise ValueError(f"variant: expected a word such as 'fp16', found {variant!r}")
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem}.{variant}{dot}{ending}"
+
+
+def folder_files(variant: str | None = None, use_safetensors: bool | None = None) -> tuple[str, ...]:
+    """The names under which weights are looked for in a folder, the first that is there is read."""
+    kinds = [
+        name for name in FOLDER_FILES if use_safetensors is None or (".safetensors" in name) == bool(use_safetensors)
+    ]
+    return tuple(variant_name(name, variant) for name in kinds)
 
 
 def read_tensors(path: str | os.PathLike[str] | bytes) -> Tensors:
@@ -84,22 +112,30 @@ def read_tensors(path: str | os.PathLike[str] | bytes) -> Tensors:
     return load_file(path).tensors
 
 
-def load_file(path: str | os.PathLike[str] | bytes, name: str | None = None) -> Loaded:
+def load_file(
+    path: str | os.PathLike[str] | bytes,
+    name: str | None = None,
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    weights: str | None = None,
+) -> Loaded:
     """Opens a checkpoint: a file of any format, the index file of a sharded one, or a folder that holds either.
 
     Bytes are taken as the content of a file, called `name` in errors. Formats: "safetensors", "torch", "torch-legacy",
     "flax", "npz". Nothing but headers and pickles is read until a tensor is asked for; the file must stay as it is as
-    long as its tensors are in use.
+    long as its tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among
+    the state dicts of a file (see `options.Loading`).
     Raises CheckpointError for a file that cannot be used and FileNotFoundError for one that is not there.
     """
     if isinstance(path, (bytes, bytearray, memoryview)):
-        return _load(open_source(path, name))
+        return _load(open_source(path, name), weights)
     path = Path(path)
     if _is_folder(path):
-        path = _choose(path)
+        path = _choose(path, folder_files(variant, use_safetensors))
     source = open_source(path, name)
-    loaded = _load_sharded(path, source) if source.data[:1] == b"{" else _load(source)
-    return Loaded(loaded.tensors, loaded.format, loaded.metadata, loaded.extra, loaded.wrapper, loaded.files or (path,))
+    loaded = _load_sharded(path, source) if source.data[:1] == b"{" else _load(source, weights)
+    return replace(loaded, files=loaded.files or (path,))
 
 
 def _is_folder(path: Path) -> bool:
@@ -109,44 +145,49 @@ def _is_folder(path: Path) -> bool:
         raise CheckpointError(f"{shown(str(path))}: cannot be opened ({error})") from None
 
 
-def _choose(folder: Path) -> Path:
-    for name in FOLDER_FILES:
+def _choose(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
         if os.path.lexists(folder / name):
             return file_in_folder(folder, name, str(folder))
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in ENDINGS)[:SHOWN]
+    there = f"; there are {', '.join(found)}" if found else ""
     raise FileNotFoundError(
-        f"{folder}: the folder has no checkpoint; looked for {', '.join(FOLDER_FILES)} (give another by its path)"
+        f"{folder}: the folder has no checkpoint; looked for {', '.join(names)}{there} (give another by its path"
+        f"{', or variant= for model.VARIANT.safetensors' if found else ''})"
     )
 
 
-def _load(source: Source) -> Loaded:
+def _load(source: Source, weights: str | None = None) -> Loaded:
     start = bytes(source.data[:32])
     for magic, message in STRANGERS.items():
         if start.startswith(magic):
             raise source.error(message)
     if start[:4] == b"PK\3\4":
-        return _load_zip(source)
+        return _load_zip(source, weights)
     if start[8:9] == b"{":
         tensors, metadata = read_safetensors(source)
         return Loaded(tensors, "safetensors", metadata)
     if start[:1] == b"\x80":
-        return _split(source, read_torch_legacy(source), "torch-legacy", TORCH_WRAPPERS, ".")
+        return _split(source, read_torch_legacy(source), "torch-legacy", ".", weights)
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
-        return _split(source, read_msgpack(source), "flax", FLAX_WRAPPERS, "/")
+        return _split(source, read_msgpack(source), "flax", "/", weights)
     raise source.error("is not a safetensors, torch, Flax or npz file, or its beginning is damaged")
 
 
-def _load_zip(source: Source) -> Loaded:
+def _load_zip(source: Source, weights: str | None) -> Loaded:
     entries = read_zip(source)
     if pickle_entry(entries):
-        return _split(source, read_torch_zip(source, entries), "torch", TORCH_WRAPPERS, ".")
+        return _split(source, read_torch_zip(source, entries), "torch", ".", weights)
     if any(name.endswith(".npy") for name in entries):
         return Loaded(gather(source, read_npz(source, entries)), "npz")
     raise source.error("is a zip archive, but neither torch.save (data.pkl) nor numpy.savez (*.npy) wrote it")
 
 
-def _split(source: Source, root: Any, format: str, wrappers: tuple[str, ...], joint: str) -> Loaded:
-    stored, extra, wrapper = split(source, root, wrappers, joint)
-    return Loaded(gather(source, stored), format, {}, extra, wrapper)
+def _split(source: Source, root: Any, format: str, joint: str, weights: str | None) -> Loaded:
+    parts = split(source, root, joint, weights)
+    return Loaded(
+        gather(source, parts.tensors), format, {}, parts.extra, parts.wrapper, others=parts.others, chosen=parts.chosen
+    )
 
 
 def _load_sharded(path: Path, index: Source) -> Loaded:

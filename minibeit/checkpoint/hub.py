@@ -9,6 +9,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from .. import labels
 from ..errors import CheckpointError
 from ..strict_json import read_json
 from ..text import LONGEST_NAME, shortened
-from .formats import FOLDER_FILES
+from .adapter import ADAPTER_CONFIG, ADAPTER_FILES
+from .formats import folder_files
+from .options import Loading, Where, split_keywords
 
 log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -27,19 +30,18 @@ HUB = "https://huggingface.co"
 PATIENCE = 6.0  # seconds for the first answer; huggingface_hub by itself tries for half a minute
 
 
-def resolve(
-    path_or_id: str | os.PathLike[str], revision: str | None = None, token: str | None = None, weights: bool = True
-) -> Path:
+def resolve(path_or_id: str | os.PathLike[str], where: Where | None = None, weights: bool = True) -> Path:
     """The local path of a checkpoint: `path_or_id` itself if it exists, else the folder its files were downloaded to.
 
-    `weights=False` fetches the config and the settings of the image processor only.  Environment: HF_HOME,
-    HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+    `where` says which of its files are meant, `weights=False` that only the config and the settings of the image
+    processor are.  Environment: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
     Raises FileNotFoundError for what is neither here nor there and CheckpointError when a download fails.
     """
+    where = where or Where()
     if os.path.exists(path_or_id):
-        return Path(path_or_id)
+        return _within(Path(path_or_id), where.subfolder)
     if is_hub_id(path_or_id):
-        return download(str(path_or_id), revision, token, weights=weights)
+        return download(str(path_or_id), weights=weights, where=where)
     raise not_here(str(path_or_id))
 
 
@@ -57,6 +59,25 @@ def not_here(id: str) -> FileNotFoundError:
     )
 
 
+def resolve_settings(
+    path_or_id: str | os.PathLike[str], keywords: Mapping[str, Any], known: Iterable[str]
+) -> tuple[Path, dict[str, Any]]:
+    """Where config and processor settings lie, and which settings (of those `known`) the keywords replace.
+
+    Raises TypeError for a keyword that neither says where files lie nor is known, beside what `resolve` raises.
+    """
+    where, settings = split_keywords(keywords, known)
+    return resolve(path_or_id, where, weights=False), settings
+
+
+def _within(path: Path, subfolder: str) -> Path:
+    if not subfolder:
+        return path
+    if not (path / subfolder).is_dir():
+        raise FileNotFoundError(f"{path}: has no folder {subfolder!r} within it, which subfolder= asks for")
+    return path / subfolder
+
+
 def is_hub_id(path: Any) -> bool:
     """Whether a text looks like owner/name rather than like the path of a file."""
     return isinstance(path, str) and ID.fullmatch(path) is not None and not path.lower().endswith(FILE_ENDINGS)
@@ -68,56 +89,68 @@ def download(
     token: str | None = None,
     output: str | os.PathLike[str] | None = None,
     weights: bool = True,
+    where: Where | None = None,
 ) -> Path:
     """Fetches config, processor settings and weights of `id`, with a progress bar; gives the folder they are in.
 
-    Of the weights the first kind that the repository has is taken: safetensors, PyTorch's .bin, Flax.  What is there
-    already is not fetched again; a broken download goes on where it stopped.  `output` is a folder to use instead of
-    the cache.  Raises FileNotFoundError or CheckpointError.
+    Of the weights the first kind that the repository has is taken: safetensors, PyTorch's .bin, Flax; an adapter comes
+    too.  What is there already is not fetched again; a broken download goes on where it stopped.  `output` is a folder
+    to use instead of the cache; `where` says what `revision` and `token` say, and more.  Raises FileNotFoundError or
+    CheckpointError.
     """
-    fetch = _Fetch(id, revision, token, output)
+    fetch = _Fetch(id, where or Where(revision=revision, token=token), output)
     found = [fetch(name) for name in SETTINGS]
     if weights:
-        main = next((file for file in map(fetch, FOLDER_FILES) if file is not None), None)
-        if main is None:
-            raise FileNotFoundError(
-                f"{id}: {fetch.where} holds none of {', '.join(FOLDER_FILES)}{fetch.offline_hint()}"
-            )
-        for shard in _shards(main):
-            if fetch(shard) is None:
-                raise CheckpointError(f"{id}: {main.name} lists {shard}, which {fetch.where} does not hold")
-        found.append(main)
-    folder = next((file.parent for file in found if file is not None), None)
-    if folder is None:
-        raise FileNotFoundError(f"{id}: {fetch.where} holds neither {' nor '.join(SETTINGS)}{fetch.offline_hint()}")
-    return folder
+        found += _fetch_weights(fetch)
+    file = next((file for file in found if file is not None), None)
+    if file is None:
+        raise FileNotFoundError(f"{id}: {fetch.place} holds neither {' nor '.join(SETTINGS)}{fetch.offline_hint()}")
+    return file.parent
+
+
+def _fetch_weights(fetch: _Fetch) -> list[Path]:
+    """The weights that `fetch` finds, with all their shards, and an adapter.  Raises FileNotFoundError for none."""
+    loading = fetch.where if isinstance(fetch.where, Loading) else Loading()
+    names = folder_files(loading.variant, loading.use_safetensors)
+    main = next((file for file in map(fetch, names) if file is not None), None)
+    adapter = fetch(ADAPTER_CONFIG)
+    added = adapter and next((file for file in map(fetch, ADAPTER_FILES) if file is not None), None)
+    if main is None and added is None:
+        raise FileNotFoundError(f"{fetch.id}: {fetch.place} holds none of {', '.join(names)}{fetch.offline_hint()}")
+    for shard in _shards(main) if main else []:
+        if fetch(shard) is None:
+            raise CheckpointError(f"{fetch.id}: {main} lists {shard}, which {fetch.place} does not hold")
+    return [file for file in (main, adapter, added) if file is not None]
 
 
 class _Fetch:
     """Fetches files of one repository, all of the same commit."""
 
-    def __init__(self, id: str, revision: str | None, token: str | None, output: str | os.PathLike[str] | None) -> None:
+    def __init__(self, id: str, where: Where, output: str | os.PathLike[str] | None) -> None:
         self.hub, self.errors = _library(id)
-        self.id, self.revision, self.token = id, revision, token
+        self.id, self.revision, self.where = id, where.revision, where
         self.output = None if output is None else Path(output)
-        self.offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+        self.offline = where.local_files_only or os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
         self.endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
         home = os.environ.get("HF_HOME")
-        self.cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
+        cache = os.environ.get("HF_HUB_CACHE") or (os.path.join(home, "hub") if home else None)
+        self.cache = where.cache_dir or cache
         self.unreachable: str | None = None  # why the Hub did not answer for some file
         if not self.offline:
             log.info("looking for %s at %s", id, self.endpoint or HUB)
             self.unreachable = _silence(self.endpoint or HUB)
 
     @property
-    def where(self) -> str:
+    def place(self) -> str:
         """What was searched, for messages."""
         return "the cache" if self.offline or self.unreachable else "the repository on the Hub"
 
     def offline_hint(self) -> str:
         if not (self.offline or self.unreachable):
             return ""
-        why = "HF_HUB_OFFLINE is set" if self.offline else f"the Hub could not be reached ({self.unreachable})"
+        why = f"the Hub could not be reached ({self.unreachable})"
+        if self.offline:
+            why = f"{'local_files_only' if self.where.local_files_only else 'HF_HUB_OFFLINE'} is set"
         return f", and {why}; {_by_hand(self.id)}"
 
     def __call__(self, name: str) -> Path | None:
@@ -127,8 +160,10 @@ class _Fetch:
                 self.hub.hf_hub_download(
                     self.id,
                     name,
+                    subfolder=self.where.subfolder or None,
                     revision=self.revision,
-                    token=self.token,
+                    token=self.where.token,
+                    force_download=self.where.force_download,
                     cache_dir=self.cache,
                     local_dir=self.output,
                     endpoint=self.endpoint,
@@ -158,8 +193,9 @@ class _Fetch:
                 f"{self.id}: the download of {name} failed ({_sentence(error)}); run again to go on where it stopped, "
                 f"or {_by_hand(self.id)}"
             ) from error
-        if self.output is None and re.fullmatch(r"[0-9a-f]{40}", file.parent.name):
-            self.revision = file.parent.name  # the other files of the same commit, even if the branch moves meanwhile
+        commit = file.parents[len(Path(self.where.subfolder or "").parts)].name
+        if self.output is None and re.fullmatch(r"[0-9a-f]{40}", commit):
+            self.revision = commit  # the other files of the same commit, even if the branch moves meanwhile
         return file
 
 

@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from .names import Naming
 
 HEAD_SIZE = 64  # of every published BEiT; used only where no bias table shows the number of heads
+HEADS_OF = {"base": 12, "large": 16}  # of timm's architectures
 POOL_SCALES = (1, 2, 3, 6)
 
 
@@ -23,17 +24,42 @@ class Inferred:
     assumed: list[str] = field(default_factory=list)
 
 
-def infer_config(tensors: Any, naming: Naming, **overrides: Any) -> Inferred:
+def infer_config(tensors: Any, naming: Naming, said: dict[str, Any] | None = None, **overrides: Any) -> Inferred:
     """The config that the shapes in `tensors` belong to; `overrides` are fields that the caller knows better.
 
+    `said` is what a timm config.json says (see `timm_settings`), used for what the shapes do not show.
     Raises CheckpointError when the shapes are not a BEiT's, or the grid cannot be told (give `image_size`).
     """
-    return _Reader(tensors, naming).read(overrides)
+    return _Reader(tensors, naming, said or {}).read(overrides)
+
+
+def timm_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """What timm's config.json says of a BEiT: `num_attention_heads`, `image_size`, `label_names`, where it does."""
+    more = values.get("model_args")
+    more = more if isinstance(more, dict) else {}
+    pretrained = values.get("pretrained_cfg")
+    pretrained = pretrained if isinstance(pretrained, dict) else {}
+    said: dict[str, Any] = {}
+    size = HEADS_OF.get(next((word for word in str(values["architecture"]).split("_") if word in HEADS_OF), ""))
+    heads = more.get("num_heads", size)
+    if isinstance(heads, int):
+        said["num_attention_heads"] = heads
+    shape = pretrained.get("input_size")
+    pixels = more.get("img_size", shape[1:] if isinstance(shape, list) and len(shape) == 3 else None)
+    if isinstance(pixels, (int, list)):
+        said["image_size"] = pixels
+    names = values.get("label_names", pretrained.get("label_names"))
+    descriptions = values.get("label_descriptions", pretrained.get("label_descriptions"))
+    if isinstance(names, list) and isinstance(descriptions, dict):
+        names = [descriptions.get(name, name) if isinstance(name, str) else name for name in names]
+    if isinstance(names, list):
+        said["label_names"] = names
+    return said
 
 
 class _Reader:
-    def __init__(self, tensors: Any, naming: Naming) -> None:
-        self.tensors, self.naming = tensors, naming
+    def __init__(self, tensors: Any, naming: Naming, said: dict[str, Any]) -> None:
+        self.tensors, self.naming, self.said = tensors, naming, said
         self.assumed: list[str] = []
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -98,6 +124,9 @@ class _Reader:
         table = self.table()
         if table is not None and len(table) == 2:
             return table[1]
+        said = self.said.get("num_attention_heads")
+        if isinstance(said, int) and said > 0 and width % said == 0:
+            return said
         if "num_attention_heads" not in overrides:
             self.assumed.append(f"num_attention_heads {max(1, width // HEAD_SIZE)} (width / {HEAD_SIZE})")
         return max(1, width // HEAD_SIZE)
@@ -105,6 +134,8 @@ class _Reader:
     def image_size(self, patch_height: int, patch_width: int) -> int | tuple[int, int]:
         """Pixels of the grid that the bias table or the position embeddings are made for, taken to be square."""
         table, positions = self.table(), self.shape("beit.embeddings.position_embeddings")
+        if table is None and positions is None and "image_size" in self.said:
+            return self.said["image_size"]
         if table is None and positions is None:
             self.assumed.append("image_size 224 (nothing in the file depends on it)")
             return 224
@@ -115,6 +146,8 @@ class _Reader:
             rows = table[0] if table else 0
             grid = (math.isqrt(max(rows - 3, 0)) + 1) // 2
             square, what = (2 * grid - 1) ** 2 == rows - 3, f"a position bias table of {rows} rows"
+        if (not square or grid < 1) and "image_size" in self.said:
+            return self.said["image_size"]
         if not square or grid < 1:
             raise CheckpointError(f"{what} fit no square grid of patches; give image_size as (height, width)")
         self.assumed.append(f"a square grid of {grid}x{grid} patches")
@@ -153,7 +186,7 @@ class _Reader:
         scales = self.count("decode_head.psp_modules.{}.conv.weight")
         if scales > len(POOL_SCALES):
             raise CheckpointError(f"the head pools at {scales} scales, which the shapes do not tell; give pool_scales")
-        original = self.naming.dialect.name == "unilm"
+        original = self.naming.dialect.name in ("unilm", "openmmlab")
         settings: dict[str, Any] = dict(
             num_labels=self.need("decode_head.classifier.bias", 1)[0],
             pool_scales=POOL_SCALES[:scales],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,48 +14,25 @@ import numpy as np
 from .. import labels
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
-from ..params import TASKS, param_shapes, random_arrays
+from ..params import param_shapes, random_arrays
 from ..strict_json import read_json
-from ..text import shown_name
-from .formats import PREPARED_NAME, Loaded, load_file
+from .adapter import Adapter, base_of, read_adapter, saved_classes
+from .dialects import Place
+from .formats import PREPARED_NAME, Loaded, folder_files, load_file
 from .hub import resolve
-from .infer import infer_config
-from .names import IGNORED, Naming, Place, recognise
+from .infer import infer_config, timm_settings
+from .match import HEADS, Match, check_match, listed, match_names, shares_table
+from .names import Naming, namings, recognise, unwrapped_names
+from .options import Loading, split_model_keywords
 from .prepared import is_prepared
-from .tensors import FLOATS
+from .resize import resize_arrays, usual_method
+from .tensors import FLOATS, Tensors
 
-SHOWN = 8  # how many names an error or a warning lists
+__all__ = ["Checkpoint", "Match", "check_match", "listed", "load_checkpoint", "match_names", "open_checkpoint"]
 
-# What a model may lack when the checkpoint was made for another task: its head, and norms that serve a head.
-HEADS = (
-    "classifier",
-    "lm_head",
-    "norm",
-    "fpn",
-    "decode_head",
-    "auxiliary_head",
-    "beit.pooler",
-    "beit.norm",
-    "beit.embeddings.mask_token",
-)
-
-# Keywords of from_pretrained that say how to load rather than what to change in the config.
-OPTIONS = ("dialect", "ignore_mismatched_sizes", "revision", "token")
-
-
-@dataclass(frozen=True)
-class Match:
-    """What a model needs held against what a file has."""
-
-    found: dict[str, Place]  # canonical name -> where it lies in the file
-    missing: dict[str, str]  # canonical name -> name it would have in the file
-    mismatched: dict[str, str]  # canonical name -> "name: expected shape (2, 3), found (3, 2)"
-    unexpected: list[str]  # names in the file that this model has no place for
-
-    @property
-    def complete(self) -> bool:
-        """Every tensor found its place and every place its tensor."""
-        return not (self.missing or self.mismatched or self.unexpected)
+GRID_TENSORS = ("bias_table", "position_embeddings")  # endings of those whose shape follows from the image size
+OUTPUTS = ("classifier.", "lm_head.", "decode_head.classifier.", "auxiliary_head.classifier.")
+OUTPUT_WORDS = {"num_labels", "id2label", "vocab_size"}  # fields that say how many outputs those have
 
 
 @dataclass(frozen=True)
@@ -68,6 +45,8 @@ class Checkpoint:
     config: BeitConfig
     task: str | None  # what it was made for, as far as config and tensors tell
     assumed: list[str] = field(default_factory=list)  # one entry per setting that neither config nor shapes say
+    others: tuple[str, ...] = ()  # keys or prefixes of other weights of such a model in the file
+    adapter: Adapter | None = None  # what is merged into the tensors
 
     @property
     def tensors(self) -> Any:
@@ -78,33 +57,32 @@ def open_checkpoint(
     path: str | os.PathLike[str],
     config_overrides: Mapping[str, Any] | None = None,
     dialect: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
+    loading: Loading | None = None,
 ) -> Checkpoint:
     """Opens a folder, a file of any format, or an id on the Hub; reads no tensor yet.
 
     The config is the `config.json` of the folder.  Where there is none (unilm, timm, plain state dicts) it is inferred
-    from the shapes.  Raises FileNotFoundError or CheckpointError.
+    from the shapes.  A LoRA adapter in the folder is merged, with the weights beside it or, where there are none, with
+    those of its base model.  Raises FileNotFoundError or CheckpointError.
     """
-    source = resolve(path, revision, token)
-    loaded = load_file(source)
+    loading = loading or Loading(dialect=dialect)
+    source = resolve(path, loading)
+    adapter = read_adapter(source) if source.is_dir() else None
+    if adapter is not None and not _is_whole(source, loading):
+        where = {name: getattr(loading, name) for name in ("token", "cache_dir", "local_files_only")}
+        source = resolve(base_of(adapter), Loading(revision=adapter.settings.get("revision"), **where))
+    loaded = _load_file(source, loading)
     if is_prepared(loaded):
         raise CheckpointError(
             f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU "
             f"and by the name {PREPARED_NAME}; give the checkpoint that it was made from"
         )
     try:
-        naming = recognise(loaded.tensors, dialect)
-        file = (source if source.is_dir() else source.parent) / CONFIG_NAME
-        values = _config_values(file) if file.is_file() else None
-        if values is None:
-            inferred = infer_config(loaded.tensors, naming, **(config_overrides or {}))
-            config, named = _name_classes(inferred.config, inferred.task, loaded.extra)
-            return Checkpoint(source, loaded, naming, config, inferred.task, [*inferred.assumed, *named])
+        naming = recognise(loaded.tensors, loading.dialect, None if loaded.chosen else loading.weights)
+        found = _opened(source, loaded, naming, dict(config_overrides or {}), str(path), adapter)
     except CheckpointError as error:
-        raise CheckpointError(f"{source}: {error}") from None
-    config = labels.with_names(_config(file, values, config_overrides or {}), str(path))
-    return Checkpoint(source, loaded, naming, config, task_of(config, loaded.tensors, naming))
+        raise CheckpointError(str(error) if str(error).startswith(str(source)) else f"{source}: {error}") from None
+    return found
 
 
 def load_checkpoint(
@@ -117,50 +95,129 @@ def load_checkpoint(
     """The config of a checkpoint and {canonical name: array of `dtype`} for `task`.
 
     `path` is a folder, a file (with `config.json` beside it or none) or an id on the Hub such as
-    "microsoft/beit-base-patch16-224".  Beside fields of the config, `config_overrides` takes `dialect` (overrides how
-    the names are understood), `ignore_mismatched_sizes` (a tensor of another shape is drawn anew instead of refused),
-    `revision` and `token` (for the Hub).
-    A head that the checkpoint does not have is drawn from `seed`, one that the model does not have is left out, both
-    with a warning that lists the tensors; anything else that is missing, left over or of another shape raises
-    CheckpointError.  float32 tensors of mapped files are views of the file, not copies.
+    "microsoft/beit-base-patch16-224".  `config_overrides` takes fields of the config and the fields of
+    `options.Loading`.  Three fields change tensors, each with a warning: another `image_size` resizes position bias
+    tables and position embeddings, another number of outputs (`num_labels`, `vocab_size`) draws their head anew, and
+    `use_relative_position_bias=True` with `use_shared_relative_position_bias=False` copies a shared table to blocks.
+    A head that the checkpoint does not have is drawn from `seed`, one that the model does not have and what a larger
+    model has beside it is left out, both with a warning that lists the tensors; anything else that is missing, left
+    over within the encoder or of another shape raises CheckpointError.  float32 tensors of mapped files are views of
+    the file, not copies.
     """
-    options = dict(config_overrides or {})
-    chosen = {name: options.pop(name, None) for name in OPTIONS}
-    checkpoint = open_checkpoint(path, options, chosen["dialect"], chosen["revision"], chosen["token"])
+    loading, overrides = split_model_keywords(config_overrides or {})
+    checkpoint = open_checkpoint(path, overrides, loading=loading)
+    match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
+    size = overrides.pop("image_size", None)
+    if size is not None and any(name.endswith(GRID_TENSORS) for name in match.mismatched):
+        native = open_checkpoint(path, overrides, loading=loading)  # the size that the tensors are of
+        native_match = match_names(native.tensors, native.config, task, native.naming)
+        if not any(name.endswith(GRID_TENSORS) for name in native_match.mismatched):
+            checkpoint, match = native, native_match
+    _say_what_was_assumed(checkpoint)
+    redrawn = dict(match.missing)
+    if match.mismatched and (loading.ignore_mismatched_sizes or _outputs_alone(match, overrides)):
+        match, redrawn = _give_up_mismatched(match, checkpoint.path)
+    check_match(match, checkpoint, task)
+    if shares_table(match):
+        warnings.warn(
+            f"{checkpoint.path}: the position bias table that all blocks share was copied to each of the "
+            f"{checkpoint.config.num_hidden_layers} blocks, as fine-tuning starts",
+            stacklevel=3,
+        )
+    shapes = param_shapes(checkpoint.config, task)
+    arrays = read_arrays(checkpoint, match.found, dtype)
+    arrays.update(random_arrays(checkpoint.config, {name: shapes[name] for name in redrawn}, seed, dtype))
+    config = checkpoint.config
+    if size is not None:
+        config, arrays = _resized(config, arrays, size, loading.resize_method, checkpoint.path)
+    return config, {name: arrays[name] for name in shapes}
+
+
+def _load_file(source: Path, loading: Loading) -> Loaded:
+    """The file, its tensors under their names without the words of wrappers."""
+    loaded = load_file(
+        source, variant=loading.variant, use_safetensors=loading.use_safetensors, weights=loading.weights
+    )
+    plain = unwrapped_names(loaded.tensors)
+    if not plain:
+        return loaded
+    return replace(loaded, tensors=Tensors({plain[name]: stored for name, stored in loaded.tensors.stored().items()}))
+
+
+def _is_whole(folder: Path, loading: Loading) -> bool:
+    """Whether a folder with an adapter holds its base model too."""
+    weights = folder_files(loading.variant, loading.use_safetensors)
+    return (folder / CONFIG_NAME).is_file() and any((folder / name).is_file() for name in weights)
+
+
+def _opened(
+    source: Path, loaded: Loaded, naming: Naming, overrides: dict[str, Any], name: str, adapter: Adapter | None
+) -> Checkpoint:
+    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    values = _config_values(file) if file.is_file() else None
+    task, assumed = None, []
+    if values is None or _is_timm(values):
+        said = timm_settings(values) if values else {}
+        inferred = infer_config(loaded.tensors, naming, said, **overrides)
+        config, named = _name_classes(inferred.config, inferred.task, loaded.extra, said.get("label_names"))
+        task, assumed = inferred.task, [*inferred.assumed, *named]
+    else:
+        config = labels.with_names(_config(file, values, overrides), name)
+    if adapter is not None:
+        loaded = replace(loaded, tensors=adapter.merged(loaded.tensors, naming, config))
+        classes = saved_classes(adapter)
+        if classes is not None:
+            config = config.replace(architectures=None)  # of the base model, which may have had another head
+            if classes != config.num_labels and not OUTPUT_WORDS & set(overrides):
+                config = config.replace(num_labels=classes)
+            task = None
+    prefixes = [each.outer + each.encoder for each in namings(loaded.tensors, naming.dialect.name)]
+    others = (*loaded.others, *(prefix for prefix in prefixes if prefix != naming.outer + naming.encoder))
+    task = task or task_of(config, loaded.tensors, naming)
+    return Checkpoint(source, loaded, naming, config, task, assumed, others, adapter)
+
+
+def _say_what_was_assumed(checkpoint: Checkpoint) -> None:
     if checkpoint.assumed:
         warnings.warn(
             f"{checkpoint.path} has no {CONFIG_NAME} of a BEiT: the config was inferred from the tensors, and assumed "
             f"were {'; '.join(checkpoint.assumed)}",
-            stacklevel=3,
+            stacklevel=4,
         )
-    match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
-    redrawn = dict(match.missing)
-    if chosen["ignore_mismatched_sizes"]:
-        match, redrawn = _give_up_mismatched(match, checkpoint.path)
-    check_match(match, checkpoint)
-    shapes = param_shapes(checkpoint.config, task)
-    arrays = read_arrays(checkpoint, match.found, dtype)
-    arrays.update(random_arrays(checkpoint.config, {name: shapes[name] for name in redrawn}, seed, dtype))
-    return checkpoint.config, {name: arrays[name] for name in shapes}
+    if checkpoint.others:
+        key = checkpoint.loaded.wrapper or (checkpoint.naming.outer + checkpoint.naming.encoder).rstrip("./")
+        warnings.warn(
+            f"{checkpoint.path} holds several weights of such a model: those under {key!r} were taken, not those under "
+            f"{listed(map(repr, checkpoint.others))}; weights='ema' or weights=KEY takes others",
+            stacklevel=4,
+        )
 
 
-def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | None = None) -> Match:
-    """Finds the tensor of every parameter of `task`; `naming` defaults to what the tensors' names show."""
-    naming = naming or recognise(tensors)
-    shapes = param_shapes(config, task)
-    found, missing, mismatched, used = {}, {}, {}, set()
-    for name, place in naming.places(shapes, tensors).items():
-        if place is None or place.name not in tensors:
-            missing[name] = place.name if place else name
-            continue
-        used.add(place.name)
-        expected, shape = place.stored_shape(shapes[name]), tensors.info(place.name).shape
-        if shape == expected:
-            found[name] = place
-        else:
-            mismatched[name] = f"{place.name}: expected shape {expected}, found {shape}"
-    unexpected = [name for name in tensors if name not in used and not IGNORED.match(name)]
-    return Match(found, missing, mismatched, unexpected)
+def _outputs_alone(match: Match, overrides: Mapping[str, Any]) -> bool:
+    """Whether nothing but the last layer has another shape, and another number of outputs was asked for."""
+    return bool(OUTPUT_WORDS & set(overrides)) and all(name.startswith(OUTPUTS) for name in match.mismatched)
+
+
+def _resized(
+    config: BeitConfig, arrays: dict[str, np.ndarray], size: Any, method: str | None, path: Path
+) -> tuple[BeitConfig, dict[str, np.ndarray]]:
+    """Config and arrays for another image size, with a warning that says how; as they are where nothing changes."""
+    try:
+        new = config.replace(image_size=size)
+        if new.grid == config.grid:
+            return new, arrays
+        method = method or usual_method(config.grid, new.grid)
+        changed, resized = resize_arrays(arrays, config, size, method)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    names = [name for name in arrays if name.endswith(GRID_TENSORS)]
+    if names:
+        warnings.warn(
+            f"{path} is made for {config.image_shape[0]}x{config.image_shape[1]} pixels: {len(names)} position tensors "
+            f"were resized to {new.image_shape[0]}x{new.image_shape[1]} by method {method!r} (resize_method= chooses)",
+            stacklevel=4,
+        )
+    return changed, resized
 
 
 def read_arrays(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: str = "float32") -> dict[str, np.ndarray]:
@@ -194,15 +251,17 @@ def task_of(config: BeitConfig, tensors: Any, naming: Naming) -> str | None:
     return None
 
 
-def _config_values(file: Path) -> dict[str, Any] | None:
-    """The content of a config.json; None when it is not a transformers one (timm's repositories have their own)."""
+def _config_values(file: Path) -> Any:
+    """The content of a config.json."""
     try:
-        values = read_json(file)
+        return read_json(file)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from None
-    if isinstance(values, dict) and "architecture" in values and "hidden_size" not in values:
-        return None
-    return values
+
+
+def _is_timm(values: Any) -> bool:
+    """Whether a config.json is timm's, which says little of the model, and not one of transformers."""
+    return isinstance(values, dict) and "architecture" in values and "hidden_size" not in values
 
 
 def _config(file: Path, values: dict[str, Any], overrides: Mapping[str, Any]) -> BeitConfig:
@@ -212,16 +271,20 @@ def _config(file: Path, values: dict[str, Any], overrides: Mapping[str, Any]) ->
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _name_classes(config: BeitConfig, task: str, extra: Mapping[Any, Any]) -> tuple[BeitConfig, list[str]]:
-    """Names for the classes of an inferred config: those the file carries (mmseg), else those of its data set."""
-    if task not in ("image_classification", "semantic_segmentation"):
+def _name_classes(
+    config: BeitConfig, task: str, extra: Mapping[Any, Any], said: Any = None
+) -> tuple[BeitConfig, list[str]]:
+    """Names for the classes of an inferred config: those beside the weights (mmseg, timm), else of its data set."""
+    if task not in ("image_classification", "semantic_segmentation") or not labels.unnamed(config):
         return config, []
     meta = extra.get("meta")
-    own = meta.get("CLASSES") if isinstance(meta, Mapping) else None
-    if isinstance(own, (list, tuple)) and len(own) == config.num_labels and all(isinstance(n, str) for n in own):
-        return config.replace(id2label={i: name.strip() for i, name in enumerate(own)}, label2id=None), []
+    meta = meta if isinstance(meta, Mapping) else {}
+    dataset = meta.get("dataset_meta")
+    for own in (said, meta.get("CLASSES"), dataset.get("classes") if isinstance(dataset, Mapping) else None):
+        if isinstance(own, (list, tuple)) and len(own) == config.num_labels and all(isinstance(n, str) for n in own):
+            return config.replace(id2label={i: name.strip() for i, name in enumerate(own)}, label2id=None), []
     source = labels.source_of(task, config.num_labels)
-    if source is None or not labels.unnamed(config):
+    if source is None:
         return config, []
     return labels.named(config, source), [f"class names of {source}"]
 
@@ -235,57 +298,6 @@ def _give_up_mismatched(match: Match, path: Path) -> tuple[Match, dict[str, str]
             stacklevel=4,
         )
     return Match(match.found, match.missing, {}, match.unexpected), {**match.missing, **match.mismatched}
-
-
-def check_match(match: Match, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a checkpoint that is damaged; warns about heads that were made for another task."""
-    path, naming, config = checkpoint.path, checkpoint.naming, checkpoint.config
-    if match.mismatched:
-        raise CheckpointError(
-            f"{path}: {listed(match.mismatched.values())}; does {CONFIG_NAME} belong to this file? "
-            "(`ignore_mismatched_sizes=True` draws such tensors anew, `minibeit convert` changes the image size)"
-        )
-    lost = [name for key, name in match.missing.items() if not key.startswith(HEADS) or _group_found(key, match)]
-    if lost or not match.found:
-        raise CheckpointError(
-            f"{path}: {len(lost or match.missing)} tensors that the config asks for are missing: "
-            f"{listed(lost or match.missing.values())}; `minibeit inspect` shows what is there"
-        )
-    if match.unexpected:
-        heads = _names_of_other_heads(config, naming, checkpoint.tensors)
-        stray = [name for name in match.unexpected if name not in heads]
-        if stray:
-            raise CheckpointError(
-                f"{path}: {len(stray)} tensors have no place in the model that the config describes: {listed(stray)}"
-            )
-    if match.missing:
-        warnings.warn(
-            f"{path} was made for another task: {len(match.missing)} tensors start with random values and need "
-            f"training: {listed(match.missing.values())}",
-            stacklevel=4,
-        )
-    if match.unexpected:
-        warnings.warn(
-            f"{path}: {len(match.unexpected)} tensors of another task's head are not used: {listed(match.unexpected)}",
-            stacklevel=4,
-        )
-
-
-def _group_found(name: str, match: Match) -> bool:
-    """Whether other tensors of the same head are there, so that this one is lost rather than never made."""
-    head = next(head for head in HEADS if name.startswith(head))
-    return any(found.startswith(head + ".") for found in match.found)
-
-
-def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> set[str]:
-    """Names in the file of everything any task may have beside the encoder's blocks."""
-    changed = config.replace(use_mean_pooling=not config.use_mean_pooling)
-    names: set[str] = set()
-    for variant in (config, changed):
-        for task in TASKS:
-            heads = [name for name in param_shapes(variant, task) if name.startswith(HEADS)]
-            names.update(place.name for place in naming.places(heads, present).values() if place)
-    return names
 
 
 def _array(checkpoint: Checkpoint, name: str, dtype: str) -> np.ndarray:
@@ -308,10 +320,3 @@ def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
         return array.transpose(3, 2, 0, 1)
     third, rows = int(how[0]), array.shape[0] // 3
     return array[third * rows : (third + 1) * rows]
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few of `names` and how many more there are."""
-    names = [shown_name(name) for name in names]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

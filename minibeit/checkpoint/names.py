@@ -1,8 +1,4 @@
-"""What the tensors of a checkpoint are called: one table per dialect, from our canonical names to the file's.
-
-`{e}` stands for the prefix of the encoder, `{i}` for a number and `{leaf}` for the last word.  Every canonical name
-that a model needs is translated and looked up, so nothing is guessed from the names that happen to be in a file.
-"""
+"""How one file names its tensors: the dialect it speaks, its prefixes, and where each parameter lies."""
 
 from __future__ import annotations
 
@@ -11,200 +7,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
+from .dialects import ALIASES, DIALECTS, Dialect, Place
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a parameter lies in a file: the tensor's name and how it is laid out there.
-
-    `how` is "same", "transpose" (in, out), "hwio" (kh, kw, in, out), or "0/3", "1/3", "2/3": that third of the rows.
-    """
-
-    name: str
-    how: str = "same"
-
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the file of a parameter that has `shape` here."""
-        if self.how == "transpose":
-            return shape[::-1]
-        if self.how == "hwio":
-            return shape[2], shape[3], shape[1], shape[0]
-        return shape if self.how == "same" else (3 * shape[0], *shape[1:])
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """One way of naming the tensors of a BEiT.  `encoders` are the usual prefixes of the encoder, the first written."""
-
-    name: str
-    software: str
-    rules: dict[str, str | Place]
-    encoders: tuple[str, ...]
-    layer_norm_eps: float  # of the software's models; no file says it
-    mark: str = ""  # a tensor that tells the dialect from another with the same encoder
-
-
-# Names in files on the Hub: those of transformers 4, under which transformers 5 saves too.
-HUB: dict[str, str | Place] = {
-    "beit.embeddings.cls_token": "{e}embeddings.cls_token",
-    "beit.embeddings.mask_token": "{e}embeddings.mask_token",
-    "beit.embeddings.position_embeddings": "{e}embeddings.position_embeddings",
-    "beit.embeddings.patch.{leaf}": "{e}embeddings.patch_embeddings.projection.{leaf}",
-    "beit.shared_bias_table": "{e}encoder.relative_position_bias.relative_position_bias_table",
-    "beit.encoder.{i}.norm1.{leaf}": "{e}encoder.layer.{i}.layernorm_before.{leaf}",
-    "beit.encoder.{i}.attention.query.{leaf}": "{e}encoder.layer.{i}.attention.attention.query.{leaf}",
-    "beit.encoder.{i}.attention.key.{leaf}": "{e}encoder.layer.{i}.attention.attention.key.{leaf}",
-    "beit.encoder.{i}.attention.value.{leaf}": "{e}encoder.layer.{i}.attention.attention.value.{leaf}",
-    "beit.encoder.{i}.attention.output.{leaf}": "{e}encoder.layer.{i}.attention.output.dense.{leaf}",
-    "beit.encoder.{i}.bias_table": (
-        "{e}encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table"
-    ),
-    "beit.encoder.{i}.lambda_1": "{e}encoder.layer.{i}.lambda_1",
-    "beit.encoder.{i}.norm2.{leaf}": "{e}encoder.layer.{i}.layernorm_after.{leaf}",
-    "beit.encoder.{i}.fc1.{leaf}": "{e}encoder.layer.{i}.intermediate.dense.{leaf}",
-    "beit.encoder.{i}.fc2.{leaf}": "{e}encoder.layer.{i}.output.dense.{leaf}",
-    "beit.encoder.{i}.lambda_2": "{e}encoder.layer.{i}.lambda_2",
-    "beit.norm.{leaf}": "{e}layernorm.{leaf}",
-    "beit.pooler.{leaf}": "{e}pooler.layernorm.{leaf}",
-    "norm.{leaf}": "layernorm.{leaf}",
-    "lm_head.{leaf}": "lm_head.{leaf}",
-    "classifier.{leaf}": "classifier.{leaf}",
-    "fpn.deconv1.{leaf}": "fpn1.0.{leaf}",
-    "fpn.bn.{leaf}": "fpn1.1.{leaf}",
-    "fpn.deconv2.{leaf}": "fpn1.3.{leaf}",
-    "fpn.deconv3.{leaf}": "fpn2.0.{leaf}",
-    "decode_head.psp_modules.{i}.conv.{leaf}": "decode_head.psp_modules.{i}.1.conv.{leaf}",
-    "decode_head.psp_modules.{i}.bn.{leaf}": "decode_head.psp_modules.{i}.1.bn.{leaf}",
-    "decode_head.psp_bottleneck.conv.{leaf}": "decode_head.bottleneck.conv.{leaf}",
-    "decode_head.psp_bottleneck.bn.{leaf}": "decode_head.bottleneck.bn.{leaf}",
-    "decode_head.lateral_convs.{i}.conv.{leaf}": "decode_head.lateral_convs.{i}.conv.{leaf}",
-    "decode_head.lateral_convs.{i}.bn.{leaf}": "decode_head.lateral_convs.{i}.bn.{leaf}",
-    "decode_head.fpn_convs.{i}.conv.{leaf}": "decode_head.fpn_convs.{i}.conv.{leaf}",
-    "decode_head.fpn_convs.{i}.bn.{leaf}": "decode_head.fpn_convs.{i}.bn.{leaf}",
-    "decode_head.fpn_bottleneck.conv.{leaf}": "decode_head.fpn_bottleneck.conv.{leaf}",
-    "decode_head.fpn_bottleneck.bn.{leaf}": "decode_head.fpn_bottleneck.bn.{leaf}",
-    "decode_head.classifier.{leaf}": "decode_head.classifier.{leaf}",
-    "auxiliary_head.convs.{i}.conv.{leaf}": "auxiliary_head.convs.{i}.conv.{leaf}",
-    "auxiliary_head.convs.{i}.bn.{leaf}": "auxiliary_head.convs.{i}.bn.{leaf}",
-    "auxiliary_head.conv_cat.conv.{leaf}": "auxiliary_head.conv_cat.conv.{leaf}",
-    "auxiliary_head.conv_cat.bn.{leaf}": "auxiliary_head.conv_cat.bn.{leaf}",
-    "auxiliary_head.classifier.{leaf}": "auxiliary_head.classifier.{leaf}",
-}
-
-# Names that transformers 5 has in memory (`model.state_dict()`), which a plain torch.save writes.
-TRANSFORMERS5: dict[str, str | Place] = {
-    **HUB,
-    "beit.shared_bias_table": "{e}shared_position_bias.relative_position_bias_table",
-    "beit.encoder.{i}.norm1.{leaf}": "{e}layers.{i}.layernorm_before.{leaf}",
-    "beit.encoder.{i}.attention.query.{leaf}": "{e}layers.{i}.attention.q_proj.{leaf}",
-    "beit.encoder.{i}.attention.key.{leaf}": "{e}layers.{i}.attention.k_proj.{leaf}",
-    "beit.encoder.{i}.attention.value.{leaf}": "{e}layers.{i}.attention.v_proj.{leaf}",
-    "beit.encoder.{i}.attention.output.{leaf}": "{e}layers.{i}.attention.o_proj.{leaf}",
-    "beit.encoder.{i}.bias_table": "{e}layers.{i}.relative_position_bias.relative_position_bias_table",
-    "beit.encoder.{i}.lambda_1": "{e}layers.{i}.lambda_1",
-    "beit.encoder.{i}.norm2.{leaf}": "{e}layers.{i}.layernorm_after.{leaf}",
-    "beit.encoder.{i}.fc1.{leaf}": "{e}layers.{i}.mlp.fc1.{leaf}",
-    "beit.encoder.{i}.fc2.{leaf}": "{e}layers.{i}.mlp.fc2.{leaf}",
-    "beit.encoder.{i}.lambda_2": "{e}layers.{i}.lambda_2",
-    "fpn.deconv1.{leaf}": "fpn.fpn1.conv_transpose1.{leaf}",
-    "fpn.bn.{leaf}": "fpn.fpn1.normalization.{leaf}",
-    "fpn.deconv2.{leaf}": "fpn.fpn1.conv_transpose2.{leaf}",
-    "fpn.deconv3.{leaf}": "fpn.fpn2.{leaf}",
-    "decode_head.psp_modules.{i}.conv.{leaf}": "decode_head.psp_modules.blocks.{i}.conv.convolution.{leaf}",
-    "decode_head.psp_modules.{i}.bn.{leaf}": "decode_head.psp_modules.blocks.{i}.conv.normalization.{leaf}",
-    "decode_head.psp_bottleneck.conv.{leaf}": "decode_head.psp_bottleneck.convolution.{leaf}",
-    "decode_head.psp_bottleneck.bn.{leaf}": "decode_head.psp_bottleneck.normalization.{leaf}",
-    "decode_head.lateral_convs.{i}.conv.{leaf}": "decode_head.lateral_convs.{i}.convolution.{leaf}",
-    "decode_head.lateral_convs.{i}.bn.{leaf}": "decode_head.lateral_convs.{i}.normalization.{leaf}",
-    "decode_head.fpn_convs.{i}.conv.{leaf}": "decode_head.fpn_convs.{i}.convolution.{leaf}",
-    "decode_head.fpn_convs.{i}.bn.{leaf}": "decode_head.fpn_convs.{i}.normalization.{leaf}",
-    "decode_head.fpn_bottleneck.conv.{leaf}": "decode_head.fpn_bottleneck.convolution.{leaf}",
-    "decode_head.fpn_bottleneck.bn.{leaf}": "decode_head.fpn_bottleneck.normalization.{leaf}",
-    "auxiliary_head.convs.{i}.conv.{leaf}": "auxiliary_head.convs.{i}.convolution.{leaf}",
-    "auxiliary_head.convs.{i}.bn.{leaf}": "auxiliary_head.convs.{i}.normalization.{leaf}",
-    "auxiliary_head.conv_cat.conv.{leaf}": "auxiliary_head.conv_cat.convolution.{leaf}",
-    "auxiliary_head.conv_cat.bn.{leaf}": "auxiliary_head.conv_cat.normalization.{leaf}",
-}
-
-# transformers 5 saves Data2Vec-Vision with the encoder's names in files and the heads' names in memory.
-MIXED: dict[str, str | Place] = {
-    **HUB,
-    **{ours: theirs for ours, theirs in TRANSFORMERS5.items() if ours.startswith(("decode_head", "auxiliary_head"))},
-}
-
-# microsoft/unilm: classification, pre-training, and the ADE20K models of mmseg (encoder under `backbone.`); also timm.
-UNILM: dict[str, str | Place] = {
-    **{ours: theirs for ours, theirs in HUB.items() if ours.startswith(("decode_head", "auxiliary_head"))},
-    "decode_head.classifier.{leaf}": "decode_head.conv_seg.{leaf}",
-    "auxiliary_head.classifier.{leaf}": "auxiliary_head.conv_seg.{leaf}",
-    "beit.embeddings.cls_token": "{e}cls_token",
-    "beit.embeddings.mask_token": "{e}mask_token",
-    "beit.embeddings.position_embeddings": "{e}pos_embed",
-    "beit.embeddings.patch.{leaf}": "{e}patch_embed.proj.{leaf}",
-    "beit.shared_bias_table": "{e}rel_pos_bias.relative_position_bias_table",
-    "beit.encoder.{i}.norm1.{leaf}": "{e}blocks.{i}.norm1.{leaf}",
-    "beit.encoder.{i}.attention.query.weight": Place("{e}blocks.{i}.attn.qkv.weight", "0/3"),
-    "beit.encoder.{i}.attention.query.bias": "{e}blocks.{i}.attn.q_bias",
-    "beit.encoder.{i}.attention.key.weight": Place("{e}blocks.{i}.attn.qkv.weight", "1/3"),
-    "beit.encoder.{i}.attention.value.weight": Place("{e}blocks.{i}.attn.qkv.weight", "2/3"),
-    "beit.encoder.{i}.attention.value.bias": "{e}blocks.{i}.attn.v_bias",
-    "beit.encoder.{i}.attention.output.{leaf}": "{e}blocks.{i}.attn.proj.{leaf}",
-    "beit.encoder.{i}.bias_table": "{e}blocks.{i}.attn.relative_position_bias_table",
-    "beit.encoder.{i}.lambda_1": "{e}blocks.{i}.gamma_1",
-    "beit.encoder.{i}.norm2.{leaf}": "{e}blocks.{i}.norm2.{leaf}",
-    "beit.encoder.{i}.fc1.{leaf}": "{e}blocks.{i}.mlp.fc1.{leaf}",
-    "beit.encoder.{i}.fc2.{leaf}": "{e}blocks.{i}.mlp.fc2.{leaf}",
-    "beit.encoder.{i}.lambda_2": "{e}blocks.{i}.gamma_2",
-    "beit.norm.{leaf}": "{e}norm.{leaf}",
-    "beit.pooler.{leaf}": "{e}fc_norm.{leaf}",
-    "norm.{leaf}": "{e}norm.{leaf}",
-    "lm_head.{leaf}": "lm_head.{leaf}",
-    "classifier.{leaf}": "head.{leaf}",
-    "fpn.deconv1.{leaf}": "{e}fpn1.0.{leaf}",
-    "fpn.bn.{leaf}": "{e}fpn1.1.{leaf}",
-    "fpn.deconv2.{leaf}": "{e}fpn1.3.{leaf}",
-    "fpn.deconv3.{leaf}": "{e}fpn2.0.{leaf}",
-}
-
-
-def _flax() -> dict[str, str | Place]:
-    """Flax's names: HUB's with slashes; `kernel` for matrices, transposed, and `scale` for the weight of a norm."""
-    rules: dict[str, str | Place] = {}
-    for ours, theirs in HUB.items():
-        if ours.startswith(("fpn", "decode_head", "auxiliary_head")):
-            continue  # Flax has no segmentation
-        stem, path = ours.removesuffix("{leaf}"), str(theirs).replace(".", "/").removesuffix("{leaf}")
-        if stem == ours:
-            rules[ours] = path
-        elif "norm" in ours or "pooler" in ours:
-            rules[stem + "weight"], rules[stem + "bias"] = path + "scale", path + "bias"
-        else:
-            how = "hwio" if "patch" in ours else "transpose"
-            rules[stem + "weight"], rules[stem + "bias"] = Place(path + "kernel", how), path + "bias"
-    return rules
-
-
-DIALECTS = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect(
-            "data2vec5",
-            "transformers 5 (Data2Vec segmentation)",
-            MIXED,
-            ("data2vec_vision.", "beit.", ""),
-            1e-12,
-            "decode_head.psp_bottleneck.convolution.weight",
-        ),
-        Dialect("hub", "transformers (Hub files; BEiT, DiT, Data2Vec)", HUB, ("beit.", "data2vec_vision.", ""), 1e-12),
-        Dialect("transformers5", "transformers 5 in memory", TRANSFORMERS5, ("beit.", ""), 1e-12),
-        Dialect("flax", "Flax", _flax(), ("beit/", ""), 1e-12),
-        Dialect("unilm", "microsoft/unilm or timm", UNILM, ("", "backbone."), 1e-6),
-    )
-}
-ALIASES = {"timm": "unilm", "mmseg": "unilm", "dit": "hub", "data2vec": "hub", "transformers": "hub"}
-
-# Buffers that carry no learned number: index tables that follow from the grid, and a counter of training steps.
-IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked)$")
+# Buffers that carry no learned number: index tables that follow from the grid, a counter of training steps, and timm's
+# zeros beside the biases of query and value (softmax would not see a bias of the keys either).
+IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked|attn\.k_bias)$")
+EMA = re.compile(r"(^|[._/])ema([._/]|$)", re.IGNORECASE)
+# torch.compile, (Distributed)DataParallel, FSDP, activation checkpointing, Lightning Fabric.
+WRAPPER_WORDS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
 
 @dataclass(frozen=True)
@@ -237,11 +47,43 @@ class Naming:
             ours, encoders = f"norm.{leaf}", f"beit.norm.{leaf}"
             if self.place(ours) == self.place(encoders):
                 places.update({loser: None for loser in [encoders if head else ours] if loser in places})
-        shared = places.get("beit.shared_bias_table")
-        if shared and shared.name not in present:  # transformers 5 saves that of a backbone with a prefix all lack
-            other = Naming(self.dialect, self.dialect.encoders[0], self.outer).place("beit.shared_bias_table")
-            places["beit.shared_bias_table"] = other if other.name in present else shared
+        taken = {place.name for place in places.values() if place}
+        for name, place in places.items():
+            if place and name.startswith("beit.") and place.name not in present:
+                places[name] = self._elsewhere(name, present, taken) or place
         return places
+
+    def _elsewhere(self, name: str, present: Collection[str], taken: Collection[str]) -> Place | None:
+        """Where a parameter of the encoder lies under another of the dialect's prefixes.
+
+        transformers 5 saves a backbone's shared table and final norm with a prefix that all its other tensors lack.
+        """
+        for encoder in self.dialect.encoders:
+            other = Naming(self.dialect, encoder, self.outer).place(name)
+            if other.name in present and other.name not in taken:
+                return other
+        return None
+
+    def within(self, names: Iterable[str], heads: Iterable[str] = ()) -> list[str]:
+        """Those of a file's `names` that stand inside the encoder, or inside one of the `heads` (canonical names).
+
+        A part of the encoder is told by the first word after its prefix, so that what a larger model has beside its
+        parts is none of them.
+        """
+        parts = {self._part(rule) for rule in self.dialect.rules if rule.startswith("beit.")}
+        parts |= {self._part(rule) for rule in self.dialect.rules if rule.startswith(tuple(f"{h}." for h in heads))}
+        return [name for name in names if any(name == part or name.startswith(part + self._joint) for part in parts)]
+
+    @property
+    def _joint(self) -> str:
+        return "/" if self.dialect.name == "flax" else "."
+
+    def _part(self, rule: str) -> str:
+        found = self.dialect.rules[rule]
+        template = found.name if isinstance(found, Place) else found
+        prefix, _, rest = template.rpartition("{e}")
+        first = rest.split(self._joint)[0]
+        return self.outer + (self.encoder if "{e}" in template else "") + prefix + first
 
 
 def translate(name: str, rules: dict[str, str | Place], encoder: str) -> Place:
@@ -254,14 +96,38 @@ def translate(name: str, rules: dict[str, str | Place], encoder: str) -> Place:
     return Place(place.name.format(e=encoder, i=number, leaf=words[-1]), place.how)
 
 
-def recognise(names: Collection[str], dialect: str | None = None) -> Naming:
+def recognise(names: Collection[str], dialect: str | None = None, weights: str | None = None) -> Naming:
     """The naming of a file that holds tensors `names`; `dialect` (a key of DIALECTS or ALIASES) overrides the guess.
 
+    Where several encoders are there, as in files with an average of the weights, `weights` says which is meant: "model"
+    (the default: one that is no average), "ema", or a prefix.
     Raises CheckpointError when the tensors are not a BEiT's, ValueError for a dialect that does not exist.
     """
+    found = namings(names, dialect)
+    meant = [naming for naming in found if weights is not None and means(weights, naming.outer + naming.encoder)]
+    if found and weights not in (None, "model") and not meant:
+        prefixes = ", ".join(repr(naming.outer + naming.encoder) for naming in found)
+        raise CheckpointError(f"has no weights {weights!r}; those there have the prefix {prefixes}")
+    if found:
+        return min(meant or found, key=lambda naming: is_average(naming.outer))
+    if any(".lora_" in name for name in names):
+        raise CheckpointError(
+            "is a LoRA adapter, not a model; give its folder, whose adapter_config.json says how to merge it"
+        )
+    some = ", ".join(list(names)[:3])
+    speech = "of any known dialect" if dialect is None else f"of dialect {dialect!r}"
+    raise CheckpointError(
+        f"no patch embedding and first block {speech} among its {len(names)} tensors ({some}, ...); "
+        "known are files of transformers, unilm, timm, OpenMMLab and Flax"
+    )
+
+
+def namings(names: Collection[str], dialect: str | None = None) -> list[Naming]:
+    """Every encoder among `names`, in the first dialect that has any: one for each prefix."""
     for candidate in _candidates(dialect):
         patch = translate("beit.embeddings.patch.weight", candidate.rules, "").name
         block = translate("beit.encoder.0.norm1.weight", candidate.rules, "").name
+        found = []
         for name in names:
             prefix = name.removesuffix(patch)
             if prefix == name or prefix + block not in names:
@@ -269,13 +135,39 @@ def recognise(names: Collection[str], dialect: str | None = None) -> Naming:
             encoder = max((e for e in candidate.encoders if prefix.endswith(e)), key=len)
             outer = prefix.removesuffix(encoder)
             if not candidate.mark or outer + candidate.mark in names:
-                return Naming(candidate, encoder, outer)
-    some = ", ".join(list(names)[:3])
-    speech = "of any known dialect" if dialect is None else f"of dialect {dialect!r}"
-    raise CheckpointError(
-        f"no patch embedding and first block {speech} among its {len(names)} tensors ({some}, ...); "
-        "known are files of transformers, unilm, timm and Flax"
-    )
+                found.append(Naming(candidate, encoder, outer))
+        if found:
+            return found
+    return []
+
+
+def names_encoder(names: Collection[str]) -> bool:
+    """Whether tensors of these names are, or hold, an encoder."""
+    return bool(namings(set(names)))
+
+
+def is_average(key: str) -> bool:
+    """Whether a key or prefix is that of an exponential moving average of weights."""
+    return EMA.search(key) is not None
+
+
+def means(weights: str, key: str) -> bool:
+    """Whether `weights=` asks for the state dict under `key`: "model", "ema", or the key itself or its end."""
+    key = key.strip("./")
+    if weights in ("model", "ema") and key != weights:
+        return is_average(key) == (weights == "ema")
+    return key == weights.strip("./") or key.endswith((f".{weights}", f"/{weights}"))
+
+
+def unwrapped_names(names: Collection[str]) -> dict[str, str]:
+    """{name: the same without the words that compilers and wrappers of modules put in}; {} where nothing changes.
+
+    Names that would fall together stay as they are.
+    """
+    changed = {name: ".".join(word for word in name.split(".") if word not in WRAPPER_WORDS) for name in names}
+    if all(name == plain for name, plain in changed.items()) or len(set(changed.values())) < len(changed):
+        return {}
+    return changed
 
 
 def _candidates(dialect: str | None) -> list[Dialect]:

@@ -1,9 +1,10 @@
 """A pickle reader that builds containers, numbers and text, and asks a table what a name may stand for.
 
 Python's own unpickler imports and calls whatever a file names. This one knows no import and no call: a name not in the
-caller's table ends the reading with an error that tells it. It has no recursion, and a budget of steps bounds its time
-and memory. The operations are those that Python's pickler emits for protocols 2 to 4 (the library's pickletools
-describes them); those of protocols 0 and 1 and of extensions are refused.
+caller's table gives an inert object that holds what it was given and does nothing, and a name of the kind that attacks
+use ends the reading. It has no recursion, and a budget of steps, in proportion to the file, bounds its time and memory.
+The operations are those that Python's pickler emits for protocols 2 to 5 (the library's pickletools describes them);
+those of protocols 0 and 1, of extensions and of buffers outside the pickle are refused.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ MAX_STEPS = 150_000  # a checkpoint of large with its optimizer and an average o
 MAX_PICKLE = 32 << 20
 MAX_INTEGER = 128
 KEYS = (str, int, float, bool, bytes, type(None))
+BYTES_PER_STEP = 16  # of the file: what it may take beyond MAX_STEPS
+MAX_KEY = 64  # values in a tuple that is a key
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,23 @@ class Name:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Inert:
-    """An object of a known class: its name and its attributes, without its code."""
+    """An object of a class: its name, what it was made from, its attributes and items, without its code."""
 
     name: str
     state: dict[Any, Any] = field(default_factory=dict)
+    arguments: tuple[Any, ...] = ()
+    items: list[Any] = field(default_factory=list)  # what a pickle appends to it or, as pairs, sets in it
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"  # what it holds may hold itself
 
 
 class Machine:
     """Reads one pickle at `position` of the source's bytes and leaves `position` behind it.
 
-    `call(name, arguments, machine)` builds what a known name makes of its arguments; `known(name)` tells which are.
+    `call(name, arguments, machine)` builds what a name makes of its arguments; `allowed(name)` tells which may stand.
     `load(identity)` gives the object that the pickle keeps outside of itself.
     """
 
@@ -47,7 +55,7 @@ class Machine:
         self,
         source: Source,
         data: memoryview,
-        known: Callable[[str], bool],
+        allowed: Callable[[str], bool],
         call: Callable[[str, tuple[Any, ...], Machine], Any],
         load: Callable[[Any], Any],
         position: int = 0,
@@ -55,8 +63,8 @@ class Machine:
     ) -> None:
         self.source, self.data, self.position = source, data, position
         self.limit = min(len(data), position + MAX_PICKLE)
-        self.known, self.call, self.load = known, call, load
-        self.steps, self.budget = 0, budget
+        self.allowed, self.call, self.load = allowed, call, load
+        self.steps, self.budget = 0, budget + source.size // BYTES_PER_STEP
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -144,8 +152,20 @@ class Machine:
 
     def key(self, value: Any) -> Any:
         """A value that may be a key: hashing others may recurse without end or collide by design."""
-        if not isinstance(value, KEYS) or (isinstance(value, int) and abs(value) >= 1 << 63):
-            raise self.error(f"has a key of type {type(value).__name__}; possible are text and small numbers")
+        if isinstance(value, (Name, Inert)):
+            return value  # hashed by name and by identity
+        if isinstance(value, (set, frozenset)):  # its elements have been keys themselves
+            self.charge(len(value))
+            return frozenset(value)
+        parts = value if isinstance(value, tuple) else (value,)
+        self.charge(len(parts) - 1)
+        small = len(parts) <= MAX_KEY and all(
+            isinstance(part, KEYS) and not (isinstance(part, int) and abs(part) >= 1 << 63) for part in parts
+        )
+        if not small:
+            raise self.error(
+                f"has a key of type {type(value).__name__}; possible are text, small numbers and short tuples of them"
+            )
         return value
 
     def remember(self, index: int) -> None:
@@ -163,12 +183,16 @@ class Machine:
 
     def append(self, values: list[Any]) -> None:
         target = self.top()
+        target = target.items if isinstance(target, Inert) else target
         if not isinstance(target, list):
             raise self.error(f"appends to a {type(target).__name__}")
         target.extend(values)
 
     def set_items(self, values: list[Any]) -> None:
         target = self.top()
+        if isinstance(target, Inert) and len(values) % 2 == 0:
+            target.items.extend(zip(values[::2], values[1::2]))
+            return
         if not isinstance(target, dict) or len(values) % 2:
             raise self.error(f"sets items of a {type(target).__name__}")
         for key, value in zip(values[::2], values[1::2]):
@@ -182,6 +206,9 @@ class Machine:
     def add_items(self) -> None:
         values = self.marked()
         target = self.top()
+        if isinstance(target, Inert):
+            target.items.extend(values)
+            return
         if not isinstance(target, set):
             raise self.error(f"adds to a {type(target).__name__}")
         target.update(self.key(value) for value in values)
@@ -190,10 +217,9 @@ class Machine:
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise self.error("names a global by something else than text")
         name = f"{module[:200]}.{attribute[:200]}"
-        if not self.known(name):
+        if not self.allowed(name):
             raise self.error(
-                f"refers to {shown(name)}; only tensors, containers, numbers and argparse namespaces are read, "
-                "and no code is run"
+                f"refers to {shown(name)}; only tensors, containers, numbers and settings are read, and no code is run"
             )
         self.push(Name(name))
 
@@ -203,6 +229,14 @@ class Machine:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise self.error(f"calls a {type(function).__name__}")
         self.push(self.call(function.name, arguments, self))
+
+    def make_with_keywords(self) -> None:
+        """NEWOBJ_EX: a class, its arguments and its keyword arguments; made by no class that is known."""
+        keywords = self.pop()
+        arguments, function = self.pop(), self.pop()
+        if not isinstance(function, Name) or not isinstance(arguments, tuple) or not isinstance(keywords, dict):
+            raise self.error(f"makes an object of a {type(function).__name__}")
+        self.push(Inert(function.name, arguments=(*arguments, keywords)))
 
     def build(self) -> None:
         state = self.pop()
@@ -229,8 +263,8 @@ def _operation_name(code: int) -> str:
 
 def _protocol(machine: Machine) -> None:
     protocol = machine.number("<B")
-    if not 2 <= protocol <= 4:
-        raise machine.error(f"has protocol {protocol}; protocols 2 to 4 are read")
+    if not 2 <= protocol <= 5:
+        raise machine.error(f"has protocol {protocol}; protocols 2 to 5 are read")
 
 
 STOP = ord(".")
@@ -246,6 +280,7 @@ OPERATIONS: dict[int, Callable[[Machine], Any]] = {
     ord("B"): lambda m: m.push(bytes(m.take(m.number("<I")))),
     ord("C"): lambda m: m.push(bytes(m.take(m.number("<B")))),
     0x8E: lambda m: m.push(bytes(m.take(m.number("<Q")))),
+    0x96: lambda m: m.push(bytes(m.take(m.number("<Q")))),  # BYTEARRAY8: nobody here changes it
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
@@ -279,6 +314,7 @@ OPERATIONS: dict[int, Callable[[Machine], Any]] = {
     0x93: _stack_global,
     ord("R"): lambda m: m.reduce(),
     0x81: lambda m: m.reduce(),  # NEWOBJ: the same call, as nothing is called
+    0x92: lambda m: m.make_with_keywords(),
     ord("b"): lambda m: m.build(),
     0x80: _protocol,
     0x95: lambda m: m.take(8),  # FRAME: only a hint of how much to read at once

@@ -52,6 +52,12 @@ def share_to_blocks(arrays: Mapping[str, np.ndarray], config: BeitConfig) -> tup
     return changed, rest
 
 
+def usual_method(old: Grid, new: Grid) -> str:
+    """The authors' method where it is defined, else timm's."""
+    square = old[0] == old[1] and new[0] == new[1]
+    return "unilm" if square and old[0] >= 3 else "timm"
+
+
 def resize_table(table: np.ndarray, old: Grid, new: Grid, method: str = "unilm") -> np.ndarray:  # (R, H) -> (R', H)
     """The bias table of grid `old` for grid `new`; its last three rows, those of the CLS token, stay as they are.
 

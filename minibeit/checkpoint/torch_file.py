@@ -11,7 +11,7 @@ from typing import Any
 from minibeit.checkpoint.pickle_machine import MAX_STEPS, Machine, Name
 from minibeit.checkpoint.source import Source, shown
 from minibeit.checkpoint.tensors import ITEMSIZE
-from minibeit.checkpoint.torch_objects import Storage, call, known, storage_identity
+from minibeit.checkpoint.torch_objects import Storage, allowed, call, storage_identity
 from minibeit.checkpoint.zip_file import Entry, packed_reader
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -47,7 +47,7 @@ def read_torch_zip(source: Source, entries: dict[str, Entry]) -> Any:
             )
         return _storage(source, storages, key, Storage(dtype, number, packed_reader(entry)))
 
-    return Machine(source, entries[pickled].data(), known, call, load).run()
+    return Machine(source, entries[pickled].data(), allowed, call, load).run()
 
 
 def read_torch_legacy(source: Source) -> Any:
@@ -69,7 +69,7 @@ def read_torch_legacy(source: Source) -> Any:
     values = []
     # magic number, protocol, system, the object, the keys of its storages
     for loader, budget in ((refuse, 100), (refuse, 100), (refuse, 100), (load, MAX_STEPS), (refuse, MAX_STEPS)):
-        machine = Machine(source, source.data, known, call, loader, position, budget)
+        machine = Machine(source, source.data, allowed, call, loader, position, budget)
         values.append(machine.run())
         position = machine.position
         if len(values) == 1 and values[0] != MAGIC:

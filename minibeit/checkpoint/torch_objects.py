@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from minibeit.checkpoint.pickle_attacks import suspicious
 from minibeit.checkpoint.pickle_machine import Inert, Machine, Name
 from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import ITEMSIZE, Stored, checked_shape, count
+from minibeit.checkpoint.tensors import ITEMSIZE, MAX_RANK, Stored, checked_shape, count
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -41,6 +42,8 @@ INERT_CLASSES = (
     "torch.nn.modules.linear.Identity",
     "torch.nn.modules.upsampling.Upsample",
 )
+FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+NUMPY_ARRAYS = (*FROM_BUFFER, "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 NUMPY_SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
@@ -71,16 +74,60 @@ def storage_identity(source: Source, identity: Any) -> tuple[str, str, int]:
     return STORAGE_NAMES[kind.name], key, number
 
 
+def allowed(name: str) -> bool:
+    """Whether a name may stand in a pickle; what none of the tables knows becomes an inert object."""
+    return known(name) or not (known(name.rpartition(".")[0]) or suspicious(name))
+
+
 def known(name: str) -> bool:
     """Whether a name in a pickle has a meaning here."""
     return name in CALLS or name in STORAGE_NAMES or name in TORCH_DTYPES or name in TENSOR_CLASSES
 
 
 def call(name: str, arguments: tuple[Any, ...], machine: Machine) -> Any:
-    """What a known class or function makes of its arguments."""
-    if name not in CALLS:
+    """What a known class or function makes of its arguments; of an unknown one, an inert object that holds them."""
+    if name in CALLS:
+        return CALLS[name](machine, arguments)
+    if known(name):
         raise machine.error(f"calls {shown(name)}, which is only a type")
-    return CALLS[name](machine, arguments)
+    return Inert(name, arguments=arguments)
+
+
+def as_tensor(value: Any) -> Stored | None:
+    """A tensor, or an array of NumPy as the pickle describes it, as a tensor; None for anything else."""
+    if isinstance(value, Stored):
+        return value
+    if not isinstance(value, Inert) or value.name not in NUMPY_ARRAYS:
+        return None
+    state = value.state.get("")
+    if value.name in FROM_BUFFER and len(value.arguments) == 4:
+        data, dtype, shape, order = value.arguments
+        fortran = order == "F"
+    elif isinstance(state, tuple) and len(state) == 5:
+        _, shape, dtype, fortran, data = state
+    else:
+        return None
+    stored = _plain_dtype(dtype)
+    sizes = isinstance(shape, tuple) and len(shape) <= MAX_RANK and all(type(n) is int and n >= 0 for n in shape)
+    if stored is None or not sizes or not isinstance(data, bytes):
+        return None
+    itemsize = ITEMSIZE[stored]
+    if count(shape) * itemsize != len(data):
+        return None
+    steps = shape if fortran else shape[::-1]
+    strides = tuple(itemsize * count(steps[:axis]) for axis in range(len(shape)))
+    return Stored(stored, shape, memoryview(data), 0, strides if fortran else strides[::-1])
+
+
+def _plain_dtype(dtype: Any) -> str | None:
+    """The name of a stored dtype that a pickled dtype of NumPy stands for; None for others and big-endian ones."""
+    if not isinstance(dtype, Inert) or not dtype.name.startswith("numpy.dtype:"):
+        return None
+    state = dtype.state.get("")
+    if isinstance(state, tuple) and ">" in state[:2]:
+        return None
+    name = np.dtype(dtype.name[12:]).name
+    return name if name in ITEMSIZE else None
 
 
 def _bad(machine: Machine, name: str) -> Exception:
@@ -177,13 +224,15 @@ def _bytes(machine: Machine, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _numpy_dtype(machine: Machine, arguments: tuple[Any, ...]) -> Inert:
-    if not arguments or arguments[0] not in NUMPY_SCALARS:
-        raise _bad(machine, "numpy.dtype")
-    return Inert(f"numpy.dtype:{arguments[0]}")
+    """A dtype: of numbers by its name, any other as an object that nothing depends on."""
+    plain = arguments and isinstance(arguments[0], str) and arguments[0] in NUMPY_SCALARS
+    return Inert(f"numpy.dtype:{arguments[0]}" if plain else "numpy.dtype", arguments=arguments)
 
 
 def _numpy_scalar(machine: Machine, arguments: tuple[Any, ...]) -> Any:
-    """A number of NumPy as a number of Python."""
+    """A number of NumPy as a number of Python; a scalar of another kind (text, a date) as an inert object."""
+    if len(arguments) == 2 and isinstance(arguments[0], Inert) and arguments[0].name == "numpy.dtype":
+        return Inert("numpy.scalar", arguments=arguments)
     if len(arguments) != 2 or not isinstance(arguments[0], Inert) or not arguments[0].name.startswith("numpy.dtype:"):
         raise _bad(machine, "numpy scalar")
     dtype, data = np.dtype("<" + arguments[0].name[12:]), arguments[1]

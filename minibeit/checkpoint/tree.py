@@ -3,21 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from minibeit.checkpoint.names import is_average, means, names_encoder
 from minibeit.checkpoint.pickle_machine import Inert, Name
 from minibeit.checkpoint.source import MAX_NAME, Source, shown
 from minibeit.checkpoint.tensors import Stored, TensorInfo
+from minibeit.checkpoint.torch_objects import as_tensor
 
-TORCH_WRAPPERS = ("model", "module", "state_dict")
-FLAX_WRAPPERS = ("params",)
+WRAPPERS = {".": ("model", "module", "state_dict"), "/": ("params",)}  # by what joins the names: torch, Flax
 MAX_DEPTH = 64
 MAX_NODES = 200_000
+MAX_STATES = 64  # state dicts in one file
 MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 
-def unwrap(root: Any, wrappers: tuple[str, ...], depth: int = 3) -> tuple[Any, str | None]:
-    """The state dict under keys such as `model`, and those keys joined by dots (None when nothing wraps it).
+@dataclass(frozen=True)
+class Parts:
+    """What `split` makes of a file: see `formats.Loaded`, whose fields these become."""
+
+    tensors: dict[str, Stored]
+    extra: Any
+    wrapper: str | None
+    others: tuple[str, ...]
+    chosen: bool
+
+
+def unwrap(
+    source: Source, root: Any, joint: str = ".", weights: str | None = None
+) -> tuple[Any, str | None, tuple[str, ...], bool]:
+    """(state dict, its keys joined by dots or None, the keys of others like it, whether `weights` chose it).
+
+    The state dict is the mapping that names an encoder: the one that `weights` means, else of those that are no moving
+    average the one with most tensors.  Without one it is what lies under keys such as `model`, in dicts without tensors
+    of their own.
+    """
+    states = _states(root)
+    if not states:
+        state, wrapper = _under_known_keys(root, WRAPPERS[joint])
+        return state, wrapper, (), False
+    meant = {key: state for key, state in states.items() if weights is None or means(weights, key)}
+    if not meant and len(states) > 1:
+        raise source.error(f"has no weights {weights!r}; there are those under {', '.join(map(repr, states))}")
+    order = WRAPPERS[joint]
+
+    def rank(key: str) -> tuple[bool, int, int]:
+        known = order.index(key) if key in order else len(order)
+        return is_average(key), -len(states[key]), known
+
+    chosen = min(meant or states, key=rank)
+    others = tuple(key for key in states if key != chosen)
+    return states[chosen], chosen or None, others, weights is not None and bool(meant) and bool(chosen)
+
+
+def _states(root: Any) -> dict[str, dict[Any, Any]]:
+    """{keys joined by dots: mapping} of every dict that holds the tensors of an encoder itself; at most MAX_STATES."""
+    found: dict[str, dict[Any, Any]] = {}
+    seen: set[int] = set()
+    waiting = [("", root)]
+    while waiting and len(found) < MAX_STATES:
+        key, value = waiting.pop(0)
+        if not isinstance(value, dict) or id(value) in seen or key.count(".") > 4:
+            continue
+        seen.add(id(value))
+        if names_encoder([name for name, child in value.items() if isinstance(name, str) and as_tensor(child)]):
+            found[key] = value
+        waiting += [
+            (f"{key}.{name}" if key else name, child)
+            for name, child in value.items()
+            if isinstance(child, dict) and isinstance(name, str) and len(key) + len(name) < MAX_NAME
+        ]
+    return found
+
+
+def _under_known_keys(root: Any, wrappers: tuple[str, ...], depth: int = 3) -> tuple[Any, str | None]:
+    """What lies under keys such as `model`, and those keys joined by dots (None when nothing wraps it).
 
     A wrapper is a key of a dict without tensors of its own, whose value is a dict (or module) that holds some.
     """
@@ -26,7 +87,7 @@ def unwrap(root: Any, wrappers: tuple[str, ...], depth: int = 3) -> tuple[Any, s
     for key in wrappers:
         inner = root.get(key)
         if isinstance(inner, (dict, Inert)) and _holds_tensor(inner):
-            state, below = unwrap(inner, wrappers, depth - 1)
+            state, below = _under_known_keys(inner, wrappers, depth - 1)
             return state, f"{key}.{below}" if below else key
     return root, None
 
@@ -37,7 +98,7 @@ def _holds_tensor(value: Any) -> bool:
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, Stored):
+        if as_tensor(value):
             return True
         if isinstance(value, (dict, list, tuple, Inert)) and id(value) not in seen:
             seen.add(id(value))
@@ -50,16 +111,17 @@ class Walk:
 
     def __init__(self, source: Source, joint: str) -> None:
         self.source, self.joint = source, joint
-        self.nodes = 0
+        self.nodes, self.most = 0, MAX_NODES + source.size // 16
 
     def enter(self, depth: int) -> None:
         self.nodes += 1
-        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise self.source.error(f"has containers of more than {MAX_NODES:,} values or {MAX_DEPTH} levels")
+        if self.nodes > self.most or depth > MAX_DEPTH:
+            raise self.source.error(f"has containers of more than {self.most:,} values or {MAX_DEPTH} levels")
 
     def tensors(self, value: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
         """(joined name, tensor or other leaf) of a state dict."""
         self.enter(depth)
+        value = as_tensor(value) or value
         if isinstance(value, (dict, list, tuple, Inert)):
             for key, child in _children(value):
                 key = str(key) if isinstance(key, (str, int)) else repr(key)
@@ -72,11 +134,14 @@ class Walk:
     def plain(self, value: Any, skip: Any = None, depth: int = 0) -> Any:
         """A copy as dicts, lists and leaves; tensors become their TensorInfo, objects their attributes."""
         self.enter(depth)
-        if isinstance(value, Stored):
-            return TensorInfo(value.dtype, value.shape)
+        tensor = as_tensor(value)
+        if tensor:
+            return TensorInfo(tensor.dtype, tensor.shape)
+        if isinstance(value, Inert) and not value.state:
+            value = value.items or list(value.arguments)
         if isinstance(value, (dict, Inert)):
             items = (value if isinstance(value, dict) else value.state).items()
-            return {key: self.plain(child, skip, depth + 1) for key, child in items if child is not skip}
+            return {_plain_key(key): self.plain(child, skip, depth + 1) for key, child in items if child is not skip}
         if isinstance(value, (list, tuple, set, frozenset)):
             return [self.plain(child, skip, depth + 1) for child in value]
         if isinstance(value, memoryview):
@@ -84,11 +149,9 @@ class Walk:
         return value.name if isinstance(value, Name) else value
 
 
-def split(
-    source: Source, root: Any, wrappers: tuple[str, ...], joint: str
-) -> tuple[dict[str, Stored], Any, str | None]:
-    """(tensors by joined name, everything else as plain data, the unwrapped keys)."""
-    state, wrapper = unwrap(root, wrappers)
+def split(source: Source, root: Any, joint: str, weights: str | None = None) -> Parts:
+    """The tensors of the state dict by joined name, and everything else as plain data."""
+    state, wrapper, others, chosen = unwrap(source, root, joint, weights)
     walk = Walk(source, joint)
     extra = walk.plain(root, state) if wrapper else {}
     tensors: dict[str, Stored] = {}
@@ -100,8 +163,26 @@ def split(
         seen.add(name)
         target[name] = leaf if isinstance(leaf, Stored) else walk.plain(leaf)
     if "" in tensors or not tensors:
-        raise source.error("holds no named tensors")
-    return tensors, extra, wrapper
+        raise source.error(f"holds no named tensors{_stand_in(root)}")
+    return Parts(tensors, extra, wrapper, others, chosen)
+
+
+def _stand_in(root: Any) -> str:
+    """A word on an object of a foreign class, where tensors were looked for."""
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Inert):
+            return f"; an object in it is made by {shown(value.name)}, whose code is not run"
+        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(child for _, child in _children(value))
+    return ""
+
+
+def _plain_key(key: Any) -> Any:
+    return key.name if isinstance(key, (Name, Inert)) else key
 
 
 def _children(value: Any) -> Any:

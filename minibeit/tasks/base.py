@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..checkpoint.load import OPTIONS, load_checkpoint
+from ..checkpoint.load import load_checkpoint
+from ..checkpoint.options import split_model_keywords
 from ..checkpoint.prepared import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
 from ..config import BeitConfig
@@ -74,23 +76,26 @@ class BeitPreTrainedModel:
         num_threads: int | None = None,
         device: int | None = None,
         seed: int | None = 0,
-        **config_overrides: Any,
+        **keywords: Any,
     ) -> Self:
         """The model of a checkpoint: a folder as on the Hub, a file of any format, or an id on the Hub.
 
-        `dialect=`, `ignore_mismatched_sizes=`, `revision=` and `token=` say how to load (see `load_checkpoint`); other
-        keywords replace fields of the config.  Tensors that the checkpoint lacks because it was made for another
-        task are drawn at random from `seed`, with a warning that lists them.  A folder that `save_prepared` wrote is
-        mapped into memory and used as it is.  Raises FileNotFoundError or CheckpointError, one sentence that names the
-        file and the tensor.
+        The fields of `minibeit.checkpoint.options.Loading` (`revision`, `token`, `subfolder`, `variant`, `weights`,
+        ...) say which files are read and how; other keywords replace fields of the config, and any other raises
+        TypeError.  Tensors that the checkpoint lacks because it was made for another task are drawn at random from
+        `seed`, with a warning that lists them; `image_size`, `num_labels` and a position bias of each block's own
+        change what was trained for others, with a warning (see `load_checkpoint`).  A folder that `save_prepared` wrote
+        is mapped into memory and used as it is.  Raises FileNotFoundError or CheckpointError, one sentence that names
+        the file and the tensor.
         """
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
-        file = prepared_file(path)
+        loading, fields = split_model_keywords(keywords)
+        file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
-            prepared = read_prepared(file, {k: v for k, v in config_overrides.items() if k not in OPTIONS})
+            prepared = read_prepared(file, fields)
             return cls(prepared.config, **options, prepared=prepared)
         get_ops(backend, only, dtype, device)  # says what is missing before gigabytes are read
-        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, config_overrides)
+        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
         return cls(config, **options, arrays=arrays)
 
     def __call__(
