@@ -212,6 +212,7 @@ class BeitConfig:
         if unknown := [name for name in overrides if name not in known]:
             raise unknown_keywords("BeitConfig", unknown, known)
         values = {**renumbered(values), **overrides}
+        values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
         extra = {name: values.pop(name) for name in list(values) if name not in known}
         if isinstance(values.get("extra", {}), dict):
             values["extra"] = {**values.get("extra", {}), **extra}
@@ -322,7 +323,6 @@ def _normalised(values: dict[str, Any]) -> dict[str, Any]:
         old = values.pop("segmentation_indices")
         if values.get("out_indices") is None:
             values["out_indices"] = old
-    values.pop("stage_names", None)  # written by transformers 5; follows from num_hidden_layers
     num_labels = values.pop("num_labels", None)
     if num_labels is not None:
         values.update(labels_for(num_labels, values))
