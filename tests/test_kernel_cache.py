@@ -327,6 +327,17 @@ def test_without_a_home_kernels_are_compiled_in_each_process(tmp_path, use, monk
     assert "no home folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@posix
+def test_without_a_home_and_a_working_directory(tmp_path, use, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    use(tmp_path / "base")
+    assert cache.folder() is not None
+
+
 @as_root
 def test_a_user_without_home_and_entry(tmp_path, use, monkeypatch, capsys):
     use("", XDG_CACHE_HOME="")
@@ -406,12 +417,18 @@ def queue_without_writer(file):
     os.mkfifo(file)
 
 
+def full_queue(file):
+    content = file.read_bytes()
+    queue_without_writer(file)
+    os.write(os.open(file, os.O_RDWR | os.O_NONBLOCK), content)  # it stays open: a queue is empty without anybody
+
+
 def writable_by_the_group(file):
     file.chmod(0o620)
 
 
 @posix
-@pytest.mark.parametrize("change", [soft_link, hard_link, queue_without_writer, writable_by_the_group])
+@pytest.mark.parametrize("change", [soft_link, hard_link, queue_without_writer, full_queue, writable_by_the_group])
 def test_only_plain_files_of_the_user_are_read(tmp_path, use, change):
     use(tmp_path)
     count_with_new_kernel()
@@ -570,6 +587,8 @@ def test_a_fork_does_not_wait_for_ever(tmp_path, use, monkeypatch):
     """The child of a fork that waited in vain has a lock of its own."""
     use(tmp_path)
     count_with_new_kernel()
+    ignored: list[object] = []  # what goes wrong around a fork is told to this hook only
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     monkeypatch.setattr(machine_code, "_FORK_WAITS", 0.2)
     inside, leave = threading.Event(), threading.Event()
 
@@ -590,6 +609,7 @@ def test_a_fork_does_not_wait_for_ever(tmp_path, use, monkeypatch):
     finally:
         leave.set()
         thread.join()
+    assert not ignored
     assert count_with_new_kernel() == (False, 1)
 
 
