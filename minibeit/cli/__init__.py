@@ -195,7 +195,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error, which Python (before 3.12, in making a class) or a library put in its place."""
+    """Whether Ctrl-C is behind an error, which Python (before 3.12, while it makes a class) put in its place."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
