@@ -106,6 +106,15 @@ def test_ctrl_c_is_one_line_and_code_130(capsys, monkeypatch):
     monkeypatch.setattr(minibeit.cli.warmup, "run", interrupted)
     assert run(capsys, "warmup") == (130, "", "minibeit: error: interrupted\n")
 
+    def replaced(args):  # as Python does with what is raised while a class is made
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    monkeypatch.setattr(minibeit.cli.warmup, "run", replaced)
+    assert run(capsys, "warmup") == (130, "", "minibeit: error: interrupted\n")
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_process_that_is_interrupted_says_so(checkpoint, tmp_path):

@@ -186,10 +186,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
+    if _interrupted(sys.exc_info()[1]):
+        message, code = "interrupted", INTERRUPTED
     if args.debug:
         show_traceback()
     note(f"error: {message}")
     return code
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error, which Python (before 3.12, while it makes a class) put in its place."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
