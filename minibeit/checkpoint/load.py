@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -103,6 +104,11 @@ def open_checkpoint(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
     config = labels.with_names(_config(file, values, config_overrides or {}), str(path))
+    if config.num_hidden_layers > len(loaded.tensors):  # before lists are made as long as a stranger says
+        raise CheckpointError(
+            f"{source}: num_hidden_layers is {config.num_hidden_layers} in {CONFIG_NAME}, but the file has only "
+            f"{len(loaded.tensors)} tensors"
+        )
     return Checkpoint(source, loaded, naming, config, task_of(config, loaded.tensors, naming))
 
 
@@ -138,6 +144,7 @@ def load_checkpoint(
         match, redrawn = _give_up_mismatched(match, checkpoint.path)
     check_match(match, checkpoint)
     shapes = param_shapes(checkpoint.config, task)
+    _check_new({name: shapes[name] for name in redrawn}, checkpoint)
     arrays = read_arrays(checkpoint, match.found, dtype)
     arrays.update(random_arrays(checkpoint.config, {name: shapes[name] for name in redrawn}, seed, dtype))
     return checkpoint.config, {name: arrays[name] for name in shapes}
@@ -267,6 +274,16 @@ def check_match(match: Match, checkpoint: Checkpoint) -> None:
         warnings.warn(
             f"{path}: {len(match.unexpected)} tensors of another task's head are not used: {listed(match.unexpected)}",
             stacklevel=4,
+        )
+
+
+def _check_new(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where a config asks for random weights out of all proportion to those of the file."""
+    needed, found = 4 * sum(map(math.prod, shapes.values())), checkpoint.tensors.nbytes
+    if needed > 16 * found + (64 << 20):  # a segmentation head on a single block has eleven times its weights
+        raise CheckpointError(
+            f"{checkpoint.path}: {CONFIG_NAME} asks for {needed:,} bytes of new weights beside the {found:,} of the "
+            "file; does it belong to this file?"
         )
 
 
