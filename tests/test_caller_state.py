@@ -64,8 +64,9 @@ def test_processing_under_a_strict_errstate():
         logits=np.full((1, 3, 8, 8), 1e-38, np.float32) * PIXELS[0, 0, 0]
     )
     with np.errstate(all="raise"):
-        BeitImageProcessor(do_rescale=False)([picture, Image.new("LA", (40, 30))])
-        BeitImageProcessor().post_process_semantic_segmentation(outputs, [(30, 20)])
+        batch = BeitImageProcessor(do_rescale=False)([picture, Image.new("LA", (40, 30))])
+        (labels,) = BeitImageProcessor().post_process_semantic_segmentation(outputs, [(30, 20)])
+    assert np.isfinite(batch.pixel_values).all() and labels.shape == (30, 20)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
@@ -84,7 +85,7 @@ def test_pixels_that_no_image_has_are_named(backend, dtype):
 @pytest.mark.filterwarnings("error")
 def test_complex_pixels_are_refused():
     for pixels in (PIXELS.astype(complex), PIXELS.astype(np.complex64), [[[[1j]]]]):
-        with pytest.raises(ValueError, match="^pixel_values: expected"):
+        with pytest.raises(ValueError, match=r"^pixel_values: expected"):
             made("BeitModel")(pixels)
 
 
