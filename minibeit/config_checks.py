@@ -20,7 +20,7 @@ MOST = {
     "auxiliary_channels": 1 << 14,  # (256)
     "auxiliary_num_convs": 64,  # (1)
     "pool_scales": 64,  # (6); maps of scale x scale cells are made for every image
-    "num_labels": 1 << 17,  # (21,841 of ImageNet-22k)
+    "num_labels": 1 << 16,  # (21,841 of ImageNet-22k)
 }
 LONGEST_LIST = 64  # pool_scales (4 in UPerNet) and architectures (1)
 MOST_PATCHES = 1 << 16  # (P + 1)^2 index entries must stay addressable

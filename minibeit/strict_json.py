@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST = 8 << 20  # bytes; a config takes a few thousand, with 21,841 class names two million
-MOST_VALUES = 500_000  # as many empty objects take 50 MB; those class names, twice, come to 150,000 by `_at_most`
+MOST_VALUES = 300_000  # those class names, as id2label and label2id, come to 124,000 by `_at_most`
 DEEPEST = 64  # levels; well within what writing, copying and printing a value can recurse
 LONGEST_INTEGER = 19  # digits, those of 64 bits: converting a long run of digits takes quadratic time
 LONGEST_FLOAT = 400  # characters; the longest plain notation of a double before the point has 309
@@ -72,7 +72,7 @@ def _check_depth(value: Any) -> None:
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > DEEPEST + 1:
+        if depth > DEEPEST:
             raise RecursionError
         inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
         level = [child for children in inner for child in children if isinstance(child, (dict, list))]

@@ -184,10 +184,11 @@ def _processor(
         notes.append(f"no {PROCESSOR_NAME} was written: nothing tells how images were prepared")
         return None
     if old != new:
-        settings = {
-            **settings,
-            **{key: _scaled(settings[key], old, new) for key in ("size", "crop_size") if key in settings},
-        }
+        try:
+            scaled = {key: _scaled(settings[key], old, new) for key in ("size", "crop_size") if key in settings}
+        except (TypeError, ValueError, OverflowError):
+            raise CheckpointError(f"{file}: size and crop_size: expected numbers of pixels") from None
+        settings = {**settings, **scaled}
     return settings
 
 

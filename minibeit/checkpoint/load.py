@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -125,6 +126,7 @@ def load_checkpoint(
             stacklevel=3,
         )
     shapes = param_shapes(checkpoint.config, task)
+    _check_new({name: shapes[name] for name in redrawn}, checkpoint)
     arrays = read_arrays(checkpoint, match.found, dtype)
     arrays.update(random_arrays(checkpoint.config, {name: shapes[name] for name in redrawn}, seed, dtype))
     config = checkpoint.config
@@ -163,6 +165,11 @@ def _opened(
         task, assumed = inferred.task, [*inferred.assumed, *named]
     else:
         config = labels.with_names(_config(file, values, overrides), name)
+        if config.num_hidden_layers > len(loaded.tensors):  # before lists are made as long as a stranger says
+            raise CheckpointError(
+                f"num_hidden_layers is {config.num_hidden_layers} in {CONFIG_NAME}, but the file has only "
+                f"{len(loaded.tensors)} tensors"
+            )
     if adapter is not None:
         loaded = replace(loaded, tensors=adapter.merged(loaded.tensors, naming, config))
         classes = saved_classes(adapter)
@@ -320,3 +327,13 @@ def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
         return array.transpose(3, 2, 0, 1)
     third, rows = int(how[0]), array.shape[0] // 3
     return array[third * rows : (third + 1) * rows]
+
+
+def _check_new(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where a config asks for random weights out of all proportion to those of the file."""
+    needed, found = 4 * sum(map(math.prod, shapes.values())), checkpoint.tensors.nbytes
+    if needed > 16 * found + (64 << 20):  # a segmentation head on a single block has eleven times its weights
+        raise CheckpointError(
+            f"{checkpoint.path}: {CONFIG_NAME} asks for {needed:,} bytes of new weights beside the {found:,} of the "
+            "file; does it belong to this file?"
+        )
