@@ -37,12 +37,27 @@ def default_backend() -> str:
     return os.environ.get("MINIBEIT_BACKEND") or DEFAULT_BACKEND
 
 
+class Ops(SimpleNamespace):
+    """One backend's ops.  It crosses to another process, or is copied, as the choice that it was made by."""
+
+    __slots__ = ("choice",)  # beside the ops, not one of them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_ops, self.choice
+
+
+def _made(choice: tuple[Any, ...], **ops: Any) -> Ops:
+    made = Ops(**ops)
+    made.choice = choice
+    return made
+
+
 def get_ops(
     backend: str | None = None,
     only: Iterable[str] | None = None,
     dtype: str = "float32",
     device: int | None = None,
-) -> SimpleNamespace:
+) -> Ops:
     """All ops of `backend` in one namespace; an op it lacks is served by its NumPy definition.
 
     `only` switches on just the named fast ops, so that a difference can be traced to one of them.  `origin` of the
@@ -54,6 +69,8 @@ def get_ops(
 
     backend = default_backend() if backend is None else backend
     check_choice(backend, dtype, device)
+    only = None if only is None else tuple(only)
+    choice = (backend, only, dtype, device)
     table = {name: getattr(reference, name) for name in reference.__all__}
     origin = dict.fromkeys(table, "numpy")
     module = BACKENDS[backend]
@@ -66,14 +83,14 @@ def get_ops(
         for name in wanted:
             table[name], origin[name] = getattr(fast, name), backend
         if backend in GPU_BACKENDS:
-            return SimpleNamespace(backend=backend, origin=origin, **fast.on_device(table, origin, dtype, device))
+            return _made(choice, backend=backend, origin=origin, **fast.on_device(table, origin, dtype, device))
         if only is not None:  # NumPy ops get the weights as they were before packing
             table["prepare"] = functools.partial(fast.prepare, keep_source=True)
         for name in table:
             if origin[name] == "numpy" and name != "prepare":
                 op = fast.settled(table[name])
                 table[name] = op if only is None else _on_sources(op)
-    return SimpleNamespace(backend=backend, origin=origin, **table)
+    return _made(choice, backend=backend, origin=origin, **table)
 
 
 def check_choice(backend: str, dtype: str, device: int | None) -> None:

@@ -39,6 +39,9 @@ class Kernel:
         self._call: Any = None
         ALL.append(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _known, (self.module, self.name)  # machine code stays in its process
+
     def load(self) -> int:
         """The address of the machine code: in memory, from disk, or compiled now."""
         with _lock:
@@ -96,3 +99,7 @@ def _write(file: Path, code: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as out:
             out.write(hashlib.sha256(code).digest() + code)
+
+
+def _known(module: str, name: str) -> Kernel:
+    return next(kernel for kernel in ALL if (kernel.module, kernel.name) == (module, name))

@@ -10,6 +10,7 @@ import numpy as np
 from .inputs import address, constant, rows
 from .machine_code import Kernel
 from .memory import result
+from .packed import Packed
 from .pool import run
 
 ROWS = 32  # rows per task
@@ -20,7 +21,7 @@ _layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm")
 
 
 @dataclass(frozen=True)
-class PackedNorm:
+class PackedNorm(Packed):
     """A layer norm's weight and bias (D,), contiguous, with their addresses."""
 
     weight: np.ndarray

@@ -13,12 +13,13 @@ import numpy as np
 from ...files import mapped_file
 from .machine_code import Kernel
 from .memory import aligned
+from .packed import Packed
 from .pool import run
 from .target import NR
 
 
 @dataclass(frozen=True)
-class PackedLinear:
+class PackedLinear(Packed):
     """A linear layer y = x W^T + b: W (out, in) as panels (ceil(out / NR), in, NR), the last one padded with zeros."""
 
     panels: np.ndarray
