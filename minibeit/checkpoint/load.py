@@ -28,6 +28,7 @@ from .options import Loading, split_model_keywords
 from .prepared import is_prepared
 from .resize import resize_arrays, usual_method
 from .tensors import FLOATS, Tensors
+from .travel import LoadedArrays, origin
 
 __all__ = ["Checkpoint", "Match", "check_match", "listed", "load_checkpoint", "match_names", "open_checkpoint"]
 
@@ -132,7 +133,14 @@ def load_checkpoint(
     config = checkpoint.config
     if size is not None:
         config, arrays = _resized(config, arrays, size, loading.resize_method, checkpoint.path)
-    return config, {name: arrays[name] for name in shapes}
+    files = [*checkpoint.loaded.files, *([checkpoint.path / CONFIG_NAME] if checkpoint.path.is_dir() else [])]
+    source = origin(files, _arrays_again, os.path.abspath(path) if Path(path).exists() else path, task, dtype, seed,
+                    dict(config_overrides or {}))  # fmt: skip
+    return config, LoadedArrays({name: arrays[name] for name in shapes}, source)
+
+
+def _arrays_again(*arguments: Any) -> dict[str, np.ndarray]:
+    return load_checkpoint(*arguments)[1]
 
 
 def _load_file(source: Path, loading: Loading) -> Loaded:

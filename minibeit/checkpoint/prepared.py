@@ -16,6 +16,7 @@ import numpy as np
 from ..config import CONFIG_NAME, BeitConfig
 from ..errors import CheckpointError
 from .formats import FOLDER_FILES, PREPARED_NAME, Loaded, load_file, write_safetensors
+from .travel import Origin, origin
 
 FORMAT = "minibeit-prepared"  # the `format` in the file's metadata
 _CACHE_LINE = 64
@@ -30,6 +31,10 @@ class Prepared:
     task: str
     layout: str
     arrays: dict[str, np.ndarray]  # views of the file
+    origin: Origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.origin.again, ()
 
 
 def write_prepared(
@@ -63,7 +68,10 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no {CONFIG_NAME} beside it, without which it cannot be used") from None
     arrays = {name: loaded.tensors.read(name, "float32") for name in loaded.tensors}
-    return Prepared(file, config, metadata["task"], metadata["layout"], arrays)
+    source = origin(
+        [file, file.parent / CONFIG_NAME], read_prepared, Path(os.path.abspath(file)), dict(overrides or {})
+    )
+    return Prepared(file, config, metadata["task"], metadata["layout"], arrays, source)
 
 
 def is_prepared(loaded: Loaded) -> bool:

@@ -29,6 +29,19 @@ def default_backend() -> str:
     return os.environ.get("MINIBEIT_BACKEND") or DEFAULT_BACKEND
 
 
+class _Namespace(SimpleNamespace):
+    """One backend's ops.  It crosses to another process, or is copied, as the choice that it was made by."""
+
+    __slots__ = ("choice",)  # beside the ops, not one of them
+
+    def __init__(self, choice: tuple[Any, ...], **ops: Any) -> None:
+        super().__init__(**ops)
+        self.choice = choice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return get_ops, self.choice
+
+
 def get_ops(
     backend: str | None = None,
     only: Iterable[str] | None = None,
@@ -46,6 +59,7 @@ def get_ops(
 
     backend = default_backend() if backend is None else backend
     check_choice(backend, dtype, device)
+    only = None if only is None else tuple(only)
     ops: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in TABLE}
     origin = dict.fromkeys(TABLE, "numpy")
     module = BACKENDS[backend]
@@ -57,7 +71,7 @@ def get_ops(
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
-    return SimpleNamespace(backend=backend, origin=origin, **ops)  # type: ignore[return-value]
+    return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
 def _wanted(backend: str, only: Iterable[str] | None) -> set[str]:

@@ -55,9 +55,10 @@ class BeitPreTrainedModel:
         self.dtype = dtype
         self.num_threads = num_threads
         self.device = device
-        self.ops = get_ops(backend, only, dtype, device)
+        self._only = None if only is None else tuple(only)
+        self.ops = get_ops(backend, self._only, dtype, device)
         self._check_config()
-        self._arrays = arrays
+        self._arrays, self._prepared = arrays, prepared
         if prepared is not None:
             self.params = self._restored(prepared)
         else:
@@ -97,6 +98,13 @@ class BeitPreTrainedModel:
         get_ops(backend, only, dtype, device)  # says what is missing before gigabytes are read
         config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
         return cls(config, **options, arrays=arrays)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes get what the model was made from and pack it themselves: packed weights are for
+        one CPU and hold addresses.  Views of a file travel as its name."""
+        made: dict[str, Any] = dict(dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads)
+        made.update(device=self.device, arrays=self._arrays, prepared=self._prepared)
+        return _remade, (type(self), self.config, made)
 
     def __call__(
         self,
@@ -201,3 +209,7 @@ class BeitPreTrainedModel:
     ) -> tuple[Array, list[Array]]:
         with self.ops.queued(scope.silent):  # a trace reads arrays as they are made
             return encode(self.ops, self.params.beit, pixels, self.config, collect, depth, mask, rng, scope)
+
+
+def _remade(model_class: type[BeitPreTrainedModel], config: BeitConfig, made: dict[str, Any]) -> BeitPreTrainedModel:
+    return model_class(config, **made)

@@ -42,6 +42,9 @@ class Kernel:
         self._call: Any = None
         ALL.append(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _known, (self.module, self.name)  # machine code stays in its process
+
     def load(self) -> int:
         """The address of the machine code: in memory, from disk, or compiled now."""
         with _lock:
@@ -123,3 +126,7 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
+def _known(module: str, name: str) -> Kernel:
+    return next(kernel for kernel in ALL if (kernel.module, kernel.name) == (module, name))

@@ -12,13 +12,14 @@ from . import gemm
 from .memory import constant_operand, padded, result
 from .operands import rows
 from .pack import PackedLinear
+from .packed import Packed
 from .spread import PackedTaps, convolve_enlarged, spread
 from .target import LANES, NR, STEPS
 from .winograd import PackedWinograd, convolve
 
 
 @dataclass(frozen=True)
-class PackedConv:
+class PackedConv(Packed):
     """A 3x3 convolution with folded batch norm, in parts that each read their own share of the input channels."""
 
     parts: tuple[PackedWinograd | PackedTaps, ...]
@@ -31,7 +32,7 @@ class PackedConv:
 
 
 @dataclass(frozen=True)
-class PackedDeconv:
+class PackedDeconv(Packed):
     """A 2x2 transposed convolution of stride 2, a batch norm behind it folded in: (4, ceil(out / NR), in, NR)."""
 
     panels: np.ndarray

@@ -10,6 +10,7 @@ import numpy as np
 from .machine_code import Kernel
 from .memory import Operand, constant_operand, result
 from .operands import rows, scalar
+from .packed import Packed
 from .queue import run
 
 ROWS = 32  # rows per task
@@ -20,7 +21,7 @@ _layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm")
 
 
 @dataclass(frozen=True)
-class PackedNorm:
+class PackedNorm(Packed):
     """A layer norm's weight and bias (D,), contiguous."""
 
     weight: np.ndarray

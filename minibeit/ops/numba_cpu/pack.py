@@ -9,12 +9,13 @@ import numpy as np
 
 from .machine_code import Kernel
 from .memory import NOTHING, Operand, aligned, constant_operand, operand
+from .packed import Packed
 from .queue import run
 from .target import NR
 
 
 @dataclass(frozen=True)
-class PackedLinear:
+class PackedLinear(Packed):
     """A linear layer y = x W^T + b: W (out, in) as panels (ceil(out / NR), in, NR), the last one padded with zeros."""
 
     panels: np.ndarray

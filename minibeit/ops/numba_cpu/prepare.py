@@ -27,13 +27,14 @@ from .maps import PackedConv, PackedDeconv
 from .memory import aligned, aligned_copy, release_pages
 from .norm import PackedNorm
 from .pack import PackedLinear, pack_matrix, padded_bias
+from .packed import Packed
 from .spread import PackedTaps, pack_taps
 from .target import LANES, NR
 from .winograd import PackedWinograd, pack_winograd
 
 
 @dataclass(frozen=True)
-class PackedAttention:
+class PackedAttention(Packed):
     """Query, key and value as one layer of 3 D outputs, beside the output projection."""
 
     qkv: PackedLinear

@@ -18,6 +18,7 @@ from .machine_code import Kernel
 from .memory import NOTHING, aligned, constant_operand, operand, result
 from .operands import rows
 from .pack import pack_matrix, padded_bias
+from .packed import Packed
 from .queue import run
 from .target import NR, STEPS
 
@@ -25,7 +26,7 @@ _GROUP = 128  # output channels in work at a time
 
 
 @dataclass(frozen=True)
-class PackedTaps:
+class PackedTaps(Packed):
     """A 3x3 convolution as nine 1x1 products: panels for each group of output channels, in it tap after tap."""
 
     groups: tuple[np.ndarray, ...]  # each (9 * channels of the group / NR, in, NR)

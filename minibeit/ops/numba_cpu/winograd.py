@@ -16,6 +16,7 @@ from .gemm import PLAIN, panel_group, run_products
 from .machine_code import Kernel
 from .memory import NOTHING, aligned, constant_operand, operand, result
 from .pack import Hollow, padded_bias
+from .packed import Packed
 from .queue import run
 from .target import LANES, MR, NR, STEPS
 
@@ -28,7 +29,7 @@ _VECTOR = 4 * LANES
 
 
 @dataclass(frozen=True)
-class PackedWinograd:
+class PackedWinograd(Packed):
     """A 3x3 convolution's transformed weights, (36, ceil(out / NR), in, NR)."""
 
     panels: np.ndarray
