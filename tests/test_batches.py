@@ -94,13 +94,13 @@ def test_batches_whose_hidden_layer_is_large(batch, image_size, width):
 
 # (size, image size, blocks, batches, how many different images): the blocks are alike, so that few will do.
 SIZES = [
-    ("base", 224, 2, (2, 8, 13, 14, 16, 32, 64), 4),
-    ("base", 384, 1, (2, 4, 5, 8, 16), 3),
+    ("base", 224, 2, (2, 13, 16, 32, 64), 2),
+    ("base", 384, 1, (2, 5, 16), 2),
     ("base", 512, 1, (2, 3, 4, 8), 2),
     ("base", 640, 1, (2, 3, 4), 2),
-    ("large", 224, 1, (2, 8, 10, 11, 16, 32, 64), 4),
+    ("large", 224, 1, (2, 11, 32, 64), 2),
     ("large", 384, 1, (2, 4, 8), 2),
-    ("large", 512, 1, (2, 3, 8), 2),
+    ("large", 512, 1, (2, 4), 2),
     ("large", 640, 1, (2,), 2),
 ]
 
@@ -115,10 +115,10 @@ def test_models_of_published_sizes(size, image_size, blocks, batches, different)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "BeitForImageClassification"])
-@pytest.mark.parametrize("image_size, batch", [(224, 32), (384, 8)])
+@pytest.mark.parametrize("image_size, batch", [(224, 16), (384, 4)])
 def test_all_tasks_at_base_width(task, image_size, batch):
     pytest.importorskip("numba")
-    if task == "BeitForSemanticSegmentation":
-        batch //= 8
+    if task in ("BeitForSemanticSegmentation", "BeitBackbone"):
+        batch //= 4  # four blocks
     model = model_of(task, "numba", WIDTHS["base"], image_size, 1)
     assert_images_alone_give_the_batch(model, (batch,), different=2)

@@ -40,6 +40,7 @@ SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] =
     "readme": (
         ("classification", "base", 224, 1, ("numba", "numpy", "torch", "onnxruntime", "openvino"), 3),
         ("classification", "base", 224, 8, ("numba", "torch", "onnxruntime", "openvino"), 0),
+        ("classification", "base", 224, 32, ("numba", "torch", "onnxruntime", "openvino"), 0),
         ("classification", "large", 224, 1, ("numba", "torch"), 1),
         ("classification", "base", 384, 1, ("numba", "torch"), 0),
         ("segmentation", "base", 640, 1, ("numba", "torch", "openvino"), 1),

@@ -47,8 +47,8 @@ class Job(NamedTuple):
 
 class _Pool:
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.caller: int | None = None  # the Python thread that holds the lock
+        self.lock = threading.RLock()
+        self.busy = False  # the thread that holds the lock has jobs running
         self.running: Any = None  # what a call uses that may not have ended
         self.control = aligned((_CONTROL_BYTES // 8,), np.int64)
         self.control[:] = 0
@@ -134,18 +134,18 @@ if hasattr(os, "register_at_fork"):
 def execute(jobs: Sequence[Job]) -> None:
     """Runs jobs one after another; returns when all are done."""
     pool = _pool
-    if pool.caller == threading.get_ident():  # a signal handler, in the middle of this thread's own jobs
-        _Pool().execute(jobs, 1)
-        return
     threads = max(job.threads for job in jobs)
     if threads > 1:
         threads = min(threads, usable_cpus())  # more would take turns with each other, spinning
     with pool.lock:
+        if pool.busy:  # this is a signal handler, in the middle of the thread's own jobs
+            _Pool().execute(jobs, 1)
+            return
         try:
-            pool.caller = threading.get_ident()
+            pool.busy = True
             pool.execute(jobs, threads)
         finally:
-            pool.caller = None
+            pool.busy = False
 
 
 class _Local(threading.local):
