@@ -107,7 +107,7 @@ def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = Tr
 
     Raises ImageError, naming the file, when it is missing, empty, truncated, no picture, or a decompression bomb: more
     pixels than `most_pixels()`, or than Pillow allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, upright
-    and converted, takes at most 8 bytes per pixel, a WebP 17 (its decoder keeps two frames).
+    and converted, takes at most 8 bytes per pixel, a WebP 16 (its decoder keeps two frames).
     """
     name, file = str(path), Path(path)
     if name.startswith(("http://", "https://")):
