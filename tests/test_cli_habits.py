@@ -315,7 +315,8 @@ def test_a_disk_that_fills_is_one_sentence_and_leaves_what_was_there(models, tmp
     )
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("minibeit: error: ") and "File too large" in last and files.MARK not in last
+    assert last.startswith("minibeit: error: ") and last.endswith(": File too large") and files.MARK not in last
+    assert str(target) in last
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
     if command != "convert":
         assert target.read_bytes() == b"precious"
@@ -433,8 +434,10 @@ def test_main_leaves_the_process_as_it_was(capsys, monkeypatch):
         dict(os.environ), os.getcwd(), sys.stdout.errors, warnings.filters[:], warnings.showwarning, sys.unraisablehook,
         signal.getsignal(signal.SIGINT), logging.getLogger("minibeit").handlers[:], Image.MAX_IMAGE_PIXELS,
     )  # fmt: skip
+    environment = dict(os.environ)
     run(capsys, "classify", shipped_checkpoint() / "images", "-q")  # what is set when something is first imported
     before = state()
+    assert before[0] == environment
     assert run(capsys, "classify", shipped_checkpoint() / "images")[0] == 0
     assert run(capsys, "models")[0] == 0
     assert state() == before
