@@ -270,6 +270,7 @@ def test_the_suite_is_the_table_of_the_readme(monkeypatch):
     assert names == [
         "base 224 classification",
         "base 224 classification x 8",
+        "base 224 classification x 32",
         "large 224 classification",
         "base 384 classification",
         "base 640 segmentation",
