@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .image_loading import MODES
-
 _SIZE_KEYS = (
     {"height", "width"},
     {"shortest_edge"},
@@ -38,6 +36,7 @@ class ImageSettings:
     image_mean: Any = (0.5, 0.5, 0.5)
     image_std: Any = (0.5, 0.5, 0.5)
     compat: str | None = None
+    value_range: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -62,8 +61,10 @@ class ImageSettings:
                 "image_mean and image_std: expected one number per channel in each, "
                 f"found {len(self.image_mean)} and {len(self.image_std)} numbers"
             )
-        if not lengths <= set(MODES):
-            raise ValueError(f"image_mean and image_std: expected 1, 3 or 4 numbers, found {lengths.pop()}")
+        if 0 in lengths:
+            raise ValueError("image_mean and image_std: expected at least one number, found none")
+        if self.value_range is not None and not _number(self.value_range, "value_range") > 0:
+            raise ValueError(f"value_range: expected a number above 0, found {self.value_range}")
 
     @property
     def channels(self) -> int | None:

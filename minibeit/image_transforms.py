@@ -20,10 +20,10 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     if 0 < limit < height * width:
         raise ImageError(f"{name}: resizing by {size} gives {height} x {width}, more than {limit} pixels")
     levels, in_unit_range = _to_bytes(pixels, name)
-    picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
-    if resized.ndim == 2:
-        resized = resized[..., None]
+    parts = [levels] if levels.shape[-1] in (3, 4) else np.split(levels, levels.shape[-1], axis=-1)
+    pictures = [Image.fromarray(part[..., 0] if part.shape[-1] == 1 else part) for part in parts]
+    arrays = [np.asarray(picture.resize((width, height), Image.Resampling(resample))) for picture in pictures]
+    resized = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
     return _multiplied(resized, 1 / 255) if in_unit_range else resized
 
 

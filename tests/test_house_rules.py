@@ -23,7 +23,7 @@ ARRAY_LIBRARIES = {"numpy", "numba", "cupy", "torch", "jax", "scipy", "tensorflo
 
 # Imports point down this list.  A name is a file or a folder of the package; those of one row may use each other.
 LAYERS = [
-    {"errors", "files"},
+    {"errors", "files", "foreign"},
     {"config", "labels"},
     {"params", "trace", "outputs", "masking"},
     {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms", "image_types"},

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..foreign import as_numpy
 from ..params import BATCH_NORM_EPS, Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear
 from .activations import ACTIVATIONS, gelu
 
@@ -78,7 +79,7 @@ def deferred(wanted: bool = True) -> AbstractContextManager[Any]:
 
 def stage(x: Any, dtype: str) -> np.ndarray:
     """What a caller gave as an array of that dtype that can be checked where it is; `asarray` then takes it in."""
-    return np.asarray(x, dtype=dtype)
+    return np.asarray(as_numpy(x), dtype=dtype)
 
 
 def asarray(x: Any, dtype: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..foreign import as_numpy
 from ..model.encoder import pool
 from ..outputs import ImageClassifierOutput
 from ..trace import Trace
@@ -77,7 +78,8 @@ class BeitForImageClassification(BeitPreTrainedModel):
 
 
 def _kind(labels: Any) -> str:
-    """ "i" if the first number in nested lists is an integer, else "f"."""
-    while isinstance(labels, (list, tuple)) and labels:
-        labels = labels[0]
-    return "i" if isinstance(labels, int) else "f"
+    """The kind of number that labels are: "i" or "u" for integers, whoever holds them."""
+    try:
+        return as_numpy(labels).dtype.kind
+    except (TypeError, ValueError):
+        return "f"  # what is no array is refused where it is read
