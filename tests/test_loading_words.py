@@ -164,6 +164,21 @@ def test_weights_and_their_average_under_keys(tmp_path, keys):
         classifier(tmp_path, weights="x")
 
 
+@pytest.mark.live
+def test_the_average_of_mmengine_is_the_state_dict(tmp_path):
+    """Its hook changes the two places before it saves, so that the average is what everybody loads."""
+    torch = pytest.importorskip("torch")
+    average, plain = (random_weights(CONFIG, "image_classification", dtype="float32", seed=seed) for seed in (0, 1))
+    root = {"message_hub": {}, "state_dict": prefixed(average), "ema_state_dict": prefixed(plain, "module.")}
+    for key in ("state_dict", "ema_state_dict"):
+        root[key] = {name: torch.from_numpy(array.copy()) for name, array in root[key].items()}
+    torch.save(root, tmp_path / "pytorch_model.bin")
+    CONFIG.save_pretrained(tmp_path)
+    for words, arrays in (({}, average), ({"weights": "ema"}, average), ({"weights": "model"}, plain)):
+        with pytest.warns(UserWarning, match="several weights"):
+            np.testing.assert_array_equal(classifier(tmp_path, **words), arrays["classifier.weight"])
+
+
 def test_one_set_of_weights_is_taken_whatever_it_is_called(tmp_path):
     arrays = random_weights(CONFIG, "image_classification", dtype="float32", seed=0)
     CONFIG.save_pretrained(tmp_path)
