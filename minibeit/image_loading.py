@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import ImageError
+from .foreign import as_numpy
 from .strict_json import brief
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
@@ -38,6 +39,8 @@ def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any
             found.append((name, item))
         else:
             array = _as_array(item, name)
+            if ndim == 2 and array.ndim > 2 and array.shape[-1] == 1:
+                array = array[..., 0]  # label maps with an axis of channels
             if array.ndim == ndim + 1:
                 found.extend((f"{name}[{index}]", inner) for index, inner in enumerate(array))
             else:
@@ -55,12 +58,14 @@ def load_image(
     channels: int | None = 3,
     apply_exif_orientation: bool = True,
     input_data_format: str | None = None,
+    value_range: float | None = None,
 ) -> np.ndarray:
     """The pixels (H, W, C) of a path, PIL image or array (H, W), (H, W, C) or (C, H, W), converted to `channels`.
 
-    `channels` is 1, 3 or 4, or None to leave a picture as it is.  Pictures and uint8 arrays give uint8; other arrays
-    keep their type and range.  Transparency is laid on white, as transformers does when asked to convert; 16-bit values
-    are divided by 257, rounded; an animation gives its first frame.
+    `channels` is 1, 3 or 4, of arrays any number, or None to leave a picture as it is.  Pictures and uint8 arrays give
+    uint8; other arrays keep their type and range.  Transparency is laid on white, as transformers does when asked to
+    convert; an animation gives its first frame.  `value_range` is the value of white in pictures and arrays of more
+    than 8 bits, such as 4095 for 12 bits; without it 16-bit pictures are divided by 257, rounded.
     Raises ImageError, naming file or argument, for what cannot be read or shown in that many channels.
     Source: PilBackend.process_image and image_transforms.convert_to_rgb of transformers 5.
     """
@@ -70,9 +75,13 @@ def load_image(
         name, item = _loaded(item, name, apply_exif_orientation)
     if isinstance(item, Image.Image):
         with _reading(name):
+            if value_range is not None and (item.mode == "F" or item.mode.startswith("I")):
+                item = Image.fromarray(_within_range(np.asarray(item), value_range, name))
             item = _pixels_of(item, channels, name)
         input_data_format = CHANNELS_LAST
     pixels = _channels_last(_checked_numbers(_as_array(item, name), name), channels, input_data_format, name)
+    if value_range is not None and pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 1:
+        pixels = _within_range(pixels, value_range, name)
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * np.uint8(255)  # what PIL's mode "1" becomes
     return pixels if channels is None else _convert_channels(pixels, channels, name)
@@ -205,7 +214,7 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
         strip = image if rows >= height else image.crop((0, top, width, bottom))
         if to_bytes is not None:
             strip = Image.fromarray(to_bytes(np.asarray(strip)))
-        part = np.asarray(strip if channels is None else _convert_picture(strip, channels))
+        part = np.asarray(strip if channels is None else _convert_picture(strip, channels, name))
         if rows >= height:
             return part
         if top == 0:
@@ -214,7 +223,7 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
     return pixels
 
 
-def _convert_picture(image: Image.Image, channels: int) -> Image.Image:
+def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
     if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL converts to nothing else
         image = image.convert(image.mode.upper())
     transparent = image.getbands()[-1] == "A" or image.info.get("transparency") is not None
@@ -222,7 +231,17 @@ def _convert_picture(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert("RGB")
+    if channels not in MODES:
+        raise ImageError(f"{name}: a picture has 1, 3 or 4 channels, expected {channels}; give an array of that many")
     return image.convert(MODES[channels])
+
+
+def _within_range(values: np.ndarray, white: float, name: str) -> np.ndarray:
+    """Values 0 to `white` as bytes.  Raises ImageError for others."""
+    values = _checked_numbers(values, name)
+    if values.min() < 0 or values.max() > white:
+        raise ImageError(f"{name}: expected values within 0..{white:g}, found {values.min()}..{values.max()}")
+    return np.rint(values * (255 / white)).astype(np.uint8)
 
 
 def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -237,6 +256,13 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
     # Mode "I" is 32 bits wide and does not say how many are used; older Pillows open 16-bit PNGs so.
     if image.mode == "I" and image.format != "PNG" and high <= 255:
         return lambda values: values.astype(np.uint8)
+    if high <= 4095:
+        white = 1023 if high <= 1023 else 4095
+        warnings.warn(
+            f"{name}: a 16-bit picture whose largest value is {high} of 65535 comes out nearly black; if white is "
+            f"{white} in it, say value_range={white}",
+            stacklevel=2,
+        )
     return lambda values: ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
 
 
@@ -252,13 +278,11 @@ def _extremes(image: Image.Image, name: str) -> tuple[Any, Any]:
 
 
 def _as_array(item: Any, name: str) -> np.ndarray:
-    if isinstance(item, np.ndarray):
-        return item
-    if not hasattr(item, "__array__"):
+    if not (hasattr(item, "__array__") or hasattr(item, "__dlpack__")):
         raise TypeError(f"{name}: expected a path, a PIL image or an array, found {type(item).__name__}")
     try:
-        return np.asarray(item)
-    except Exception as error:  # a tensor on another device, one with gradients, ...
+        return as_numpy(item)
+    except Exception as error:  # of libraries that are not known here
         raise TypeError(f"{name}: {type(item).__name__} cannot become a NumPy array ({error})") from error
 
 
@@ -289,9 +313,10 @@ def _channels_last(array: np.ndarray, channels: int | None, data_format: str | N
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int | None, name: str) -> int:
-    candidates = [axis for axis in (0, 2) if shape[axis] in MODES]
+    candidates = [axis for axis in (0, 2) if shape[axis] in MODES or shape[axis] == channels]
     if not candidates:
-        raise ImageError(f"{name}: expected 1, 3 or 4 channels as first or last axis, found shape {shape}")
+        wanted = "1, 3 or 4" if channels in (None, *MODES) else f"1, 3, 4 or {channels}"
+        raise ImageError(f"{name}: expected {wanted} channels as first or last axis, found shape {shape}")
     if len(candidates) == 2:
         candidates = [axis for axis in candidates if shape[axis] == channels] or candidates
     if len(candidates) == 2:
@@ -306,8 +331,8 @@ def _convert_channels(pixels: np.ndarray, channels: int, name: str) -> np.ndarra
     found = pixels.shape[-1]
     if found == channels:
         return pixels
-    if found not in MODES or channels == 4:
-        wanted = "4" if channels == 4 else "1, 3 or 4"
+    if found not in MODES or channels not in (1, 3):
+        wanted = str(channels) if channels not in (1, 3) else "1, 3 or 4"
         raise ImageError(f"{name}: expected {wanted} channels, found {found}")
     if found == 1:
         return np.repeat(pixels, channels, axis=-1)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .files import atomic_write
+from .foreign import as_numpy
 from .image_loading import flatten_images, load_image, load_label_map
 from .image_settings import SETTINGS, ImageSettings
 from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
@@ -52,6 +53,8 @@ class BeitImageProcessor:
     `size` is an int (square), a (height, width) pair, or a dictionary with height and width, or shortest_edge (and
     longest_edge), or max_height and max_width, which keep the proportions; `crop_size` has height and width.
     `resample` is Pillow's number of a filter (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming).
+    `value_range` is the value of white in pictures and integer arrays of more than 8 bits: 4095 for 12 bits stored in
+    16; without it that of a 16-bit picture is 65535.
     `do_reduce_labels` turns class 0 of label maps into 255, which losses ignore, and every other class k into k - 1.
 
     Label maps are resized by nearest neighbour and padded with 255.  `compat="transformers"` resizes them with the
@@ -74,6 +77,7 @@ class BeitImageProcessor:
     image_mean: float | list[float]
     image_std: float | list[float]
     compat: str | None
+    value_range: float | None
     model_input_names = ["pixel_values"]
 
     def __init__(self, *, extra: dict[str, Any] | None = None, **settings: Any) -> None:
@@ -131,7 +135,7 @@ class BeitImageProcessor:
         (resized) logits (K, height, width).  Raises ValueError for logits or sizes of another shape.
         Source: BeitImageProcessorPil.post_process_semantic_segmentation of transformers 5.
         """
-        logits = np.asarray(getattr(outputs, "logits", None))
+        logits = as_numpy(getattr(outputs, "logits", None))
         if logits.ndim != 4 or logits.dtype.kind != "f" or 0 in logits.shape:
             raise ValueError(f"outputs: expected logits of shape (B, K, h, w), found {logits.shape} {logits.dtype}")
         scores = list(logits) if target_sizes is None else _resized_logits(logits, target_sizes)
@@ -188,7 +192,11 @@ class BeitImageProcessor:
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that `save_pretrained` writes; transformers reads it too."""
         values = {name: copy.deepcopy(getattr(self, name)) for name in SETTINGS}
-        for name, default in (("apply_exif_orientation", True), ("compat", None)):  # keys that only minibeit knows
+        for name, default in (
+            ("apply_exif_orientation", True),
+            ("compat", None),
+            ("value_range", None),
+        ):  # keys that only minibeit knows
             if values[name] == default:
                 del values[name]
         return {**copy.deepcopy(self.extra), **values, "image_processor_type": "BeitImageProcessor"}
@@ -267,7 +275,8 @@ def _text(value: Any) -> str:
 
 def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_format: str | None) -> np.ndarray:
     channels = (settings.channels or 3) if settings.do_convert_rgb else None
-    pixels = load_image(item, name, channels, settings.apply_exif_orientation, input_data_format)
+    orient, white = settings.apply_exif_orientation, settings.value_range
+    pixels = load_image(item, name, channels, orient, input_data_format, white)
     found = pixels.shape[-1]
     if settings.do_normalize and settings.channels not in (None, found):
         raise ImageError(

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .image_loading import MODES
 from .image_transforms import LARGEST_RESULT
 from .strict_json import brief
 
 LARGEST_EDGE = 1 << 16  # pixels
+MOST_CHANNELS = 1 << 12
 LARGEST_NUMBER = 1e6  # of factor, mean and deviation, of which the largest in use are 255
 
 _SIZE_KEYS = (
@@ -43,6 +43,7 @@ class ImageSettings:
     image_mean: Any = (0.5, 0.5, 0.5)
     image_std: Any = (0.5, 0.5, 0.5)
     compat: str | None = None
+    value_range: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -69,8 +70,10 @@ class ImageSettings:
                 "image_mean and image_std: expected one number per channel in each, "
                 f"found {len(self.image_mean)} and {len(self.image_std)} numbers"
             )
-        if not lengths <= set(MODES):
-            raise ValueError(f"image_mean and image_std: expected 1, 3 or 4 numbers, found {lengths.pop()}")
+        if 0 in lengths:
+            raise ValueError("image_mean and image_std: expected at least one number, found none")
+        if self.value_range is not None and not _number(self.value_range, "value_range") > 0:
+            raise ValueError(f"value_range: expected a number above 0, found {self.value_range}")
 
     @property
     def channels(self) -> int | None:
@@ -144,7 +147,9 @@ def _number(value: Any, name: str) -> float:
 
 def _per_channel(value: Any, name: str) -> float | list[float]:
     if isinstance(value, (list, tuple, np.ndarray)):
-        if len(value) > max(MODES):  # whose number is wrong anyway
-            raise ValueError(f"{name}: expected 1, 3 or 4 numbers, found {len(value)}")
+        if len(value) > MOST_CHANNELS:
+            raise ValueError(
+                f"{name}: expected at most {MOST_CHANNELS} numbers, one per channel, found {len(value)}"
+            )
         return [_number(v, name) for v in value]
     return _number(value, name)

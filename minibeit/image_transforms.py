@@ -25,10 +25,10 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
             f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
         )
     levels, in_unit_range = _to_bytes(pixels, name)
-    picture = Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
-    if resized.ndim == 2:
-        resized = resized[..., None]
+    parts = [levels] if levels.shape[-1] in (3, 4) else np.split(levels, levels.shape[-1], axis=-1)
+    pictures = [Image.fromarray(part[..., 0] if part.shape[-1] == 1 else part) for part in parts]
+    arrays = [np.asarray(picture.resize((width, height), Image.Resampling(resample))) for picture in pictures]
+    resized = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
     return _multiplied(resized, 1 / 255) if in_unit_range else resized
 
 

@@ -24,7 +24,7 @@ ARRAY_LIBRARIES = {"numpy", "numba", "cupy", "torch", "jax", "scipy", "tensorflo
 
 # Imports point down this list.  A name is a file or a folder of the package; those of one row may use each other.
 LAYERS = [
-    {"text", "errors", "files", "strict_json"},
+    {"text", "errors", "files", "foreign", "strict_json"},
     {"config", "config_checks", "labels"},
     {"params", "trace", "outputs", "masking"},
     {"checkpoint", "ops", "image_loading", "image_settings", "image_transforms", "image_types"},

@@ -145,6 +145,38 @@ def test_model_by_id(server, checkpoint, tmp_path):
     assert all(method == "HEAD" for method, *_ in server.requests[before:])  # nothing is fetched twice
 
 
+def test_subfolder_variant_and_cache(server, checkpoint, tmp_path):
+    files, config, arrays = checkpoint
+    server.files = {f"runs/last/{name.replace('model.', 'model.fp16.')}": content for name, content in files.items()}
+    words = dict(subfolder="runs/last", variant="fp16", cache_dir=str(tmp_path / "elsewhere"))
+    model = BeitForImageClassification.from_pretrained(ID, backend="numpy", **words)
+    np.testing.assert_array_equal(model.arrays["classifier.weight"], arrays["classifier.weight"])
+    assert (tmp_path / "elsewhere" / "models--someone--tiny-beit").is_dir()
+    before = len(server.requests)
+    BeitForImageClassification.from_pretrained(ID, backend="numpy", local_files_only=True, **words)
+    assert len(server.requests) == before
+    with pytest.raises(FileNotFoundError, match="local_files_only is set"):
+        BeitForImageClassification.from_pretrained(ID, local_files_only=True)
+    with pytest.raises(FileNotFoundError, match=r"holds none of model\.bf16\.safetensors"):
+        BeitForImageClassification.from_pretrained(ID, subfolder="runs/last", variant="bf16")
+
+
+def test_an_adapter_comes_with_its_base(server, checkpoint, tmp_path, rng):
+    files, _, arrays = checkpoint
+    module = "base_model.model.beit.encoder.layer.0.attention.attention.query.lora_"
+    A, B = rng.standard_normal((2, 12)).astype(np.float32), rng.standard_normal((12, 2)).astype(np.float32)
+    write_safetensors(tmp_path / "a.safetensors", {f"{module}A.weight": A, f"{module}B.weight": B})
+    settings = {"peft_type": "LORA", "lora_alpha": 4, "base_model_name_or_path": ID}
+    server.files = {
+        **files,
+        "tuned/adapter_config.json": json.dumps(settings).encode(),
+        "tuned/adapter_model.safetensors": (tmp_path / "a.safetensors").read_bytes(),
+    }
+    model = BeitForImageClassification.from_pretrained(ID, subfolder="tuned", dtype="float64", backend="numpy")
+    name = "beit.encoder.0.attention.query.weight"
+    np.testing.assert_allclose(model.arrays[name], arrays[name] + 2 * B.astype(float) @ A, rtol=1e-13)
+
+
 def test_interrupted_download_goes_on_where_it_stopped(server, checkpoint, monkeypatch):
     import huggingface_hub.constants
 

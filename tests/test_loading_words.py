@@ -164,6 +164,21 @@ def test_weights_and_their_average_under_keys(tmp_path, keys):
         classifier(tmp_path, weights="x")
 
 
+@pytest.mark.live
+def test_the_average_of_mmengine_is_the_state_dict(tmp_path):
+    """Its hook changes the two places before it saves, so that the average is what everybody loads."""
+    torch = pytest.importorskip("torch")
+    average, plain = (random_weights(CONFIG, "image_classification", dtype="float32", seed=seed) for seed in (0, 1))
+    root = {"message_hub": {}, "state_dict": prefixed(average), "ema_state_dict": prefixed(plain, "module.")}
+    for key in ("state_dict", "ema_state_dict"):
+        root[key] = {name: torch.from_numpy(array.copy()) for name, array in root[key].items()}
+    torch.save(root, tmp_path / "pytorch_model.bin")
+    CONFIG.save_pretrained(tmp_path)
+    for words, arrays in (({}, average), ({"weights": "ema"}, average), ({"weights": "model"}, plain)):
+        with pytest.warns(UserWarning, match="several weights"):
+            np.testing.assert_array_equal(classifier(tmp_path, **words), arrays["classifier.weight"])
+
+
 def test_one_set_of_weights_is_taken_whatever_it_is_called(tmp_path):
     arrays = random_weights(CONFIG, "image_classification", dtype="float32", seed=0)
     CONFIG.save_pretrained(tmp_path)
@@ -292,3 +307,32 @@ def test_a_shared_table_becomes_that_of_each_block(tmp_path):
         np.testing.assert_array_equal(model.arrays[f"beit.encoder.{i}.bias_table"], arrays["beit.shared_bias_table"])
     with pytest.warns(UserWarning, match="2 position tensors were resized to 24x24"):
         BeitForImageClassification.from_pretrained(tmp_path, image_size=24, **keywords)
+
+
+def test_no_head_at_all(tmp_path):
+    made(tmp_path, 0)
+    with pytest.warns(UserWarning, match="2 tensors .*not used: classifier"):
+        model = BeitForImageClassification.from_pretrained(tmp_path, num_labels=0)
+    assert model.params.classifier is None and model.config.num_labels == 0
+
+
+@pytest.mark.parametrize("where", ["label_names", "pretrained_cfg"])
+def test_what_timms_config_says(tmp_path, where):
+    """Heads that no table shows, an image size that nothing in the file shows, names of classes."""
+    config = tiny_config(image_size=16, num_labels=3, layer_norm_eps=1e-6)  # three heads, no position at all
+    arrays = random_weights(config, "image_classification", dtype="float32", seed=0)
+    write_safetensors(tmp_path / "model.safetensors", prefixed(arrays))
+    names = ["cat", "dog", "cow"]
+    said = {
+        "architecture": "beit_base_patch16_224",
+        "num_classes": 3,
+        "model_args": {"num_heads": 3, "img_size": [16, 16]},
+    }
+    more = {"label_names": names} if where == "label_names" else {"pretrained_cfg": {"label_names": names}}
+    (tmp_path / "config.json").write_text(json.dumps({**said, **more}))
+    found = open_checkpoint(tmp_path).config
+    assert (found.num_attention_heads, found.image_shape) == (3, (16, 16))
+    assert found.id2label == {0: "cat", 1: "dog", 2: "cow"}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "beit_tiny"}))
+    with pytest.warns(UserWarning, match=r"num_attention_heads 1 \(width / 64\)"):
+        BeitForImageClassification.from_pretrained(tmp_path)

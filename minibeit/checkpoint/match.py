@@ -140,7 +140,8 @@ def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[lis
     naming = checkpoint.naming
     known = _names_of_other_heads(checkpoint.config, naming, checkpoint.tensors) if match.unexpected else set()
     rest = [name for name in match.unexpected if name not in known]
-    stray = naming.within(rest, OWN_HEADS.get(task or str(checkpoint.task), ()))
+    has = {name.split(".")[0] for name in (*match.found, *match.missing)}  # no classifier where num_labels is 0
+    stray = naming.within(rest, [head for head in OWN_HEADS.get(task or str(checkpoint.task), ()) if head in has])
     if stray:
         raise CheckpointError(
             f"{checkpoint.path}: {len(stray)} tensors have no place in the model that the config describes: "

@@ -43,6 +43,8 @@ def unwrap(
     if not states:
         state, wrapper = _under_known_keys(root, WRAPPERS[joint])
         return state, wrapper, (), False
+    if weights in ("model", "ema") and _is_swapped(root, states):
+        weights = "state_dict" if weights == "ema" else "ema_state_dict"
     meant = {key: state for key, state in states.items() if weights is None or means(weights, key)}
     if not meant and len(states) > 1:
         raise source.error(f"has no weights {weights!r}; there are those under {', '.join(map(repr, states))}")
@@ -55,6 +57,14 @@ def unwrap(
     chosen = min(meant or states, key=rank)
     others = tuple(key for key in states if key != chosen)
     return states[chosen], chosen or None, others, weights is not None and bool(meant) and bool(chosen)
+
+
+def _is_swapped(root: Any, states: Any) -> bool:
+    """Whether a file is mmengine's, whose EMAHook saves the average as `state_dict` and the model beside it.
+
+    Source: mmengine/hooks/ema_hook.py, `before_save_checkpoint`.
+    """
+    return {"state_dict", "ema_state_dict"} <= set(states) and "message_hub" in root
 
 
 def _states(root: Any) -> dict[str, dict[Any, Any]]:

@@ -102,7 +102,9 @@ class BeitPreTrainedModel:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes get what the model was made from and pack it themselves: packed weights are for
         one CPU and hold addresses.  Views of a file travel as its name."""
-        made: dict[str, Any] = dict(dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads)
+        made: dict[str, Any] = dict(
+            dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads
+        )
         made.update(device=self.device, arrays=self._arrays, prepared=self._prepared)
         return _remade, (type(self), self.config, made)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..foreign import as_numpy
 from ..ops import Ops
 
 Array = Any
@@ -116,12 +117,12 @@ def class_labels(ops: Ops, labels: Any, config: BeitConfig, shape: tuple[int, in
 def _problem(labels: Any, K: int) -> str:
     if K == 1:
         return "regression"
-    kind = getattr(getattr(labels, "dtype", None), "kind", None) or _kind_of_lists(labels)
-    return "single_label_classification" if kind in "iu" else "multi_label_classification"
+    return "single_label_classification" if _kind(labels) in "iu" else "multi_label_classification"
 
 
-def _kind_of_lists(labels: Any) -> str:
-    """ "i" if the first number in nested lists is an integer, else "f"."""
-    while isinstance(labels, (list, tuple)) and labels:
-        labels = labels[0]
-    return "i" if isinstance(labels, int) else "f"
+def _kind(labels: Any) -> str:
+    """The kind of number that labels are: "i" or "u" for integers, whoever holds them."""
+    try:
+        return as_numpy(labels).dtype.kind
+    except (TypeError, ValueError):
+        return "f"  # what is no array is refused where it is read

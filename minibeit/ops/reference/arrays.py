@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...foreign import as_numpy
 from ...params import table_rows
 
 
@@ -44,7 +45,7 @@ def queued(wanted: bool = True) -> AbstractContextManager[Any]:
 
 def stage(x: Any, dtype: str) -> np.ndarray:
     """What a caller gave, as an array of that dtype which can be checked where it lies; `asarray` then takes it in."""
-    return np.asarray(x, dtype=dtype)
+    return np.asarray(as_numpy(x), dtype=dtype)
 
 
 def asarray(x: Any, dtype: str) -> np.ndarray:
