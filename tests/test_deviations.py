@@ -18,6 +18,7 @@ from tolerances import EPS32, GOLDEN64, NAIVE_MODEL
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor, BeitModel
 from minibeit.model.position_bias import resize_table
+from minibeit.model.segmentation import feature_states
 from minibeit.ops import get_ops
 from minibeit.params import table_rows
 
@@ -58,7 +59,7 @@ def test_which_hidden_states_feed_the_segmentation_head(convention, states):
     config = tiny_config(**SEGMENT, feature_convention=convention)
     arrays = random_weights(config, "semantic_segmentation")
     model = make(BeitForSemanticSegmentation, config)
-    assert model._feature_states() == tuple(i % 5 for i in states)
+    assert feature_states(model.config) == tuple(i % 5 for i in states)
 
     class Chosen:  # the loops take states[i - 1] for every i
         def __getattr__(self, name):
