@@ -9,7 +9,8 @@ from tolerances import NAIVE_MODEL
 
 from minibeit import BeitBackbone, BeitForMaskedImageModeling, BeitForSemanticSegmentation, BeitModel, Trace
 from minibeit.model import block as block_module
-from minibeit.model.dropout import drop_path, dropout, dropout_factors
+from minibeit.model.dropout import branch_factors, dropout, dropout_factors
+from minibeit.noise import Noise
 from minibeit.ops import get_ops
 
 OPS = get_ops("numpy")
@@ -81,7 +82,7 @@ def test_factors_keep_the_mean(rate):
 def test_dtype_stays(dtype):
     x = np.ones((2, 3, 4), dtype)
     assert dropout(OPS, seeded(), x, 0.5).dtype == dtype
-    assert drop_path(OPS, seeded(), x, 0.5).dtype == dtype
+    assert branch_factors(OPS, Noise(0), x, 0.5, 0.5, (1, 2)).dtype == dtype
 
 
 def test_dropout_drops_single_numbers_and_drop_path_whole_samples():
@@ -89,7 +90,7 @@ def test_dropout_drops_single_numbers_and_drop_path_whole_samples():
     dropped = dropout(OPS, seeded(), x, 0.5)
     assert 0.45 < (dropped == 0).mean() < 0.55
     assert len({row.tobytes() for row in dropped}) > 100
-    paths = drop_path(OPS, seeded(), x, 0.5)
+    paths = OPS.dropout(x, branch_factors(OPS, Noise(0), x, 0.0, 0.5, (1, 2)))
     assert all(len(np.unique(sample)) == 1 for sample in paths)
     assert 0.4 < (paths[:, 0, 0] == 0).mean() < 0.6
 
@@ -97,7 +98,7 @@ def test_dropout_drops_single_numbers_and_drop_path_whole_samples():
 def test_rate_one_drops_everything():
     x = np.ones((3, 2))
     assert (dropout(OPS, seeded(), x, 1.0) == 0).all()
-    assert (drop_path(OPS, seeded(), x, 1.0) == 0).all()
+    assert (branch_factors(OPS, Noise(0), x[:, None], 0.0, 1.0, (1, 2)) == 0).all()
     rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=1.0)
     trace = Trace("encoder.*.output")
     model(**rates)(PIXELS, rng=seeded(), trace=trace)
@@ -109,11 +110,10 @@ def test_rate_one_drops_everything():
 def test_rates_of_stochastic_depth_rise_linearly(monkeypatch):
     seen = []
 
-    def spy(ops, rng, x, rate):
-        seen.append(rate)
-        return x
+    def spy(ops, noise, x, dropout_rate, path_rate, places):
+        seen.append(path_rate)
 
-    monkeypatch.setattr(block_module, "drop_path", spy)
+    monkeypatch.setattr(block_module, "branch_factors", spy)
     model(num_hidden_layers=5, drop_path_rate=0.4)(PIXELS, rng=seeded())
     assert np.allclose(seen, np.repeat([0.0, 0.1, 0.2, 0.3, 0.4], 2))
     seen.clear()

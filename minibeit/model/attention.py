@@ -8,7 +8,7 @@ from typing import Any
 from ..config import BeitConfig
 from ..params import Attention
 from ..trace import SILENT, Scope
-from .dropout import dropout_factors
+from .dropout import PROBS, dropout_factors
 from .position_bias import PositionBias
 
 Array = Any
@@ -20,7 +20,7 @@ def self_attention(
     x: Array,
     bias: PositionBias | None,
     config: BeitConfig,
-    rng: Any | None = None,
+    noise: Any | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, N, D) -> (B, N, D)
     """softmax(q k^T / sqrt(d) + bias) v, all heads side by side; the output projection is the block's business.
@@ -33,12 +33,13 @@ def self_attention(
     qkv = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
     q, k, v = (trace.record(name, array) for name, array in zip(("query", "key", "value"), qkv, strict=True))
     keep = None
-    if rng is not None and config.attention_probs_dropout_prob > 0:
+    if noise is not None and config.attention_probs_dropout_prob > 0:
         B, H, N, _ = q.shape
-        keep = dropout_factors(ops, rng, (B, H, N, N), config.attention_probs_dropout_prob, x.dtype)
+        rate = config.attention_probs_dropout_prob
+        keep = dropout_factors(ops, noise.at(place=PROBS), (B, H, N, N), rate, x.dtype)
     if trace.wants("probs"):
         context, probs = ops.attention(q, k, v, bias, return_probs=True, keep=keep)
-        trace.record("probs", probs if keep is None else probs * keep)  # (B, H, N, N)
+        trace.record("probs", probs if keep is None else ops.dropout(probs, keep))  # (B, H, N, N)
     else:
         context = ops.attention(q, k, v, bias, keep=keep)  # (B, N, D)
     return trace.record("context", context)

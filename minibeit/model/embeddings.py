@@ -29,7 +29,7 @@ def embed(
     pixel_values: Array,
     config: BeitConfig,
     bool_masked_pos: Array | None = None,
-    rng: Any | None = None,
+    noise: Any | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, C, height, width) -> (B, N, D)
     """Tokens of a batch of images: [CLS], then one token a patch.
@@ -40,14 +40,13 @@ def embed(
     """
     x = trace.record("patches", ops.linear(patchify(pixel_values, config.patch_shape), p.patch))  # (B, P, D)
     if bool_masked_pos is not None:
-        w = ops.asarray(bool_masked_pos, x.dtype)[:, :, None]  # (B, P, 1)
-        x = x * (1 - w) + p.mask_token * w
+        x = ops.mask_tokens(x, bool_masked_pos, p.mask_token)
     x = ops.concatenate([p.cls_token, x], axis=1)  # (B, N, D)
     if p.position_embeddings is not None:
         _, _, height, width = pixel_values.shape
         grid = height // config.patch_shape[0], width // config.patch_shape[1]
-        x = x + resize_positions(ops, p.position_embeddings, position_grid(config), grid)
-    return dropout(ops, rng, x, config.hidden_dropout_prob)
+        x = ops.add(x, resize_positions(ops, p.position_embeddings, position_grid(config), grid))
+    return dropout(ops, noise, x, config.hidden_dropout_prob)
 
 
 def position_grid(config: BeitConfig) -> tuple[int, int]:

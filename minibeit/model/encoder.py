@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..noise import Noise, as_noise
 from ..params import Beit
 from ..trace import SILENT, Scope
 from .block import block
@@ -23,7 +24,7 @@ def encode(
     collect: tuple[int, ...] = (),
     depth: int | None = None,
     bool_masked_pos: Array | None = None,
-    rng: Any | None = None,
+    rng: Any | Noise | None = None,
     trace: Scope = SILENT,
 ) -> tuple[Array, list[Array]]:  # (B, C, height, width) -> (B, N, D), hidden states
     """Last hidden state, and the hidden states that `collect` asks for.
@@ -32,13 +33,15 @@ def encode(
     Hidden state 0 is the embeddings, i the output of block i - 1, none of them normalised.  The last hidden state is
     normalised only without mean pooling.  The rate of stochastic depth rises linearly from 0 in the first block.
     """
-    x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
+    noise = None if rng is None else as_noise(rng)
+    x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, noise, trace.at("embeddings"))
     x = trace.record("embeddings", x)
     states = {0: x}
     with ops.deferred(rng is None and trace.silent):  # then only ops look into arrays until the last block is done
         for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
             rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
-            x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
+            own = None if noise is None else noise.at(block=i + 1)  # 0 is the embeddings'
+            x = ops.recompute(block, ops, block_params, x, bias, config, rate, own, trace.at("encoder").at(i))
             if i + 1 in collect:
                 states[i + 1] = x
     if p.norm is not None:
@@ -49,6 +52,5 @@ def encode(
 def pool(ops: Any, p: Beit, x: Array, config: BeitConfig) -> Array:  # (B, N, D) -> (B, D)
     """The image as one vector: layer norm of the mean over patch tokens, CLS left out; or the CLS token itself."""
     if not config.use_mean_pooling:
-        return x[:, 0]
-    mean = ops.asarray(x[:, 1:].mean(1, dtype="float64"), x.dtype)  # a float32 sum over tokens would lose two bits
-    return ops.layer_norm(mean, p.pooler, config.layer_norm_eps)
+        return ops.first_token(x)
+    return ops.layer_norm(ops.mean_patches(x), p.pooler, config.layer_norm_eps)

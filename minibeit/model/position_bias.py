@@ -76,6 +76,6 @@ def position_biases(
     common = resized(shared)
     biases = []
     for table in map(resized, tables):
-        total = table if common is None else common if table is None else common + table
+        total = table if common is None else common if table is None else ops.add(common, table)
         biases.append(PositionBias(total, index, new))
     return tuple(biases)

@@ -25,6 +25,7 @@ NO_ARITHMETIC = {  # ops that only make, move, check or store arrays
     "dump",
     "num_threads",
     "prepare",
+    "recompute",
     "restore",
     "stage",
     "to_host",
@@ -70,7 +71,7 @@ def get_ops(
         if only is not None:  # NumPy ops get the weights as they were before packing
             table["prepare"] = functools.partial(fast.prepare, keep_source=True)
         for name in table:
-            if origin[name] == "numpy" and name != "prepare":
+            if origin[name] == "numpy" and name not in ("prepare", "recompute"):
                 op = fast.settled(table[name])
                 table[name] = op if only is None else _on_sources(op)
     return SimpleNamespace(backend=backend, origin=origin, **table)

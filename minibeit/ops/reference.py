@@ -14,9 +14,11 @@ import numpy as np
 
 from ..params import BATCH_NORM_EPS, Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear
 from .activations import ACTIVATIONS, gelu
+from .glue import add, dropout, first_token, mask_tokens, mean_patches, recompute, tokens_to_map
 
 __all__ = [
     "adaptive_avg_pool",
+    "add",
     "all_finite",
     "arange",
     "asarray",
@@ -30,21 +32,27 @@ __all__ = [
     "conv_transpose_bn_gelu",
     "cross_entropy",
     "deferred",
+    "dropout",
     "dump",
+    "first_token",
     "layer_norm",
     "linear",
     "linear_activation",
     "linear_residual",
+    "mask_tokens",
     "max_pool2x2",
+    "mean_patches",
     "mse_loss",
     "num_threads",
     "prepare",
     "project_qkv",
+    "recompute",
     "resize_bicubic",
     "resize_bilinear",
     "restore",
     "stage",
     "to_host",
+    "tokens_to_map",
     "zeros",
 ]
 
@@ -142,12 +150,17 @@ def linear_activation(x: np.ndarray, layer: Linear, activation: str) -> np.ndarr
 
 
 def linear_residual(
-    x: np.ndarray, layer: Linear, scale: np.ndarray | None, residual: np.ndarray
+    x: np.ndarray, layer: Linear, scale: np.ndarray | None, residual: np.ndarray, keep: np.ndarray | None = None
 ) -> np.ndarray:  # (..., in) -> (..., out)
-    """residual + scale * (x W^T + b), the end of both halves of a block.  scale (out,) is the layer scale, if any."""
+    """residual + keep * scale * (x W^T + b), the end of both halves of a block.
+
+    scale (out,) is the layer scale, if any; `keep` the factors of dropout and stochastic depth, which may be broadcast.
+    """
     y = linear(x, layer)
     if scale is not None:
         y *= scale
+    if keep is not None:
+        y *= keep
     y += residual
     return y
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..outputs import BackboneOutput
 from ..trace import Trace
 from .base import BeitPreTrainedModel, Capture
-from .semantic_segmentation import feature_pyramid, to_map
+from .semantic_segmentation import feature_pyramid
 
 
 class BeitBackbone(BeitPreTrainedModel):
@@ -65,7 +65,7 @@ class BeitBackbone(BeitPreTrainedModel):
         depth = max(collect) if capture.empty else None
         _, maps = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
         if self.config.reshape_hidden_states:
-            maps = [to_map(x, grid) for x in maps]
+            maps = [self.ops.tokens_to_map(x, grid) for x in maps]
         maps = [capture.scope.record(f"feature_maps.{i}", x) for i, x in enumerate(maps)]
         if self.params.fpn is not None:
             maps = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))

@@ -14,12 +14,6 @@ Array = Any
 AUXILIARY_INPUT = 2  # the FCN head reads the map at the patch grid's own resolution
 
 
-def to_map(x: Array, grid: tuple[int, int]) -> Array:  # (B, N, D) -> (B, D, gh, gw)
-    """Patch tokens as a map; the CLS token is left out."""
-    B, _, D = x.shape
-    return x[:, 1:].transpose(0, 2, 1).reshape(B, D, *grid)
-
-
 def feature_pyramid(ops: Any, p: FeaturePyramid, maps: list[Array], trace: Scope = SILENT) -> list[Array]:
     """Four maps (B, D, gh, gw) -> at 4, 2, 1 and 1/2 times the patch grid.
 
@@ -58,7 +52,7 @@ def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, t
     pyramid.clear()
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
         size = tuple(laterals[i].shape[2:])
-        laterals[i] = trace.record(f"laterals.{i}", laterals[i] + ops.resize_bilinear(laterals[i + 1], size))
+        laterals[i] = trace.record(f"laterals.{i}", ops.add(laterals[i], ops.resize_bilinear(laterals[i + 1], size)))
     for i, layer in enumerate(p.fpn_convs):
         laterals[i] = trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(laterals[i], layer))
     y = ops.conv_bn_relu_resized(laterals, p.fpn_bottleneck, tuple(laterals[0].shape[2:]))
@@ -140,7 +134,7 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         collect = self._feature_states()
         depth = max(collect) if capture.empty else None
         _, states = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
-        maps = [capture.scope.record(f"feature_maps.{i}", to_map(x, grid)) for i, x in enumerate(states)]
+        maps = [capture.scope.record(f"feature_maps.{i}", self.ops.tokens_to_map(x, grid)) for i, x in enumerate(states)]
         pyramid = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
         auxiliary_input = pyramid[AUXILIARY_INPUT]
         logits = uper_head(self.ops, self.params.decode_head, pyramid, self.config, capture.scope.at("decode_head"))

@@ -52,11 +52,13 @@ def linear_activation(x: Array, layer: DeviceLinear, activation: str) -> Array: 
 
 
 def linear_residual(
-    x: Array, layer: DeviceLinear, scale: Array | None, residual: Array
+    x: Array, layer: DeviceLinear, scale: Array | None, residual: Array, keep: Array | None = None
 ) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
     branch = _product(x, layer, product_dtype(layer.dtype))
     residual = visible(residual, layer.dtype)
+    if keep is not None:
+        return residual + keep * (branch + layer.bias if scale is None else (branch + layer.bias) * scale)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
     args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)

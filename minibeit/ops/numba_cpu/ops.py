@@ -62,11 +62,11 @@ def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:
 
 
 def linear_residual(
-    x: np.ndarray, layer: Any, scale: np.ndarray | None, residual: np.ndarray
+    x: np.ndarray, layer: Any, scale: np.ndarray | None, residual: np.ndarray, keep: np.ndarray | None = None
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
-    if not _fits(x, layer) or not is_float32(scale, residual):
-        return _numpy.linear_residual(x, _plain(layer), scale, residual)
+    if keep is not None or not _fits(x, layer) or not is_float32(scale, residual):
+        return _numpy.linear_residual(x, _plain(layer), scale, residual, keep)
     return gemm.product(x, layer, gemm.RESIDUAL, scale, residual)
 
 
