@@ -27,9 +27,7 @@ class Noise:
 
     def at(self, block: int | None = None, place: int | None = None) -> Noise:
         """The noise of another block, or of another place in the block."""
-        return replace(
-            self, block=self.block if block is None else block, place=self.place if place is None else place
-        )
+        return replace(self, block=self.block if block is None else block, place=self.place if place is None else place)
 
     def random(self, shape: tuple[int, ...]) -> np.ndarray:  # -> shape, float32
         """Numbers in [0, 1), the first axis being the samples.  The same for every call."""

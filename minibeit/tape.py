@@ -1,4 +1,4 @@
-"""A tape: the model's own text runs on nodes in place of arrays, every op is noted, and `backward` plays them in reverse.
+"""A tape: the model's own text runs on nodes in place of arrays; every op is noted, to be played in reverse.
 
 Nothing here computes: the forward is the seam's, the backward stands beside each op.  Only calls that a watched array
 had a part in are noted, so that what lies before the first trained parameter costs nothing.
@@ -118,15 +118,14 @@ class Tape:
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         """The op of that name, noted if a node is among its arguments."""
         plain = tuple(map(values, args))
-        if not any(map(watched, args)):
-            return self._inference(name)(*plain, **options)
-        forward = getattr(self.base, f"{name}_forward", None) or getattr(reference_backward, f"{name}_forward", None)
-        if forward is None:
-            made, saved = self._inference(name)(*plain, **options), None
+        training = {} if self.statistics is None or "_bn_" not in name else {"statistics": self.statistics}
+        noted = any(map(watched, args))
+        forward = self._half(name, "forward")
+        if forward is None or not (noted or training):
+            made, saved = self._plain(name)(*plain, **options), None
         else:
-            made, saved = forward(*plain, **options, **self._training_options(name))
-        backward = getattr(self.base, f"{name}_backward", None) or getattr(reference_backward, f"{name}_backward")
-        return self._note(backward, args, options, saved, made)
+            made, saved = forward(*plain, **options, **training)
+        return self._note(self._half(name, "backward"), args, options, saved, made) if noted else made
 
     def recompute(self, function: Callable[..., Any], ops: Any, *args: Any) -> Any:
         """function(ops, *args); with `recomputing` only the arguments are kept, and it is run again in the backward."""
@@ -151,8 +150,6 @@ class Tape:
             g = gradients(call.out)
             if g is None or (isinstance(g, tuple) and all(part is None for part in g)):
                 continue  # nothing that `out` depends on came of it
-            if isinstance(call.out, tuple):
-                g = tuple(n.value * 0 if part is None else part for n, part in zip(call.out, g, strict=True))
             plain = map(values, call.args)
             for arg, ct in zip(call.args, call.backward(g, call.saved, *plain, **call.options)):
                 accumulate(arg, ct)
@@ -172,11 +169,12 @@ class Tape:
     def _noting(self, name: str) -> Callable[..., Any]:
         return lambda *args, **options: self.call(name, *args, **options)
 
-    def _inference(self, name: str) -> Callable[..., Any]:
+    def _plain(self, name: str) -> Callable[..., Any]:
         return METHODS[name] if name in METHODS else getattr(self.base, name)
 
-    def _training_options(self, name: str) -> dict[str, Any]:
-        return {"statistics": self.statistics} if "_bn_" in name and self.statistics is not None else {}
+    def _half(self, name: str, half: str) -> Any:
+        full = f"{name}_{half}"
+        return getattr(self.base, full, None) or getattr(reference_backward, full, None)
 
     def _note(self, backward: Callable[..., Any], args: tuple[Any, ...], options: Any, saved: Any, made: Any) -> Any:
         out = tuple(Node(self, y) for y in made) if isinstance(made, tuple) else Node(self, made)
@@ -194,9 +192,7 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(x, (list, tuple)) and watched(x):
         return type(x)(mapped(part, function) for part in x)
     if dataclasses.is_dataclass(x) and not isinstance(x, type) and watched(x):
-        return dataclasses.replace(
-            x, **{f.name: mapped(getattr(x, f.name), function) for f in dataclasses.fields(x)}
-        )
+        return dataclasses.replace(x, **{f.name: mapped(getattr(x, f.name), function) for f in dataclasses.fields(x)})
     return x
 
 

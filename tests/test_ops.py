@@ -243,6 +243,56 @@ def loss(op, shape, scale=1.0) -> Case:
     return Case(op, arrays, lambda ops, a: getattr(ops, op)(a.x, a.y), lambda a: getattr(naive, op)(a.x, a.y))
 
 
+def kept(shape, keep_shape, scaled) -> Case:
+    """`linear_residual` with the factors of dropout."""
+    arrays = linear_residual(shape, 7, True).arrays
+    arrays["keep"] = np.where(np.random.default_rng(1).random(keep_shape) < 0.7, np.float32(1.25), np.float32(0))
+    return Case(
+        "linear_residual",
+        arrays,
+        lambda ops, a: ops.linear_residual(a.x, ops.prepare(Linear(a.w, a.b)), a.s if scaled else None, a.r, a.keep),
+        lambda a: a.r + a.keep * (a.s if scaled else 1) * naive.linear(a.x, a.w, a.b),
+    )
+
+
+def glue(op, shapes, truth, *more) -> Case:
+    return Case(op, draw(shapes), lambda ops, a: getattr(ops, op)(*vars(a).values(), *more), truth)
+
+
+def mask_tokens(B, P, D) -> Case:
+    arrays = draw({"x": (B, P, D), "m": (B, P), "t": (1, 1, D)})
+    arrays["m"] = arrays["m"] > 0
+    return Case(
+        "mask_tokens",
+        arrays,
+        lambda ops, a: ops.mask_tokens(a.x, a.m, a.t),
+        lambda a: np.array([[a.t[0, 0] if m else x for x, m in zip(*pair)] for pair in zip(a.x, a.m)]),
+    )
+
+
+def soft_cross_entropy(n, K) -> Case:
+    arrays = draw({"x": (n, K), "y": (n, K)})
+    arrays["y"] = np.abs(arrays["y"])
+
+    def truth(a):
+        rows = [-naive.dot(y.tolist(), np.log(naive.softmax(x.tolist())).tolist()) for x, y in zip(a.x, a.y)]
+        return np.mean(rows)
+
+    return Case("soft_cross_entropy", arrays, lambda ops, a: ops.soft_cross_entropy(a.x, a.y), truth)
+
+
+def smoothed(n, K, smoothing) -> Case:
+    arrays = cross_entropy(n, K, ignored=[1]).arrays
+
+    def truth(a):
+        plain = naive.cross_entropy(a.x, a.y, 255)
+        counted = a.x[a.y != 255]
+        every = np.mean([naive.cross_entropy(counted, np.full(len(counted), k), 255) for k in range(K)])
+        return (1 - smoothing) * plain + smoothing * every
+
+    return Case("cross_entropy", arrays, lambda ops, a: ops.cross_entropy(a.x, a.y, 255, smoothing), truth)
+
+
 CASES = {
     "layer_norm": layer_norm((2, 5, 12)),
     "layer_norm one row": layer_norm((1, 1, 7)),
@@ -260,6 +310,21 @@ CASES = {
     "linear_activation huge": linear_activation("gelu", scale=30.0),
     "linear_residual": linear_residual((2, 5, 12), 7, scaled=True),
     "linear_residual unscaled": linear_residual((1, 1, 3), 9, scaled=False),
+    "linear_residual keep": kept((2, 5, 12), (2, 5, 7), scaled=True),
+    "linear_residual keep samples": kept((2, 5, 12), (2, 1, 1), scaled=False),
+    "add": glue("add", {"x": (2, 3, 4), "y": (1, 3, 4)}, lambda a: a.x + a.y),
+    "dropout": glue("dropout", {"x": (2, 3, 4), "y": (2, 1, 1)}, lambda a: a.x * a.y),
+    "mask_tokens": mask_tokens(2, 5, 3),
+    "mean_patches": glue("mean_patches", {"x": (2, 7, 3)}, lambda a: a.x[:, 1:].sum(1) / 6),
+    "first_token": glue("first_token", {"x": (2, 7, 3)}, lambda a: a.x[:, 0]),
+    "tokens_to_map": glue(
+        "tokens_to_map",
+        {"x": (2, 7, 4)},
+        lambda a: np.array(
+            [[[[x[1 + 2 * i + j, d] for j in (0, 1)] for i in (0, 1, 2)] for d in range(4)] for x in a.x]
+        ),
+        (3, 2),
+    ),
     "project_qkv": project_qkv(2, 5, 12, 3),
     "project_qkv one head": project_qkv(1, 1, 5, 1),
     "attention": attention(2, 3, (2, 2), 8),
@@ -301,6 +366,8 @@ CASES = {
     "cross_entropy ignored": cross_entropy(6, 3, ignored=[1, 4]),
     "cross_entropy huge logits": cross_entropy(9, 4, scale=1e4),
     "cross_entropy one row": cross_entropy(1, 2),
+    "cross_entropy smoothing": smoothed(6, 4, 0.1),
+    "soft_cross_entropy": soft_cross_entropy(5, 4),
     "mse_loss": loss("mse_loss", (4, 3)),
     "bce_with_logits": loss("bce_with_logits", (4, 3)),
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),

@@ -52,7 +52,8 @@ def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, t
     pyramid.clear()
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
         size = tuple(laterals[i].shape[2:])
-        laterals[i] = trace.record(f"laterals.{i}", ops.add(laterals[i], ops.resize_bilinear(laterals[i + 1], size)))
+        total = ops.add(laterals[i], ops.resize_bilinear(laterals[i + 1], size))
+        laterals[i] = trace.record(f"laterals.{i}", total)
     for i, layer in enumerate(p.fpn_convs):
         laterals[i] = trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(laterals[i], layer))
     y = ops.conv_bn_relu_resized(laterals, p.fpn_bottleneck, tuple(laterals[0].shape[2:]))
@@ -134,7 +135,8 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         collect = self._feature_states()
         depth = max(collect) if capture.empty else None
         _, states = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
-        maps = [capture.scope.record(f"feature_maps.{i}", self.ops.tokens_to_map(x, grid)) for i, x in enumerate(states)]
+        maps = [self.ops.tokens_to_map(x, grid) for x in states]
+        maps = [capture.scope.record(f"feature_maps.{i}", x) for i, x in enumerate(maps)]
         pyramid = feature_pyramid(self.ops, self.params.fpn, maps, capture.scope.at("fpn"))
         auxiliary_input = pyramid[AUXILIARY_INPUT]
         logits = uper_head(self.ops, self.params.decode_head, pyramid, self.config, capture.scope.at("decode_head"))

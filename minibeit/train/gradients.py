@@ -61,9 +61,11 @@ def value_and_grad(
     watched = tape.watch(model.params, matching(named, frozen))
     with model.ops.num_threads(model.num_threads):
         output = recorded(model, tape, watched).forward(pixel_values, rng=rng, **inputs)
-        made = output.loss if loss is None else loss(tape.ops, output)
+        made = output.get("loss") if loss is None else loss(tape.ops, output)
         if made is None:
-            raise ValueError("labels: expected labels for the model's own loss, or a `loss` of its output, found neither")
+            raise ValueError(
+                "labels: expected labels for the model's own loss, or a `loss` of its output, found neither"
+            )
         if isinstance(made, Node):
             tape.backward(made, np.ones_like(made.value))
     grads = unflatten(

@@ -10,7 +10,7 @@ Sums over many rows are made in float64, in a fixed order.  Letters as in `refer
 
 from __future__ import annotations
 
-from .arrays import *
-from .losses import *
-from .maps import *
-from .transformer import *
+from .arrays import *  # noqa: F403
+from .losses import *  # noqa: F403
+from .maps import *  # noqa: F403
+from .transformer import *  # noqa: F403

@@ -14,6 +14,11 @@ from ..activations import gelu, sigmoid, softplus
 from ..erf import erfc
 
 
+def derivative(name: str, x: np.ndarray) -> np.ndarray:
+    """f'(x) of an activation; in float64, since NumPy's float32 exp and tanh are off by more than a rounding step."""
+    return DERIVATIVES[name](x.astype(np.float64, copy=False)).astype(x.dtype, copy=False)
+
+
 def gelu_derivative(x: np.ndarray) -> np.ndarray:
     """Phi(x) + x phi(x): the normal distribution function and x times its density."""
     return 0.5 * erfc(x * -math.sqrt(0.5)) + x * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)

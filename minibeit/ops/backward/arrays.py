@@ -30,9 +30,7 @@ def total(x: np.ndarray, axis: Any, keepdims: bool = False) -> np.ndarray:
 def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:  # (...) -> shape
     """The cotangent of an array of `shape` that was broadcast to the shape of g: the sum over its copies."""
     lead = g.ndim - len(shape)
-    axes = tuple(range(lead)) + tuple(
-        lead + i for i, size in enumerate(shape) if size == 1 and g.shape[lead + i] != 1
-    )
+    axes = tuple(range(lead)) + tuple(lead + i for i, size in enumerate(shape) if size == 1 and g.shape[lead + i] != 1)
     return total(g, axes, keepdims=True).reshape(shape) if axes else g
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
 from .. import reference
 from ..activations import gelu
-from .activations import gelu_derivative
+from .activations import derivative
 from .arrays import concatenate_backward, total
 
 __all__ = [
@@ -219,7 +219,7 @@ def conv_transpose_bn_gelu_backward(
 ) -> tuple[np.ndarray, ConvTranspose, BatchNorm]:
     """The chain of its three parts."""
     y, moments, z = saved
-    dy, d_bn = batch_norm_backward(g * gelu_derivative(z), moments, y, bn)
+    dy, d_bn = batch_norm_backward(g * derivative("gelu", z), moments, y, bn)
     return (*conv_transpose_backward(dy, None, x, deconv), d_bn)
 
 

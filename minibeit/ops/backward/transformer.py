@@ -11,7 +11,7 @@ import numpy as np
 from ...params import Attention, Conv, LayerNorm, Linear
 from .. import reference
 from ..activations import ACTIVATIONS
-from .activations import DERIVATIVES
+from .activations import derivative
 from .arrays import total
 
 __all__ = [
@@ -31,14 +31,17 @@ def layer_norm_backward(
     """With r = 1 / sqrt(var + eps), h = (x - mean) r and a = g weight, means taken over the last axis:
 
     dx = r (a - mean(a) - h mean(a h)),  dweight = sum of g h,  dbias = sum of g, over all rows.
+    In float64: where a token's spread is small, the three terms of dx nearly cancel.
     """
-    centred = x - x.mean(-1, keepdims=True)
-    r = 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + x.dtype.type(eps))
+    centred = x.astype(np.float64, copy=False)
+    centred = centred - centred.mean(-1, keepdims=True)
+    r = 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + eps)
     h = centred * r
-    a = g * norm.weight
+    a = g * norm.weight.astype(np.float64, copy=False)
     dx = r * (a - a.mean(-1, keepdims=True) - h * (a * h).mean(-1, keepdims=True))
     rows = tuple(range(g.ndim - 1))
-    return dx, LayerNorm(total(g * h, rows), total(g, rows)), None
+    d_weight = (g * h).sum(rows).astype(x.dtype, copy=False)
+    return dx.astype(x.dtype, copy=False), LayerNorm(d_weight, total(g, rows)), None
 
 
 def linear_backward(
@@ -63,7 +66,7 @@ def linear_activation_backward(
     g: np.ndarray, saved: np.ndarray, x: np.ndarray, layer: Linear, activation: str
 ) -> tuple[np.ndarray, Any, None]:
     """That of the linear layer for the cotangent g f'(z)."""
-    return (*linear_backward(g * DERIVATIVES[activation](saved), None, x, layer), None)
+    return (*linear_backward(g * derivative(activation, saved), None, x, layer), None)
 
 
 def linear_residual_backward(
@@ -101,7 +104,8 @@ def project_qkv_backward(
         more, grad = linear_backward(columns, None, x, layer)
         dx = more if dx is None else dx + more
         grads.append(grad)
-    return dx, Attention(*grads, output=None), None  # type: ignore[arg-type, return-value]
+    query, key, value = grads
+    return dx, Attention(query, key, value, output=None), None  # type: ignore[arg-type, return-value]
 
 
 def attention_backward(
@@ -122,7 +126,7 @@ def attention_backward(
     """
     g, g_probs = g if return_probs else (g, None)
     B, H, N, d = q.shape
-    g = g.reshape(B, N, H, d)
+    g = np.zeros((B, N, H, d), q.dtype) if g is None else g.reshape(B, N, H, d)
     scale = q.dtype.type(d**-0.5)
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     dtable = None if bias is None else np.empty_like(bias.table)
