@@ -66,3 +66,8 @@ GRADIENT64 = 1e-11
 # A gradient below this part of a model's largest is what is left of larger terms that cancel: a bias in front of a
 # batch norm, or a weight before one whose channels have two values.  It is compared in units of this part.
 REMAINDER = 1e-4
+
+# Weights after twenty steps of AdamW in float64 beside PyTorch's, relative to each tensor's root mean square.  This is
+# the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before a
+# batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
+STEPS64 = 1e-9
