@@ -8,11 +8,18 @@ from conftest import distance, make, tiny_config
 from tolerances import NAIVE_MODEL
 
 import minibeit
-from minibeit import BeitForImageClassification, BeitForMaskedImageModeling, BeitForSemanticSegmentation, BeitModel
+from minibeit import (
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitForSemanticSegmentation,
+    BeitModel,
+    Trace,
+)
 from minibeit.noise import Noise, as_noise
 from minibeit.ops import get_ops
 from minibeit.params import flatten
 from minibeit.tape import Node, Tape
+from minibeit.trace import Scope
 from minibeit.train.gradients import value_and_grad
 
 RATES = dict(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, drop_path_rate=0.4)
@@ -111,6 +118,24 @@ def test_a_loss_of_ones_own():
         assert distance(array, flatten(mixed.grads)[name]) < 1e-13, name
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trace_gets_plain_arrays_once(recompute):
+    seen = []
+
+    class Counting(Trace):
+        def record(self, name, array):
+            seen.append(name)
+            return super().record(name, array)
+
+    found, still = Counting("encoder.*"), Trace("encoder.*")
+    value_and_grad(classifier(), PIXELS, labels=LABELS, trace=found, recompute=recompute)
+    classifier()(PIXELS, trace=still)
+    assert list(found) == list(still) == seen
+    for name, array in found.items():
+        assert isinstance(array, np.ndarray)
+        assert np.array_equal(array, still[name]), name
+
+
 # Frozen parameters and what is recorded -------------------------------------------------------------------------------
 
 
@@ -178,6 +203,18 @@ def test_streams_are_different_at_every_place():
     assert abs(mean - 0.5) < 5 / np.sqrt(12 * 100_000)
 
 
+def test_every_draw_of_a_pass_has_its_own_stream(monkeypatch):
+    drawn, random = [], Noise.random
+
+    def spy(self, shape):
+        drawn.append((self.block, self.place))
+        return random(self, shape)
+
+    monkeypatch.setattr(Noise, "random", spy)
+    value_and_grad(classifier(**RATES), PIXELS, labels=LABELS, rng=Noise(1))
+    assert len(drawn) == len(set(drawn)) == 1 + 3 + 5  # the embeddings; block 0, whose paths are never dropped; block 1
+
+
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_see_the_noise_of_one(workers):
     """The mean of the gradients of parts of a batch is that of the batch, noise included."""
@@ -218,6 +255,25 @@ def test_recomputation_keeps_the_inputs_of_blocks_alone():
         recorded(model, tape, tape.watch(model.params)).forward(PIXELS, labels=LABELS)
         counts.append(len(tape.calls))
     assert counts[0] - counts[1] == 2 * 7 - 2  # two blocks of 7 calls each become one call each
+
+
+def test_what_is_run_again_is_not_traced_again():
+    seen = []
+
+    class Counting(Trace):
+        def record(self, name, array):
+            seen.append(name)
+            return array
+
+    def doubled(ops, x, scope):
+        return scope.record("twice", ops.add(x, x))
+
+    tape = Tape(get_ops("numpy"), recomputing=True)
+    x = Node(tape, np.ones(3))
+    y = tape.ops.recompute(doubled, tape.ops, x, Scope((Counting(),)))
+    tape.backward(y, np.ones(3))
+    assert x.gradient.tolist() == [2, 2, 2]
+    assert seen == ["twice"]
 
 
 def test_recomputation_with_hidden_states():

@@ -48,6 +48,24 @@ def test_one_step_by_hand():
     assert 0 < decays < len(before)
 
 
+def test_ten_steps_of_one_weight():
+    """Beside the formula on Python's floats, with gradients of changing size and sign."""
+    model, (b1, b2), eps, decay = classifier(), (0.8, 0.95), 1e-3, 0.3
+    optimizer = AdamW(model, betas=(b1, b2), eps=eps, weight_decay=decay)
+    _, grads = value_and_grad(model, PIXELS, labels=LABELS)
+    name, rng = "classifier.weight", np.random.default_rng(0)
+    w, m, v = float(flatten(model.params)[name][1, 2]), 0.0, 0.0
+    for t in range(1, 11):
+        g, rate = rng.standard_normal() * 0.1**t, 0.1 / t
+        grads.classifier.weight[1, 2] = g
+        optimizer.step(grads, rate)
+        w *= 1 - rate * decay
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * g * g
+        w -= rate * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+    assert flatten(model.params)[name][1, 2] == pytest.approx(w, rel=1e-13)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_weights_are_one_vector(dtype):
     model = classifier(dtype)
@@ -175,7 +193,10 @@ def test_average_of_weights():
 
 def test_running_statistics_are_taken_over():
     config = tiny_config(num_hidden_layers=4, out_indices=[0, 1, 2, 3])
-    model = make(BeitForSemanticSegmentation, config, dtype="float64")
+    arrays = make(BeitForSemanticSegmentation, config, dtype="float64").arrays
+    for array in arrays.values():
+        array.flags.writeable = False
+    model = BeitForSemanticSegmentation(config, arrays=arrays, dtype="float64")
     optimizer = AdamW(model)
     labels = np.random.default_rng(1).integers(0, 3, (4, 9, 7))
     result = value_and_grad(model, PIXELS, labels=labels, batch_statistics=True)

@@ -68,6 +68,6 @@ GRADIENT64 = 1e-11
 REMAINDER = 1e-4
 
 # Weights after twenty steps of AdamW in float64 beside PyTorch's, relative to each tensor's root mean square.  This is
-# the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before a
-# batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
+# the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before
+# a batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
 STEPS64 = 1e-9

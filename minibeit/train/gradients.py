@@ -14,6 +14,7 @@ from ..noise import Noise
 from ..ops.backward.maps import BatchStatistics
 from ..params import flatten, unflatten
 from ..tape import Node, Tape, gradients, values
+from ..trace import Trace
 
 Array = Any
 
@@ -40,6 +41,7 @@ def value_and_grad(
     frozen: str | Iterable[str] = (),
     batch_statistics: bool | BatchStatistics = False,
     recompute: bool = False,
+    trace: Trace | None = None,
     **inputs: Any,
 ) -> Gradients:
     """The loss of one batch and its gradients; the model is not changed.
@@ -48,7 +50,8 @@ def value_and_grad(
     of its output, by ops.  `rng` switches dropout and stochastic depth on: the noise of this step (`Noise`), or a
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
     batch norms use those of the batch, True each worker's own.  With `recompute` each block keeps its input alone and
-    is run again in the backward: less memory, the same gradients, a third more work.
+    is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
+    the forward.
 
     Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
     raises it for.
@@ -59,8 +62,9 @@ def value_and_grad(
     tape = Tape(model.ops, statistics, recompute)
     named = flatten(model.params)
     watched = tape.watch(model.params, matching(named, frozen))
+    noted = Trace(() if trace is None else trace.select)
     with model.ops.num_threads(model.num_threads):
-        output = recorded(model, tape, watched).forward(pixel_values, rng=rng, **inputs)
+        output = recorded(model, tape, watched).forward(pixel_values, rng=rng, trace=noted, **inputs)
         made = output.get("loss") if loss is None else loss(tape.ops, output)
         if made is None:
             raise ValueError(
@@ -68,6 +72,9 @@ def value_and_grad(
             )
         if isinstance(made, Node):
             tape.backward(made, np.ones_like(made.value))
+    if trace is not None:
+        for name, array in noted.items():
+            trace.record(name, values(array))
     grads = unflatten(
         model.params,
         {name: gradients(leaf) if isinstance(leaf, Node) else None for name, leaf in flatten(watched).items()},
