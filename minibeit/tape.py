@@ -127,7 +127,7 @@ class Tape:
             made, saved = forward(*plain, **options, **training)
         return self._note(self._half(name, "backward"), args, options, saved, made) if noted else made
 
-    def recompute(self, function: Callable[..., Any], ops: Any, *args: Any) -> Any:
+    def recompute(self, function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any:
         """function(ops, *args); with `recomputing` only the arguments are kept, and it is run again in the backward."""
         if not self.recomputing or not any(map(watched, args)):
             return function(self.ops, *args)

@@ -270,7 +270,7 @@ def test_what_is_run_again_is_not_traced_again():
 
     tape = Tape(get_ops("numpy"), recomputing=True)
     x = Node(tape, np.ones(3))
-    y = tape.ops.recompute(doubled, tape.ops, x, Scope((Counting(),)))
+    y = tape.ops.recompute(doubled, tape.ops, (x, Scope((Counting(),))))
     tape.backward(y, np.ones(3))
     assert x.gradient.tolist() == [2, 2, 2]
     assert seen == ["twice"]

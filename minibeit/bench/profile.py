@@ -12,7 +12,7 @@ import numpy as np
 
 from ..ops import reference
 
-NOT_OPS = ("backend", "origin", "prepare", "num_threads", "deferred")
+NOT_OPS = ("backend", "origin", "prepare", "num_threads", "deferred", "recompute")
 
 
 @dataclass

@@ -41,7 +41,8 @@ def encode(
         for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
             rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
             own = None if noise is None else noise.at(block=i + 1)  # 0 is the embeddings'
-            x = ops.recompute(block, ops, block_params, x, bias, config, rate, own, trace.at("encoder").at(i))
+            args = block_params, x, bias, config, rate, own, trace.at("encoder").at(i)
+            x = ops.recompute(block, ops, args)
             if i + 1 in collect:
                 states[i + 1] = x
     if p.norm is not None:

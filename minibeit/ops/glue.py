@@ -43,6 +43,6 @@ def first_token(x: np.ndarray) -> np.ndarray:  # (B, N, D) -> (B, D)
     return x[:, 0]
 
 
-def recompute(function: Callable[..., Any], ops: Any, *args: Any) -> Any:
+def recompute(function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any:
     """function(ops, *args).  A tape may keep the arguments alone, and run it again when gradients are asked for."""
     return function(ops, *args)

@@ -14,7 +14,8 @@ from __future__ import annotations
 from .arrays import all_finite, arange, asarray, concatenate, deferred, num_threads, stage, to_host, zeros
 from .attention import attention, project_qkv
 from .fallback import on_device as on_device
-from .losses import bce_with_logits, cross_entropy, mse_loss
+from .glue import add, dropout, first_token, mask_tokens, mean_patches, recompute, tokens_to_map
+from .losses import bce_with_logits, cross_entropy, mse_loss, soft_cross_entropy
 from .maps import (
     adaptive_avg_pool,
     conv2d,
@@ -31,6 +32,7 @@ from .rows import layer_norm, linear, linear_activation, linear_residual
 
 __all__ = [
     "adaptive_avg_pool",
+    "add",
     "all_finite",
     "arange",
     "asarray",
@@ -44,18 +46,25 @@ __all__ = [
     "conv_transpose_bn_gelu",
     "cross_entropy",
     "deferred",
+    "dropout",
+    "first_token",
     "layer_norm",
     "linear",
     "linear_activation",
     "linear_residual",
+    "mask_tokens",
     "max_pool2x2",
+    "mean_patches",
     "mse_loss",
     "num_threads",
     "prepare",
     "project_qkv",
+    "recompute",
     "resize_bicubic",
     "resize_bilinear",
+    "soft_cross_entropy",
     "stage",
     "to_host",
+    "tokens_to_map",
     "zeros",
 ]

@@ -58,7 +58,10 @@ def linear_residual(
     branch = _product(x, layer, product_dtype(layer.dtype))
     residual = visible(residual, layer.dtype)
     if keep is not None:
-        return residual + keep * (branch + layer.bias if scale is None else (branch + layer.bias) * scale)
+        branch = visible(branch, layer.dtype)
+        if layer.bias is not None:
+            branch = branch + layer.bias
+        return residual + keep * (branch if scale is None else branch * scale)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
     args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)
