@@ -27,6 +27,8 @@ def add_branch(
 ) -> Array:  # (B, N, D), (B, N, in) -> (B, N, D)
     """x + drop_path(scale * dropout(branch W^T + b))."""
     keep = branch_factors(ops, noise, x, config.hidden_dropout_prob, drop_path_rate, places)
+    if keep is None:
+        return ops.linear_residual(branch, layer, scale, x)
     return ops.linear_residual(branch, layer, scale, x, keep)
 
 

@@ -52,8 +52,8 @@ def uper_head(ops: Any, p: UperHead, pyramid: list[Array], config: BeitConfig, t
     pyramid.clear()
     for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
         size = tuple(laterals[i].shape[2:])
-        total = ops.add(laterals[i], ops.resize_bilinear(laterals[i + 1], size))
-        laterals[i] = trace.record(f"laterals.{i}", total)
+        laterals[i] = ops.add(laterals[i], ops.resize_bilinear(laterals[i + 1], size))
+        laterals[i] = trace.record(f"laterals.{i}", laterals[i])
     for i, layer in enumerate(p.fpn_convs):
         laterals[i] = trace.record(f"fpn_convs.{i}", ops.conv_bn_relu(laterals[i], layer))
     y = ops.conv_bn_relu_resized(laterals, p.fpn_bottleneck, tuple(laterals[0].shape[2:]))
