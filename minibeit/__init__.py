@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ImageError
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .noise import Noise
     from .outputs import (
         BackboneOutput,
         BeitModelOutputWithPooling,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .tasks.model import BeitModel
     from .tasks.semantic_segmentation import BeitForSemanticSegmentation
     from .trace import Trace
+    from .train.gradients import Gradients, value_and_grad
 
 # Where each public name lives; a module is imported when its name is first asked for, so `import minibeit` is quick.
 _HOMES = {
@@ -54,6 +56,9 @@ _HOMES = {
     "SemanticSegmenterOutput": "outputs",
     "BackboneOutput": "outputs",
     "Trace": "trace",
+    "Noise": "noise",
+    "Gradients": "train.gradients",
+    "value_and_grad": "train.gradients",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -76,12 +81,15 @@ __all__ = [
     "FlaxBeitModelOutputWithPooling",
     "FlaxMaskedLMOutput",
     "FlaxSequenceClassifierOutput",
+    "Gradients",
     "ImageClassifierOutput",
     "ImageError",
     "MaskedLMOutput",
+    "Noise",
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "value_and_grad",
 ]
 
 

@@ -148,8 +148,6 @@ def _number(value: Any, name: str) -> float:
 def _per_channel(value: Any, name: str) -> float | list[float]:
     if isinstance(value, (list, tuple, np.ndarray)):
         if len(value) > MOST_CHANNELS:
-            raise ValueError(
-                f"{name}: expected at most {MOST_CHANNELS} numbers, one per channel, found {len(value)}"
-            )
+            raise ValueError(f"{name}: expected at most {MOST_CHANNELS} numbers, one per channel, found {len(value)}")
         return [_number(v, name) for v in value]
     return _number(value, name)

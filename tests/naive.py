@@ -287,6 +287,14 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_index: int) -> 
     return math.fsum(terms) / len(terms) if terms else math.nan
 
 
+def soft_cross_entropy(logits: np.ndarray, target: np.ndarray) -> float:
+    losses = []
+    for row, weights in zip(logits.tolist(), target.tolist()):
+        probs = softmax(row)
+        losses.append(-math.fsum(w * math.log(p) for w, p in zip(weights, probs)))
+    return math.fsum(losses) / len(losses)
+
+
 def mse_loss(prediction: np.ndarray, target: np.ndarray) -> float:
     squares = [(p - t) ** 2 for p, t in zip(prediction.ravel().tolist(), target.ravel().tolist(), strict=True)]
     return math.fsum(squares) / len(squares)

@@ -140,6 +140,18 @@ def masked_patches(B, P, D) -> Case:
     )
 
 
+def soft_cross_entropy(n, K) -> Case:
+    arrays = draw({"x": (n, K)})
+    target = np.random.default_rng(2).random((n, K)).astype(np.float32)
+    arrays["y"] = target / target.sum(1, keepdims=True)
+    return Case(
+        "soft_cross_entropy",
+        arrays,
+        lambda ops, a: ops.soft_cross_entropy(a.x, a.y),
+        lambda a: naive.soft_cross_entropy(a.x, a.y),
+    )
+
+
 def weighted_sum() -> Case:
     return Case(
         "weighted_sum",
@@ -367,6 +379,7 @@ CASES = {
     "cross_entropy ignored": cross_entropy(6, 3, ignored=[1, 4]),
     "cross_entropy huge logits": cross_entropy(9, 4, scale=1e4),
     "cross_entropy one row": cross_entropy(1, 2),
+    "soft_cross_entropy": soft_cross_entropy(7, 5),
     "mse_loss": loss("mse_loss", (4, 3)),
     "bce_with_logits": loss("bce_with_logits", (4, 3)),
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),

@@ -25,7 +25,8 @@ FUNCTIONS = {
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
 LAUNCHERS = ("along_rows", "warp_by_row", "over_channels", "kernel")
-NUMPYS = {"dump", "restore", "queued"}  # there is nothing to store, and a GPU queues every kernel by itself
+# There is nothing to store, a GPU queues every kernel by itself, and a tape computes again, not a backend.
+NUMPYS = {"dump", "restore", "queued", "recompute"}
 DTYPES = ("float32", "float64", *HALF_DTYPES)
 
 

@@ -11,6 +11,7 @@ from minibeit import BeitBackbone, BeitForMaskedImageModeling, BeitForSemanticSe
 from minibeit.model import attention as attention_module
 from minibeit.model import block as block_module
 from minibeit.model.dropout import branch_factors, dropout, dropout_factors
+from minibeit.noise import Noise
 from minibeit.ops import get_ops
 
 OPS = get_ops("numpy")
@@ -82,7 +83,7 @@ def test_factors_keep_the_mean(rate):
 def test_dtype_stays(dtype):
     x = np.ones((2, 3, 4), dtype)
     assert dropout(OPS, seeded(), x, 0.5).dtype == dtype
-    assert branch_factors(OPS, seeded(), x, 0.5, 0.5).dtype == dtype
+    assert branch_factors(OPS, Noise(0), x, 0.5, 0.5, (1, 2)).dtype == dtype
 
 
 def test_dropout_drops_single_numbers_and_drop_path_whole_samples():
@@ -90,20 +91,20 @@ def test_dropout_drops_single_numbers_and_drop_path_whole_samples():
     dropped = dropout(OPS, seeded(), x, 0.5)
     assert 0.45 < (dropped == 0).mean() < 0.55
     assert len({row.tobytes() for row in dropped}) > 100
-    paths = branch_factors(OPS, seeded(), x, 0.0, 0.5)
+    paths = branch_factors(OPS, Noise(0), x, 0.0, 0.5, (1, 2))
     assert paths.shape == (500, 1, 1)
     assert 0.4 < (paths == 0).mean() < 0.6
-    both = branch_factors(OPS, seeded(), x, 0.5, 0.5)
+    both = branch_factors(OPS, Noise(0), x, 0.5, 0.5, (1, 2))
     assert both.shape == x.shape
     assert 0.7 < (both == 0).mean() < 0.8
-    assert branch_factors(OPS, seeded(), x, 0.0, 0.0) is None
-    assert branch_factors(OPS, None, x, 0.5, 0.5) is None
+    assert branch_factors(OPS, Noise(0), x, 0.0, 0.0, (1, 2)) is None
+    assert branch_factors(OPS, None, x, 0.5, 0.5, (1, 2)) is None
 
 
 def test_rate_one_drops_everything():
     x = np.ones((3, 2, 4))
     assert (dropout(OPS, seeded(), x, 1.0) == 0).all()
-    assert (branch_factors(OPS, seeded(), x, 0.0, 1.0) == 0).all()
+    assert (branch_factors(OPS, Noise(0), x, 0.0, 1.0, (1, 2)) == 0).all()
     rates = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=1.0)
     trace = Trace("encoder.*.output")
     model(**rates)(PIXELS, rng=seeded(), trace=trace)
@@ -115,7 +116,7 @@ def test_rate_one_drops_everything():
 def test_rates_of_stochastic_depth_rise_linearly(monkeypatch):
     seen = []
 
-    def spy(ops, rng, x, dropout_rate, drop_path_rate):
+    def spy(ops, noise, x, dropout_rate, drop_path_rate, places):
         seen.append(drop_path_rate)
 
     monkeypatch.setattr(attention_module, "branch_factors", spy)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..noise import Noise
 from ..ops import Ops, PositionBias
 from ..params import Attention, Block
 from ..trace import SILENT, Scope
-from .dropout import branch_factors, dropout_factors
+from .dropout import ATTENTION, ATTENTION_PATH, PROBS, branch_factors, dropout_factors
 
 Array = Any
 
@@ -19,7 +20,7 @@ def attention_heads(
     x: Array,
     bias: PositionBias | None,
     config: BeitConfig,
-    rng: Any | None = None,
+    noise: Noise | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, N, D) -> (B, N, D)
     """softmax(q k^T / sqrt(d) + bias) v of every head; the columns are those of the first head, the second, ...
@@ -31,9 +32,10 @@ def attention_heads(
     qkv = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
     q, k, v = (trace.record(name, array) for name, array in zip(("query", "key", "value"), qkv, strict=True))
     keep = None
-    if rng is not None and config.attention_probs_dropout_prob > 0:
+    if noise is not None and config.attention_probs_dropout_prob > 0:
         B, H, N, _ = q.shape
-        keep = dropout_factors(ops, rng, (B, H, N, N), config.attention_probs_dropout_prob, x.dtype)
+        rate = config.attention_probs_dropout_prob
+        keep = dropout_factors(ops, noise.at(place=PROBS), (B, H, N, N), rate, x.dtype)
     if trace.wants("probs"):
         context, probs = ops.attention(q, k, v, bias, return_probs=True, keep=keep)
         trace.record("probs", probs if keep is None else ops.dropout(probs, keep))  # (B, H, N, N)
@@ -49,11 +51,12 @@ def attention_branch(
     bias: PositionBias | None,
     config: BeitConfig,
     drop_path_rate: float = 0.0,
-    rng: Any | None = None,
+    noise: Noise | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, N, D) -> (B, N, D)
     """x + lambda_1 * (attention_heads(norm1(x)) W_o^T + b_o)."""
     y = trace.record("norm1", ops.layer_norm(x, p.norm1, config.layer_norm_eps))
-    heads = attention_heads(ops, p.attention, y, bias, config, rng, trace.at("attention"))
-    keep = branch_factors(ops, rng, x, config.hidden_dropout_prob, drop_path_rate)
+    heads = attention_heads(ops, p.attention, y, bias, config, noise, trace.at("attention"))
+    places = ATTENTION, ATTENTION_PATH
+    keep = branch_factors(ops, noise, x, config.hidden_dropout_prob, drop_path_rate, places)
     return trace.record("attention.residual", ops.linear_residual(heads, p.attention.output, p.lambda_1, x, keep))

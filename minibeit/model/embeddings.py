@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..noise import Noise
 from ..ops import Ops
 from ..params import Embeddings
 from ..trace import SILENT, Scope
@@ -36,7 +37,7 @@ def embed(
     pixel_values: Array,
     config: BeitConfig,
     bool_masked_pos: Array | None = None,
-    rng: Any | None = None,
+    noise: Noise | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, C, height, width) -> (B, N, D)
     """Tokens of a batch of images: [CLS], then one token a patch.
@@ -52,7 +53,7 @@ def embed(
     if p.position_embeddings is not None:
         grid = patch_grid(pixel_values, config)
         x = ops.add(x, resize_positions(ops, p.position_embeddings, position_grid(config), grid))
-    return dropout(ops, rng, x, config.hidden_dropout_prob)
+    return dropout(ops, noise, x, config.hidden_dropout_prob)
 
 
 def position_grid(config: BeitConfig) -> tuple[int, int]:

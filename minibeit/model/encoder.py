@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..noise import Noise, as_noise
 from ..ops import Ops
 from ..params import Beit
 from ..trace import SILENT, Scope
@@ -23,7 +24,7 @@ def encode(
     collect: tuple[int, ...] = (),
     depth: int | None = None,
     bool_masked_pos: Array | None = None,
-    rng: Any | None = None,
+    rng: Any | Noise | None = None,
     trace: Scope = SILENT,
 ) -> tuple[Array, list[Array]]:  # (B, C, height, width) -> (B, N, D), hidden states
     """Last hidden state, and the hidden states that `collect` asks for.
@@ -32,14 +33,17 @@ def encode(
     Hidden state 0 is the embeddings, i the output of block i - 1, none of them normalised.  The last hidden state is
     normalised only without mean pooling, since with it the norm comes after the mean (see `pool`).  The rate of
     stochastic depth rises linearly from 0 in the first block.
+    `rng`, a NumPy generator or `Noise`, switches dropout and stochastic depth on.
     """
+    noise = None if rng is None else as_noise(rng)
     biases = position_biases(ops, p, config, patch_grid(pixel_values, config))
-    x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, rng, trace.at("embeddings"))
+    x = embed(ops, p.embeddings, pixel_values, config, bool_masked_pos, noise, trace.at("embeddings"))
     x = trace.record("embeddings", x)
     states = {0: x}
     for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
         rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
-        x = block(ops, block_params, x, bias, config, rate, rng, trace.at("encoder").at(i))
+        own = None if noise is None else noise.at(block=i + 1)  # 0 is the embeddings'
+        x = ops.recompute(block, ops, (block_params, x, bias, config, rate, own, trace.at("encoder").at(i)))
         if i + 1 in collect:
             states[i + 1] = x
     if p.norm is not None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from .table import TABLE, Ops, PositionBias, served_by
+from .table import ARITHMETIC, ARRAYS, TABLE, Ops, PositionBias, names_of, served_by
 
 __all__ = ["BACKENDS", "Ops", "PositionBias", "default_backend", "get_ops", "host_dtype"]
 
@@ -90,8 +90,8 @@ def _beside_fast_ops(
     """`ops` with those of NumPy made fit to run beside queued kernels and, with `keep_source`, packed weights."""
     if keep_source:
         ops["prepare"] = functools.partial(fast.prepare, keep_source=True)
-    for name in TABLE:
-        if origin[name] == "numpy" and name != "prepare":
+    for name in names_of(ARITHMETIC, ARRAYS):
+        if origin[name] == "numpy":
             op = fast.synchronous(ops[name])
             ops[name] = _with_unpacked_weights(op) if keep_source else op
     return ops

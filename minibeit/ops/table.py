@@ -188,6 +188,9 @@ class Ops(Protocol):
     @op(kind=CONTROL, backends=("numba",))
     def queued(self, wanted: bool = True) -> AbstractContextManager[Any]: ...
 
+    @op(kind=CONTROL)
+    def recompute(self, function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any: ...
+
     # Arrays
 
     @op(kind=ARRAYS, backends=GPU)
@@ -304,7 +307,10 @@ class Ops(Protocol):
     # Losses
 
     @op(backends=GPU, shape=_scalar)
-    def cross_entropy(self, logits: Array, labels: Array, ignore_index: int) -> Array: ...
+    def cross_entropy(self, logits: Array, labels: Array, ignore_index: int, smoothing: float = 0.0) -> Array: ...
+
+    @op(backends=GPU, shape=_scalar)
+    def soft_cross_entropy(self, logits: Array, target: Array) -> Array: ...
 
     @op(backends=GPU, shape=_scalar)
     def mse_loss(self, prediction: Array, target: Array) -> Array: ...

@@ -13,7 +13,9 @@ from .device import cupy
 Array = Any
 
 
-def cross_entropy(logits: Array, labels: Array, ignore_index: int) -> Array:  # (n, K), (n,) -> ()
+def cross_entropy(
+    logits: Array, labels: Array, ignore_index: int, smoothing: float = 0.0
+) -> Array:  # (n, K), (n,) -> ()
     """See `reference.cross_entropy`."""
     K = logits.shape[1]
     labels = np.asarray(to_host(labels))
@@ -28,7 +30,16 @@ def cross_entropy(logits: Array, labels: Array, ignore_index: int) -> Array:  # 
     shifted = rows - rows.max(1, keepdims=True)
     log_sums = cupy.log(cupy.exp(shifted).sum(1))
     chosen = shifted[cupy.arange(len(labels)), cupy.asarray(labels.astype(np.int64))]
+    if smoothing:
+        chosen = (1 - smoothing) * chosen + smoothing * shifted.mean(1)
     return _mean(log_sums - chosen)
+
+
+def soft_cross_entropy(logits: Array, target: Array) -> Array:  # (n, K), (n, K) -> ()
+    """See `reference.soft_cross_entropy`."""
+    shifted = logits - logits.max(1, keepdims=True)
+    log_sums = cupy.log(cupy.exp(shifted).sum(1, keepdims=True))
+    return _mean((cupy.asarray(target, logits.dtype) * (log_sums - shifted)).sum(1))
 
 
 def mse_loss(prediction: Array, target: Array) -> Array:  # (...), (...) -> ()

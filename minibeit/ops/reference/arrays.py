@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -41,6 +41,11 @@ def queued(wanted: bool = True) -> AbstractContextManager[Any]:
     Within it no Python code but ops may read the elements of an array that an op made.
     """
     return nullcontext()
+
+
+def recompute(function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any:
+    """function(ops, *args).  A tape may keep the arguments alone, and run it again when gradients are asked for."""
+    return function(ops, *args)
 
 
 def stage(x: Any, dtype: str) -> np.ndarray:

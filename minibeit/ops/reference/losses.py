@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_index: int) -> np.ndarray:  # (n, K), (n,) -> ()
+def cross_entropy(
+    logits: np.ndarray, labels: np.ndarray, ignore_index: int, smoothing: float = 0.0
+) -> np.ndarray:  # (n, K), (n,) -> ()
     """Mean of -log softmax(logits)[label] over the labels that are not `ignore_index`; NaN if there are none.
+
+    With `smoothing` s the target of a row is 1 - s for its label plus s / K for every class.
 
     Raises ValueError for a label outside 0 to K - 1.
     """
@@ -22,7 +26,17 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray, ignore_index: int) -> 
         return np.array(np.nan, logits.dtype)
     shifted = logits - logits.max(1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(1))
-    return (log_sums - shifted[np.arange(len(labels)), labels]).mean()
+    own = shifted[np.arange(len(labels)), labels]
+    if smoothing:
+        own = (1 - logits.dtype.type(smoothing)) * own + logits.dtype.type(smoothing) * shifted.mean(1)
+    return (log_sums - own).mean()
+
+
+def soft_cross_entropy(logits: np.ndarray, target: np.ndarray) -> np.ndarray:  # (n, K), (n, K) -> ()
+    """Mean over rows of -sum target log softmax(logits); a row's targets need not be 0 and 1 (mixup, cutmix)."""
+    shifted = logits - logits.max(1, keepdims=True)
+    log_sums = np.log(np.exp(shifted).sum(1, keepdims=True))
+    return (target.astype(logits.dtype) * (log_sums - shifted)).sum(1).mean()
 
 
 def mse_loss(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:  # (...), (...) -> ()

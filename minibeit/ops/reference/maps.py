@@ -98,7 +98,7 @@ def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C
 
     Source: Keys 1981; A as in PyTorch's interpolate.
     """
-    return _resize(x, size, _bicubic_taps)
+    return _resize(x, size, bicubic_taps)
 
 
 def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
@@ -125,7 +125,8 @@ def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  #
     return [(first, 1 - t), (np.minimum(first + 1, old - 1), t)]
 
 
-def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  # 4 x ((new,), (new,))
+    """The same of `resize_bicubic`."""
     A = -0.75
     position = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(position).astype(int)

@@ -1,0 +1,107 @@
+"""Losses for training and their backward.  Each loss is a mean; its cotangent g is a number, 1 for the loss itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..activations import sigmoid
+
+__all__ = [
+    "bce_with_logits_backward",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "mse_loss_backward",
+    "soft_cross_entropy_backward",
+    "weighted_sum_backward",
+    "soft_cross_entropy_forward",
+]
+
+
+def cross_entropy_forward(
+    logits: np.ndarray, labels: np.ndarray, ignore_index: int, smoothing: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:  # (n, K), (n,) -> (), (n,)
+    """Cross-entropy, and log sum exp of each row.
+
+    With `smoothing` s the target of a row is 1 - s for its label plus s / K for every class.  The mean goes over the
+    labels that are not `ignore_index`; NaN if there are none.  Raises ValueError for a label outside 0 to K - 1.
+    """
+    K = logits.shape[1]
+    counted = labels != ignore_index
+    inside = (labels >= 0) & (labels < K)
+    if not (inside | ~counted).all():
+        wrong = labels[counted & ~inside][0]
+        raise ValueError(f"labels: expected class numbers 0 to {K - 1} (or {ignore_index} to ignore), found {wrong}")
+    log_sums = log_sum_exp(logits)
+    if not counted.any():
+        return np.array(np.nan, logits.dtype), log_sums
+    own = np.take_along_axis(logits, np.where(counted, labels, 0)[:, None], 1)[:, 0]
+    rows = log_sums - (1 - smoothing) * own
+    if smoothing:
+        rows -= smoothing * logits.mean(1, dtype=np.float64)
+    return _number(rows[counted].mean(), logits), log_sums
+
+
+def cross_entropy_backward(
+    g: np.ndarray, saved: np.ndarray, logits: np.ndarray, labels: np.ndarray, ignore_index: int, smoothing: float = 0.0
+) -> tuple[np.ndarray, None, None]:  # () -> (n, K)
+    """dlogits = g (softmax(logits) - target) / (number of counted labels), 0 in ignored rows."""
+    rows = np.flatnonzero(labels != ignore_index)
+    d = np.exp(logits[rows] - saved[rows, None]) - smoothing / logits.shape[1]
+    d[np.arange(len(rows)), labels[rows]] -= 1 - smoothing
+    out = np.zeros_like(logits)
+    out[rows] = d * (g / max(len(rows), 1))
+    return out, None, None
+
+
+def soft_cross_entropy_forward(
+    logits: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # (n, K), (n, K) -> (), (n,)
+    """See `reference.soft_cross_entropy`; and log sum exp of each row."""
+    log_sums = log_sum_exp(logits)
+    return _number((target * (log_sums[:, None] - logits)).sum(1).mean(), logits), log_sums
+
+
+def soft_cross_entropy_backward(
+    g: np.ndarray, saved: np.ndarray, logits: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, None]:  # () -> (n, K)
+    """dlogits = g (softmax(logits) sum(target) - target) / n; the targets are constants."""
+    d = np.exp(logits - saved[:, None]) * target.sum(1, keepdims=True) - target
+    return (d * (g / len(logits))).astype(logits.dtype, copy=False), None
+
+
+def mse_loss_backward(
+    g: np.ndarray, saved: None, prediction: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, None]:  # () -> (...)
+    """dprediction = 2 g (prediction - target) / (number of elements)."""
+    difference = prediction - target.astype(prediction.dtype, copy=False)
+    return (difference * (2 * g / prediction.size)).astype(prediction.dtype, copy=False), None
+
+
+def bce_with_logits_backward(
+    g: np.ndarray, saved: None, logits: np.ndarray, target: np.ndarray
+) -> tuple[np.ndarray, None]:  # () -> (...)
+    """dlogits = g (sigmoid(logits) - target) / (number of elements)."""
+    difference = sigmoid(logits.astype(np.float64, copy=False)) - target
+    return (difference * (g / logits.size)).astype(logits.dtype, copy=False), None
+
+
+def weighted_sum_backward(
+    g: np.ndarray, saved: None, losses: Sequence[np.ndarray], weights: Sequence[float]
+) -> tuple[list[np.ndarray], None]:  # () -> k x ()
+    """Each loss gets g times its weight."""
+    return [np.asarray(g * weight, g.dtype) for weight in weights], None
+
+
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:  # (n, K) -> (n,), float64
+    """log of the sum of exp over each row, after subtracting the largest so that exp cannot overflow.
+
+    In float64, as `reference.softmax` and for its reason.
+    """
+    top = logits.max(1, keepdims=True)
+    return np.log(np.exp(logits - top, dtype=np.float64).sum(1)) + top[:, 0]
+
+
+def _number(value: np.floating, like: np.ndarray) -> np.ndarray:
+    return np.asarray(value, like.dtype)

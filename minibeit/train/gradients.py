@@ -1,0 +1,103 @@
+"""The loss of a batch and its gradient with respect to every parameter of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..noise import Noise
+from ..ops.backward.maps import BatchStatistics
+from ..params import flatten, unflatten
+from ..tape import Node, Tape, gradients, values
+from ..trace import Trace
+
+Array = Any
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What `value_and_grad` returns; `loss, grads = value_and_grad(...)` takes the first two of it."""
+
+    loss: float
+    grads: Any  # the tree of the model's parameters: a gradient for each, None for what is frozen or has no part
+    output: Any  # what the model returned: the logits, and whatever else was asked for
+    running: dict[str, np.ndarray]  # new running statistics of batch norms, by canonical name
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.loss, self.grads))
+
+
+def value_and_grad(
+    model: Any,
+    pixel_values: Any,
+    *,
+    loss: Callable[[Any, Any], Any] | None = None,
+    rng: np.random.Generator | Noise | None = None,
+    frozen: str | Iterable[str] = (),
+    batch_statistics: bool | BatchStatistics = False,
+    recompute: bool = False,
+    trace: Trace | None = None,
+    **inputs: Any,
+) -> Gradients:
+    """The loss of one batch and its gradients; the model is not changed.
+
+    `inputs` (labels, bool_masked_pos) go to the model, whose own loss is taken; or `loss(ops, output)` makes another
+    of its output, by ops.  `rng` switches dropout and stochastic depth on: the noise of this step (`Noise`), or a
+    generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
+    batch norms use those of the batch, True each worker's own.  With `recompute` each block keeps its input alone and
+    is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
+    the forward.
+
+    Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
+    raises it for.
+    """
+    if model.ops.backend != "numpy":
+        raise ValueError(f"gradients: expected a model of the backend 'numpy', found {model.ops.backend!r}")
+    statistics = BatchStatistics() if batch_statistics is True else batch_statistics or None
+    tape = Tape(model.ops, statistics, recompute)
+    named = flatten(model.params)
+    watched = tape.watch(model.params, matching(named, frozen))
+    noted = Trace(() if trace is None else trace.select)
+    with model.ops.num_threads(model.num_threads):
+        output = recorded(model, tape, watched).forward(pixel_values, rng=rng, trace=noted, **inputs)
+        made = output.get("loss") if loss is None else loss(tape.ops, output)
+        if made is None:
+            raise ValueError(
+                "labels: expected labels for the model's own loss, or a `loss` of its output, found neither"
+            )
+        if isinstance(made, Node):
+            tape.backward(made, np.ones_like(made.value))
+    if trace is not None:
+        for name, array in noted.items():
+            trace.record(name, values(array))
+    grads = unflatten(
+        model.params,
+        {name: gradients(leaf) if isinstance(leaf, Node) else None for name, leaf in flatten(watched).items()},
+    )
+    plain = type(output)(**{name: values(value) for name, value in output.items()})
+    running = {} if statistics is None else statistics.running(named)
+    return Gradients(float(values(made)), grads, plain, running)
+
+
+def recorded(model: Any, tape: Tape, params: Any) -> Any:
+    """`model` with `params` in place of its own, its ops noted by `tape`."""
+    twin = copy.copy(model)
+    twin.ops, twin.params = tape.ops, params
+    return twin
+
+
+def matching(names: Iterable[str], patterns: str | Iterable[str]) -> set[str]:
+    """The names that match one of the glob patterns.  Raises ValueError for a pattern that matches none."""
+    found: set[str] = set()
+    names = list(names)
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            raise ValueError(f"frozen: {pattern!r} matches no parameter; their names are like {names[0]!r}")
+        found |= hits
+    return found

@@ -1,0 +1,206 @@
+"""AdamW over one flat vector of all weights, with a rate and a decay for each; clipping; the average of weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..params import flatten, unflatten
+from .gradients import matching
+
+NEVER_DECAYED = ("cls_token", "position_embeddings")
+
+
+def layer_number(name: str, num_layers: int) -> int:
+    """0 for the embeddings, i + 1 for block i, L + 1 for everything else: the heads, their norms, a shared table."""
+    if name.startswith("beit.embeddings."):
+        return 0
+    if name.startswith("beit.encoder."):
+        return int(name.split(".")[2]) + 1
+    return num_layers + 1
+
+
+def decayed(name: str, shape: tuple[int, ...], tables: bool = True) -> bool:
+    """Whether weight decay acts on a parameter of that canonical name.
+
+    Not on vectors (biases, norms, layer scales), the CLS token and absolute positions.  As in the original the mask
+    token and the position bias tables are decayed, the latter unless `tables` is false.
+    """
+    if len(shape) < 2 or name.endswith(NEVER_DECAYED):
+        return False
+    return tables or not name.endswith("bias_table")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in the flat vectors, and how it is learned."""
+
+    name: str
+    start: int
+    stop: int
+    rate: float  # factor of the learning rate
+    decay: float  # weight decay
+
+
+class AdamW:
+    """Adam with decoupled weight decay; the weights of `model` are updated where they lie.
+
+    On construction the model's parameters are moved into one flat vector, `weights`, and become views of it.  With
+    g a gradient, t the steps a parameter has seen, and its own rate and decay:
+
+        w = w (1 - rate decay),  m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,
+        w = w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    The rate of a parameter in layer i of L + 1 (see `layer_number`) is `layer_decay`^(L + 1 - i) times that of the
+    step.  `frozen` has names or glob patterns of what is not learned.  Raises ValueError for numbers out of range.
+    Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; LayerDecayValueAssigner in microsoft/unilm beit.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay_tables: bool = True,
+        frozen: str | Iterable[str] = (),
+    ) -> None:
+        _check(weight_decay, layer_decay, betas, eps)
+        self.betas, self.eps = betas, eps
+        named = flatten(model.params)
+        left_out = matching(named, frozen)
+        learned = [name for name in named if name not in left_out and ".running_" not in name]
+        L, start, self.slots = model.config.num_hidden_layers, 0, []
+        for name in learned:
+            shape = named[name].shape
+            rate = layer_decay ** (L + 1 - layer_number(name, L))
+            decay = weight_decay if decayed(name, shape, decay_tables) else 0.0
+            stop = start + math.prod(shape)
+            self.slots.append(Slot(name, start, stop, rate, decay))
+            start = stop
+        self.weights = np.empty(start, model.dtype)
+        self.mean, self.square = np.zeros_like(self.weights), np.zeros_like(self.weights)
+        self.steps = np.zeros(len(self.slots), np.int64)
+        views = {slot.name: self.weights[slot.start : slot.stop].reshape(named[slot.name].shape) for slot in self.slots}
+        for name, view in views.items():
+            view[...] = named[name]
+        adopt(model, views)
+
+    def step(self, grads: Any, rate: float) -> None:
+        """One update by a tree of gradients; a parameter without a gradient stays as it is."""
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"learning rate: expected a number of at least 0, found {rate}")
+        named = flatten(grads)
+        for i, slot in enumerate(self.slots):
+            gradient = named.get(slot.name)
+            if gradient is not None:
+                self.steps[i] += 1
+                self._update(slot, gradient.reshape(-1), rate * slot.rate, int(self.steps[i]))
+
+    def _update(self, slot: Slot, g: np.ndarray, rate: float, t: int) -> None:
+        w, m, v = (vector[slot.start : slot.stop] for vector in (self.weights, self.mean, self.square))
+        b1, b2 = self.betas
+        w *= 1 - rate * slot.decay
+        m += (1 - b1) * (g - m)
+        v *= b2
+        v += (1 - b2) * np.square(g)
+        root = np.sqrt(v)
+        root /= math.sqrt(1 - b2**t)
+        root += self.eps
+        w -= rate / (1 - b1**t) * m / root
+
+
+def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:
+    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable."""
+    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(model.params).items()}
+    model.params = unflatten(model.params, named)
+    model._arrays = named
+
+
+def set_running(model: Any, running: Mapping[str, np.ndarray]) -> None:
+    """Writes new running statistics of batch norms, by canonical name, into the model's own arrays."""
+    named = flatten(model.params)
+    for name, array in running.items():
+        named[name][...] = array
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def global_norm(grads: Any) -> float:
+    """The root of the sum of all squares."""
+    return math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in flatten(grads).values()))
+
+
+def clipped(grads: Any, largest: float) -> tuple[Any, float]:
+    """(gradients scaled so that their global norm is at most `largest`, the norm before).
+
+    The factor is min(1, largest / (norm + 1e-6)), as in PyTorch.
+    """
+    norm = global_norm(grads)
+    factor = min(1.0, largest / (norm + 1e-6))
+    return (_mapped(grads, lambda name, g: g * g.dtype.type(factor)) if factor < 1 else grads), norm
+
+
+def mean_of(parts: Iterable[Any]) -> Any:
+    """The mean of several trees of gradients, added up in their order: one large batch in pieces of equal size."""
+    parts = list(parts)
+    others = [flatten(part) for part in parts[1:]]
+
+    def mean(name: str, g: np.ndarray) -> np.ndarray:
+        total = g.copy()
+        for other in others:
+            total += other[name]
+        return total / total.dtype.type(len(parts))
+
+    return _mapped(parts[0], mean)
+
+
+def _mapped(grads: Any, function: Any) -> Any:
+    return unflatten(grads, {name: function(name, g) for name, g in flatten(grads).items()})
+
+
+# Average of weights ---------------------------------------------------------------------------------------------------
+
+
+class AverageOfWeights:
+    """The exponential moving average (EMA) of an optimizer's weights: a = decay a + (1 - decay) w after each step."""
+
+    def __init__(self, optimizer: AdamW, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number from 0 up to but not 1, found {decay}")
+        self.optimizer = optimizer
+        self.decay = decay
+        self.average = optimizer.weights.copy()
+
+    def update(self) -> None:
+        """Takes in the weights as they are now."""
+        self.average += (1 - self.decay) * (self.optimizer.weights - self.average)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Context in which the model has the averaged weights, to be evaluated or saved; then it has its own again."""
+        own = self.optimizer.weights.copy()
+        self.optimizer.weights[...] = self.average
+        try:
+            yield
+        finally:
+            self.optimizer.weights[...] = own
+
+
+def _check(weight_decay: float, layer_decay: float, betas: tuple[float, float], eps: float) -> None:
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay: expected a number of at least 0, found {weight_decay}")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay: expected a number above 0 and up to 1, found {layer_decay}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas: expected two numbers from 0 up to but not 1, found {betas}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number above 0, found {eps}")
