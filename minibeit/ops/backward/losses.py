@@ -91,7 +91,7 @@ def weighted_sum_backward(
     g: np.ndarray, saved: None, losses: Sequence[np.ndarray], weights: Sequence[float]
 ) -> tuple[list[np.ndarray], None]:  # () -> k x ()
     """Each loss gets g times its weight."""
-    return [np.asarray(g * weight, g.dtype) for weight in weights], None
+    return [np.asarray(g * weight, loss.dtype) for loss, weight in zip(losses, weights, strict=True)], None
 
 
 def log_sum_exp(logits: np.ndarray) -> np.ndarray:  # (n, K) -> (n,), float64
