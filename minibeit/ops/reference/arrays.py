@@ -83,7 +83,7 @@ def relative_position_index(grid: tuple[int, int]) -> np.ndarray:  # -> (N, N) i
 
     Two patches at (ha, wa) and (hb, wb): (ha - hb + gh - 1) (2 gw - 1) + (wa - wb + gw - 1).  The last three rows are
     for [CLS] to a patch (R - 3), a patch to [CLS] (R - 2) and [CLS] to itself (R - 1).
-    Source: BEiT section 2.1; Attention in microsoft/unilm beit/modeling_finetune.py.
+    Source: BEiT appendix A; Attention in microsoft/unilm beit/modeling_finetune.py.
     """
     gh, gw = grid
     P, R = gh * gw, table_rows(grid)
