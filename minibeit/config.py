@@ -54,7 +54,7 @@ class BeitConfig:
     "unilm" the output of block i, hidden_states[i + 1], as the published model was trained.
 
     Raises ValueError, one sentence, for a value that no model can have.
-    Source: BeitConfig of transformers 4.x and 5.x; Bao et al. 2021, section 3.1 for base and large.
+    Source: BeitConfig of transformers 4.x and 5.x; BEiT section 2.5 and appendix G for base and large.
     """
 
     vocab_size: int = 8192

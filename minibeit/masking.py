@@ -25,7 +25,7 @@ def block_mask(
     have a few patches less (of 75 on 14x14 a third of the masks, 74.5 on average).
     `least` is 16 for the 14x14 patches of the paper and in proportion for other grids.
     Raises ValueError for a count that the grid does not have.
-    Source: BEiT, algorithm 1, as its published code draws it (unilm beit/masking_generator).
+    Source: BEiT section 2.3, algorithm 1, as its published code draws it (unilm beit/masking_generator).
     """
     gh, gw = grid
     if gh < 1 or gw < 1 or not 0 <= count <= gh * gw:

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 01 From pixels to a label
 #
-# A picture goes in, a word comes out. This tutorial follows one picture through BEiT and stops at every station. One
-# block of the network is computed by hand, in NumPy, and compared with what minibeit computed. You need to know what
-# a matrix product is; you need not have met a transformer.
+# An image goes in, a word comes out. This tutorial follows one image through BEiT, step by step. One block of the
+# network is computed by hand, in NumPy, and compared with what minibeit computed. You need to know what a matrix
+# product is; no knowledge of transformers is assumed.
 #
-# The network is the one that ships with minibeit: small, trained, and it reads handwritten digits.
+# The network is the one that ships with minibeit: a small one, trained to read handwritten digits.
 #
-# The letters are those of the whole package: **B** pictures in a batch, **C** colour channels, **P** patches of a
-# picture, **N** = 1 + P tokens, **D** numbers in a token (the width), **H** heads, **d** = D / H numbers per head,
+# The letters are those used throughout the package: **B** images in a batch, **C** colour channels, **P** patches of an
+# image, **N** = 1 + P tokens, **D** elements of a token (the width), **H** heads, **d** = D / H elements per head,
 # **F** width inside the MLP, **L** blocks, **K** classes. A note such as `(B, N, D)` after a line is the shape of its
 # result.
 
@@ -27,11 +27,11 @@ digits = weights_folder() / "digits"
 plt.rcParams.update({"figure.dpi": 80, "image.cmap": "gray", "font.size": 9})
 
 # %% [markdown]
-# ## 1. The image processor: any picture to one shape of array
+# ## 1. The image processor: from any image to an array of fixed shape
 #
-# A network takes arrays of one size only, so a picture is first resized. Then each of its bytes, 0 to 255, becomes a
-# number between -1 and 1: divided by 255, minus 0.5, divided by 0.5. The file `preprocessor_config.json` of a
-# checkpoint says what to do. Published BEiTs take 224 x 224 pixels, ours takes 32 x 32.
+# The network expects images of one size, so an image is first resized. Then each of its bytes, 0 to 255, is mapped to
+# a number between -1 and 1: divide by 255, subtract 0.5, divide by 0.5. The file `preprocessor_config.json` of a
+# checkpoint holds these settings. Most published BEiTs take 224 x 224 pixels, ours takes 32 x 32.
 #
 # The code: [`minibeit/image_processor.py`](../minibeit/image_processor.py).
 
@@ -47,7 +47,7 @@ print(f"the digit's values now lie between {pixels.min():.2f} and {pixels.max():
 
 
 def picture(pixel_values):
-    """pixel_values (1, C, height, width) as a picture (height, width, C) between 0 and 1."""
+    """pixel_values (1, C, height, width) as an image (height, width, C) between 0 and 1."""
     return (pixel_values[0].transpose(1, 2, 0) + 1) / 2
 
 
@@ -63,14 +63,14 @@ for axis, image, title in (
 plt.show()
 
 # %% [markdown]
-# The cat became slimmer: BEiT does not keep the proportions of a picture. And the gray digit has three equal channels
-# now, because the network expects three. (In this data ink is white and paper black.)
+# The cat got slimmer: BEiT's preprocessing does not preserve the aspect ratio. And the grayscale digit now has three
+# identical channels, because the network expects three. (In this data ink is white and paper is black.)
 #
 # ## 2. Patches
 #
-# BEiT does not look at single pixels. It cuts the picture into squares, the patches, and a patch is what a word is to a
-# language model. A photo of 224 x 224 pixels gives a grid of 14 x 14 patches of 16 x 16; our digit a grid of 4 x 4
-# patches of 8 x 8. Patches are numbered row by row.
+# BEiT does not look at single pixels. It cuts the image into squares, the patches; a patch is to BEiT what a word is to
+# a language model. A photo of 224 x 224 pixels gives a grid of 14 x 14 patches of 16 x 16 pixels; our digit gives a
+# grid of 4 x 4 patches of 8 x 8. Patches are numbered row by row.
 
 # %%
 
@@ -107,17 +107,17 @@ plt.show()
 # %% [markdown]
 # ## 3. Tokens
 #
-# Each flattened patch, C * 8 * 8 = 192 numbers here, is multiplied by one learned matrix and becomes D = 64 numbers:
-# a **token**. The same matrix serves all patches, so a token does not say where its patch was. (Position comes in
-# later, through the attention's bias.) In front of the P = 16 patch tokens stands one more, `[CLS]`, which belongs to
-# no patch: it is learned and the same for every picture. So there are N = 17 tokens, and they are all the network
+# Each flattened patch, C * 8 * 8 = 192 numbers here, is multiplied by one learned matrix and becomes D = 64 numbers: a
+# **token**. The same matrix is used for all patches, so a token does not say where its patch was. (Position comes in
+# later, through the bias of the attention.) In front of the P = 16 patch tokens goes one more, `[CLS]`, which belongs
+# to no patch: it is learned, and the same for every image. So there are N = 17 tokens, and they are all the network
 # sees from here on.
 #
 # The code: [`minibeit/model/embeddings.py`](../minibeit/model/embeddings.py).
 #
 # We load the network in float64 so that two ways of computing the same number agree to about 15 digits, and we
-# choose the NumPy backend, whose text is [`minibeit/ops/reference`](../minibeit/ops/reference/transformer.py).
-# `Trace` keeps every array of a forward pass under its name.
+# choose the NumPy backend, whose code is [`minibeit/ops/reference`](../minibeit/ops/reference/transformer.py).
+# `Trace` records every array of a forward pass under its name.
 
 # %%
 model = BeitForImageClassification.from_pretrained(digits, dtype="float64", backend="numpy")
@@ -152,20 +152,20 @@ figure.colorbar(shown)
 plt.show()
 
 # %% [markdown]
-# A row depends on what its patch shows, and on nothing else. The table of N x D numbers now passes L = 4 **blocks**,
-# all built alike. Each has two halves and each half adds something to the table:
+# A row depends on what its patch shows, and on nothing else. This N x D array now passes through L = 4 **blocks** of
+# the same structure. Each has two halves, and each half adds something to the array:
 #
 # $$x \leftarrow x + \lambda_1 \odot \text{attention}(\text{norm}_1(x)), \qquad
 # x \leftarrow x + \lambda_2 \odot \text{mlp}(\text{norm}_2(x))$$
 #
-# In the first half tokens look at each other, in the second each token is worked on alone. We do the first block by
-# hand. The code: [`minibeit/model/block.py`](../minibeit/model/block.py) and
+# In the first half tokens look at each other; in the second each token is processed on its own. We do the first block
+# by hand. The code: [`minibeit/model/block.py`](../minibeit/model/block.py) and
 # [`attention.py`](../minibeit/model/attention.py).
 #
 # ## 4. One block by hand
 #
-# **Layer norm.** Every token is shifted and scaled so that its D numbers have mean 0 and variance 1, and then each of
-# the D columns gets a learned factor and summand. This keeps the sizes of numbers in bounds, whatever came before.
+# **Layer norm.** Every token is shifted and scaled so that its D elements have mean 0 and variance 1; then each of the
+# D columns gets a learned scale and shift. This keeps magnitudes in bounds, whatever came before.
 
 # %%
 block = weights.beit.encoder[0]
@@ -179,7 +179,7 @@ def layer_norm(x, norm):
 
 
 def compare(name, by_hand):
-    """Prints how far an array is from minibeit's, relative to the largest number in it."""
+    """Prints how far an array is from minibeit's, relative to its largest element."""
     theirs = trace[name][0]
     assert by_hand.shape == theirs.shape, (by_hand.shape, theirs.shape)
     difference = np.abs(by_hand - theirs).max() / np.abs(theirs).max()
@@ -191,11 +191,10 @@ y = layer_norm(x, block.norm1)  # (N, D)
 compare("encoder.0.norm1", y)
 
 # %% [markdown]
-# **Queries, keys, values.** Three more learned matrices make three tables of the one. Read a *query* as what a token
-# asks for, a *key* as what a token offers to those who ask, and a *value* as what it hands over. The D = 64 columns of
-# each are then dealt out to H = 4 **heads** of d = 16 columns, which work independently. The keys are the only ones
-# without a summand (bias): it would add the same number to all scores of a query, and the softmax below does not see
-# that.
+# **Queries, keys, values.** Three more learned matrices turn the one array into three. Think of a *query* as what a
+# token asks for, of a *key* as what a token offers to those who ask, and of a *value* as what it hands over. The D = 64
+# columns of each are then split into H = 4 **heads** of d = 16 columns, which work independently. Only the keys have no
+# bias: it would add the same number to all scores of a query, which does not change the softmax below.
 
 # %%
 attention = block.attention
@@ -214,11 +213,11 @@ compare("encoder.0.attention.key", k)
 compare("encoder.0.attention.value", v)
 
 # %% [markdown]
-# **Scores.** How well does the query of token a fit the key of token b? Their scalar product says it, divided by the
-# square root of d so that its size does not grow with d. To it comes the **relative position bias**: a learned number
-# for each head and each offset between two patches ("two to the right, one down"). It is the only place where the
-# network is told where a patch is, and tutorial 02 is about it. `index[a, b]` says which row of the learned table
-# belongs to the pair.
+# **Scores.** How well does the query of token a match the key of token b? Their dot product says so, divided by the
+# square root of d so that its magnitude does not grow with d. To this is added the **relative position bias**: a
+# learned number for each head and each offset between two patches ("two to the right, one down"). It is the only place
+# where the network learns where a patch is, and the subject of tutorial 02. `index[a, b]` says which row of the learned
+# table belongs to the pair.
 
 # %%
 index = model.ops.relative_position_index(config.grid)  # (N, N) row numbers, from the grid alone
@@ -228,11 +227,12 @@ print("table", block.bias_table.shape, " index", index.shape, " bias", bias.shap
 scores = q @ k.transpose(0, 2, 1) / math.sqrt(d) + bias  # (H, N, N)
 
 # %% [markdown]
-# **Softmax** turns each row of scores into shares that are positive and add up to 1: $e^{s_b} / \sum_c e^{s_c}$. These
-# N x N shares are the **attention** of a head: row a says how much token a takes from each token b.
+# **Softmax** turns each row of scores into shares (probabilities) that are positive and add up to 1:
+# $e^{s_b} / \sum_c e^{s_c}$. These N x N shares are the **attention** of a head: row a says how much token a takes from
+# each token b.
 
 # %%
-shares = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the largest is taken off so that exp cannot overflow
+shares = np.exp(scores - scores.max(axis=-1, keepdims=True))  # minus the largest, so that exp cannot overflow
 shares = shares / shares.sum(axis=-1, keepdims=True)  # (H, N, N)
 compare("encoder.0.attention.probs", shares)
 
@@ -245,9 +245,9 @@ figure.colorbar(shown, ax=axes, shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# **Context.** Each token takes the mean of all values, weighted by its shares. The heads are put side by side again,
-# one more matrix (the *output* projection) mixes them, a learned factor per column, the **layer scale** $\lambda_1$,
-# says how strongly they count, and the result is *added* to what was there before.
+# **Context.** Each token takes the mean of all values, weighted by its shares. The heads are concatenated again, one
+# more matrix (the *output* projection) mixes them, a learned factor per column, the **layer scale** $\lambda_1$, says
+# how much they count, and the result is *added* to what was there before.
 
 # %%
 context = (shares @ v).transpose(1, 0, 2).reshape(-1, D)  # (H, N, d) -> (N, D)
@@ -258,9 +258,10 @@ after_attention = x + block.lambda_1 * projected  # (N, D)
 compare("encoder.0.attention.residual", after_attention)
 
 # %% [markdown]
-# **MLP.** The second half: norm again, a matrix from D = 64 to F = 256 columns, a bent function, a matrix back to 64.
-# The bent function is the GELU, $\tfrac{z}{2}(1 + \text{erf}(z / \sqrt 2))$: large negative numbers become 0, large
-# positive ones pass. Without a bend somewhere, all these matrices would collapse into a single one.
+# **MLP.** The second half: a norm again, a matrix from D = 64 to F = 256 columns, a nonlinear function, a matrix back
+# to
+# 64. The function is the GELU, $\tfrac{z}{2}(1 + \text{erf}(z / \sqrt 2))$: large negative numbers become 0, large
+# positive ones pass unchanged. Without a nonlinearity between them, the two matrices would collapse into one.
 
 # %%
 erf = np.vectorize(math.erf)
@@ -283,14 +284,15 @@ axis.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# That was one whole block, and every array of it agrees with minibeit's. The other three do the same with weights of
-# their own. Their input and output have one shape, so blocks can be stacked: 12 of them in BEiT-base, 24 in large.
+# That was one whole block, and every array in it agrees with minibeit's. The other three do the same with weights of
+# their own. A block's output has the shape of its input, so blocks can be stacked: 12 of them in BEiT-base, 24 in
+# large.
 #
 # ## 5. Pooling and label
 #
-# After the last block the P patch tokens are averaged, `[CLS]` left out, and the mean is normalised once more: the
-# **pooled** vector, D numbers for the whole picture. A last matrix makes K = 10 numbers of it, one per class, the
-# **logits**. The largest wins; softmax turns them into shares.
+# After the last block the P patch tokens are averaged, without `[CLS]`, and the mean is normalised once more. The
+# result is the **pooled** vector: D numbers for the whole image. A last matrix turns it into K = 10 numbers, one per
+# class: the **logits**. The largest one names the class; softmax turns them into shares.
 #
 # The code: `pool` in [`minibeit/model/encoder.py`](../minibeit/model/encoder.py), and
 # [`minibeit/tasks/image_classification.py`](../minibeit/tasks/image_classification.py).
@@ -311,7 +313,7 @@ assert label == "3"
 # %% [markdown]
 # ## 6. All of it in three lines, and what a label is worth
 #
-# This is how one uses it. The ten digits that ship were held out when the network was trained.
+# This is how to use it. The ten digits that ship were held out when the network was trained.
 
 # %%
 files = sorted((digits / "images").glob("*.png"))
@@ -332,12 +334,13 @@ print("read:", " ".join(found), "  and the cat:", cat_label)
 assert found == [str(k) for k in range(10)]
 
 # %% [markdown]
-# The cat is read as a digit too. The shares add up to 1 over the ten classes the network knows, and it knows no
-# other: a label says which class fits *best*, not that it fits.
+# The cat is read as a digit too. The shares add up to 1 over the ten classes that the network knows, and it knows no
+# others: a label says which class fits *best*, not that it fits.
 #
 # ## 7. How large the real ones are
 #
-# Nothing above depends on the size. BEiT-base has the same parts with larger numbers; `BeitConfig` starts from them.
+# Nothing above depends on the size. BEiT-base has the same parts in larger sizes, which are the defaults of
+# `BeitConfig`.
 
 # %%
 ours, base = config, BeitConfig(use_relative_position_bias=True, id2label={k: str(k) for k in range(1000)})

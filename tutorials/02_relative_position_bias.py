@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 02 Relative position bias
 #
-# Attention compares tokens by what they contain; nothing in it says where they are. BEiT tells it with a small table
+# Attention compares tokens by their content; nothing in it says where they are. BEiT supplies that with a small table
 # of learned numbers: for each head and each *offset* between two patches, a number that is added to the score. This
-# tutorial shows the table, what a trained one looks like, what it does to attention, how it is carried over to
-# another grid of patches, and where transformers reads it wrongly.
+# tutorial shows the table, what a trained one looks like, what it does to attention, how it is transferred to another
+# grid of patches, and where transformers reads it wrongly.
 #
 # Letters: **P** patches in a grid of **(gh, gw)**, **N** = 1 + P tokens (the first is `[CLS]`), **H** heads, **R** rows
 # of the table, **L** blocks. [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains tokens and scores.
@@ -31,15 +31,20 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 # %% [markdown]
 # ## 1. Which row of the table?
 #
-# Two patches of a grid of gh x gw rows and columns lie at most gh - 1 rows and gw - 1 columns apart, in either
-# direction: (2 gh - 1)(2 gw - 1) possible offsets. Three rows more are for pairs with `[CLS]`, which is nowhere:
-# `[CLS]` looking at a patch, a patch looking at `[CLS]`, and `[CLS]` looking at itself. That makes
+# Two patches of a grid of gh rows and gw columns are at most gh - 1 rows and gw - 1 columns apart, in either direction:
+# (2 gh - 1)(2 gw - 1) possible offsets. Three more rows are for pairs with `[CLS]`, which has no position: `[CLS]`
+# looking at a patch, a patch looking at `[CLS]`, and `[CLS]` looking at itself. That makes
 #
 # $$R = (2\,gh - 1)(2\,gw - 1) + 3$$
 #
-# rows, with a column for each head. The index says for token a (looking) and token b (looked at) which row to read:
-# for patches at (row, column) it is (down + gh - 1)(2 gw - 1) + (right + gw - 1), where down and right are a's row
-# and column minus b's.
+# rows, with a column for each head. The index says for token a (looking) and token b (looked at) which row to read. For
+# two patches it depends on the differences of their rows and columns, Δrow = row of a - row of b and
+# Δcolumn = column of a - column of b:
+#
+# $$\text{index} = (\Delta\text{row} + gh - 1)(2\,gw - 1) + (\Delta\text{column} + gw - 1)$$
+#
+# Mind the sign: it is a minus b. A patch b to the *right* of a has Δcolumn = -1, one *below* a has Δrow = -1. So the
+# rows of the table begin with the patch b that is farthest down and to the right, seen from a.
 
 
 # %%
@@ -66,17 +71,20 @@ assert small[0].tolist() == [11, 9, 9, 9, 9]  # [CLS] to itself is the last row,
 assert small[1].tolist() == [10, 4, 3, 1, 0]
 assert small[1, 1] == small[2, 2] == small[3, 3] == small[4, 4]  # offset 0, 0
 assert small[1, 2] == small[3, 4]  # b one to the right of a, in the upper row and in the lower one
+assert small[1, 4] == 0  # b one down and one to the right: the first row of the table
 
 # %% [markdown]
 # Pairs with the same offset read the same row: diagonals repeat. The bias of a pair is then
-# `bias[h, a, b] = table[index[a, b], h]`. It depends on the grid and on the weights, never on the picture.
+# `bias[h, a, b] = table[index[a, b], h]`. It depends on the grid and on the weights, never on the image.
 #
 # ## 2. A trained table
 #
 # The digits checkpoint has a grid of 4 x 4, hence R = 7 * 7 + 3 = 52, and a table of its own in each of its L = 4
-# blocks (BEiT in pre-training has one that all blocks share). Training starts from zeros. Without the last three rows
-# a column of the table is a picture of 7 x 7 offsets; we turn it so that its centre is the looking patch itself, and
-# a pixel one to the right of the centre is the patch to the right.
+# blocks (in pre-training, BEiT has one that all blocks share). Training starts from zeros. Without the last three rows,
+# a column of the table is a map of 7 x 7 offsets, with Δrow and Δcolumn from -3 to 3. Since these are a minus b, the
+# map as stored has the patches *below* a at its top and those to the *right* of a at its left. We turn it by 180
+# degrees: now the centre is the looking patch itself, and the cell to the right of the centre is the patch to its
+# right.
 
 # %%
 processor = BeitImageProcessor.from_pretrained(digits)
@@ -87,8 +95,8 @@ tables = np.stack([block.bias_table for block in model.params.beit.encoder])  # 
 
 
 def offset_map(column, grid):
-    """A column (R,) of a table -> (2 gh - 1, 2 gw - 1), seen from the looking patch: below is below, right is right."""
-    return column[:-3].reshape(2 * grid[0] - 1, 2 * grid[1] - 1)[::-1, ::-1]  # the index holds a minus b
+    """A column (R,) of a table -> (2 gh - 1, 2 gw - 1), as seen from the looking patch: down is b below a."""
+    return column[:-3].reshape(2 * grid[0] - 1, 2 * grid[1] - 1)[::-1, ::-1]  # from a minus b to b minus a
 
 
 figure, axes = plt.subplots(L, H, figsize=(7.4, 7), layout="constrained")
@@ -102,15 +110,15 @@ for i in range(L):
         axis.plot(0, 0, "k+", markersize=6)
         axis.set(xticks=(-3, 0, 3), yticks=(-3, 0, 3))
         axis.set_title(f"block {i}, head {h}", fontsize=8)
-figure.supxlabel("columns to the right")
-figure.supylabel("rows down")
+figure.supxlabel("columns from the looking patch to the one looked at")
+figure.supylabel("rows from the looking patch to the one looked at")
 figure.colorbar(shown, ax=axes, shrink=0.6, label="added to the score")
 plt.show()
 
 centre = offset_map(np.arange(table_rows(grid)), grid)[2:5, 2:5]  # row numbers of the nearest offsets
 index = ops.relative_position_index(grid)
 assert index[1 + 5, 1 + 6] == centre[1, 2] and index[1 + 5, 1 + 9] == centre[2, 1]  # patch 5 to 6: right; to 9: down
-favourite = {}  # (block, head) -> rows down, columns to the right
+favourite = {}  # (block, head) -> how many rows below, and columns to the right of, the looking patch
 for i in (0, L - 1):
     for h in range(H):
         offsets = offset_map(tables[i, :, h], grid)
@@ -124,8 +132,8 @@ assert max(max(map(abs, favourite[L - 1, h])) for h in range(H)) == 3
 
 # %% [markdown]
 # A score with bias s counts exp(s) times as much in the softmax as one with bias 0, and exp(4) is 55: these are strong
-# preferences. In the first block every head has its largest number at a neighbour of the looking patch; in the last
-# block some have it as far away as the grid allows.
+# preferences. In the first block every head has its largest bias at a neighbour of the looking patch; in the last block
+# some have it as far away as the grid allows.
 #
 # The same numbers by distance, and the three rows of `[CLS]`:
 
@@ -162,12 +170,12 @@ print(f"distance explains {np.mean(explained):.0%} of a head's variance on avera
 assert np.mean(explained) < 0.5
 
 # %% [markdown]
-# Distance alone explains the smaller part of what a head has learned: direction matters.
+# Distance alone explains less than half of what a head has learned: direction matters.
 #
 # ## 3. What it does: attention
 #
-# Below is where patch 5 (second row, second column) looks, in each head of block 0: the attention with its bias, and
-# what would be left of it if the bias were zero. The redder a patch, the larger its share.
+# Where does patch 5 (second row, second column) look, in each head of block 0? Below is the attention with its bias,
+# and what would be left of it if the bias were zero. The redder a patch, the larger its share.
 
 # %%
 held_out = np.load(digits / "held_out.npz")
@@ -184,7 +192,7 @@ attention = {
 
 
 def overlay(axis, image, row, grid):
-    """Shares (P,) of the patches over the picture (C, height, width): the redder, the larger, the largest opaque."""
+    """Shares (P,) of the patches over the image (C, height, width): the redder, the larger; the largest is opaque."""
     height, width = image.shape[1:]
     axis.imshow((image.mean(axis=0) + 1) / 2, cmap="gray", vmin=-0.3, vmax=1)
     shares = row.reshape(grid) / row.max()
@@ -210,7 +218,7 @@ plt.show()
 # %%
 right_with = int((model(pixels).logits.argmax(1) == labels).sum())
 right_without = int((without(pixels).logits.argmax(1) == labels).sum())
-print(f"held-out digits read rightly: {right_with} of {len(labels)} with the bias, {right_without} without")
+print(f"held-out digits read correctly: {right_with} of {len(labels)} with the bias, {right_without} without")
 
 rng = np.random.default_rng(0)
 order = rng.permutation(16)
@@ -224,23 +232,23 @@ assert right_with == 360 and right_without < 300
 assert change["without"] < 1e-4 < 1 < change["with"]
 
 # %% [markdown]
-# Without the bias BEiT is blind to position: the same patches in any order are the same picture to it. The bias is
-# all it has (DiT, which has no bias, adds learned absolute positions to the tokens instead).
+# Without the bias BEiT is blind to position: the same patches in any order are the same image to it. The bias is all it
+# has. (DiT has no bias and adds learned absolute positions to the tokens instead.)
 #
 # ## 4. Another grid
 #
-# Published models take pictures of 224 x 224 pixels, or 384, 512 or 640 on a side. Patches stay 16 x 16, so a larger
-# picture has more of them, and the table has no rows for the new offsets. It is stretched: the picture of offsets,
-# above, is resized from (2 gh - 1) x (2 gw - 1) to the new grid's size; the three rows of `[CLS]` stay. Two ways are
-# in use.
+# Published models take images of 224 x 224 pixels, or 384, 512 or 640 on a side. Patches stay 16 x 16, so a larger
+# image has more of them, and the table has no rows for the new offsets. So it is stretched: the map of offsets shown
+# above is resized from (2 gh - 1) x (2 gw - 1) to the size for the new grid; the three rows of `[CLS]` stay. Two
+# methods are in use.
 #
-# * **transformers: bilinear**, whenever it meets a picture of another size. The *ends* of the old table and the new one
-#   are laid on each other: an offset of 1 in the old grid becomes one of about 2 in a grid twice as fine.
-#   minibeit does the same when a model meets such a picture, so that the numbers agree.
-# * **The authors: a cubic spline on geometric positions**, once, before they fine-tune. Near offsets keep their
-#   meaning, 1 stays at 1, and only far ones are spread: the old offsets 0, 1, 2, 3, ... are put at 0, 1, 1 + q,
-#   1 + q + q², ... of the new grid, with q such that the ends meet. timm takes the same positions with straight lines
-#   between them.
+# * **transformers: bilinear**, whenever an image has another size. The *ends* of the old table are aligned with those
+#   of the new one: an offset of 1 in the old grid becomes one of about 2 in a grid twice as fine. minibeit does the
+#   same when a model is given such an image, so that the results agree.
+# * **The authors: a cubic spline on geometric positions**, once, before they fine-tune. Near offsets keep their meaning
+#   (1 stays at 1), and only far ones are spread out: the old offsets 0, 1, 2, 3, ... move to 0, 1, 1 + q,
+#   1 + q + q², ... in the new grid, with q such that the ends meet. timm uses the same positions, with linear
+#   interpolation between them.
 #
 # The code: [`minibeit/checkpoint/resize.py`](../minibeit/checkpoint/resize.py), also on the command line as
 # `minibeit convert`.
@@ -269,7 +277,7 @@ assert abs(q - 1.0903) < 1e-4  # the constant that the authors' code names for t
 assert abs(geometric[-1] - 23) < 1e-3
 
 # %% [markdown]
-# Now our own table, from 4 x 4 patches to 8 x 8, seen as before from the looking patch:
+# Now our own table, from 4 x 4 patches to 8 x 8, again seen from the looking patch:
 
 # %%
 bigger = (8, 8)
@@ -296,18 +304,19 @@ print(f"the outermost old offset, 3, goes to {reach:.2f}; the spline's largest n
 assert reach == geometric_positions(7, 15).max() < 7 and swing > 1
 
 # %% [markdown]
-# Three offsets to a side are too few for the geometric ways: q is looked for up to 1.5 only, so the ends do not meet
-# (3 goes to 4.75 and not to 7, and everything beyond gets the outermost number), and here the spline swings far beyond
-# the numbers it passes through. With the 13 offsets of the published models, above, the ends do meet.
+# Three offsets to a side are too few for the geometric positions: q is searched only up to 1.5, so the ends do not meet
+# (3 goes to 4.75 instead of 7, and everything beyond gets the outermost number), and here the spline overshoots the
+# numbers it passes through by far. With the 13 offsets of the published models, above, the ends do meet.
 #
-# Which one is right? That depends on what a larger picture shows. Two trials with the held-out digits, no training in
-# between: the same digits *magnified*, so that a stroke crosses more patches; and the same digits at their size on a
-# *wider* sheet, so that a stroke crosses as many patches as before. (The spline is defined for square grids only.)
+# Which method is right? That depends on what a larger image shows. Two experiments with the held-out digits, without
+# any training in between: the same digits *magnified*, so that a stroke crosses more patches; and the same digits at
+# their original size on a *wider* sheet, so that a stroke crosses as many patches as before. (The spline is defined for
+# square grids only.)
 
 
 # %%
 def read_rightly(arrays, config, pixels):
-    """How many of the held-out digits get their own label."""
+    """How many of the held-out digits get the right label."""
     model = BeitForImageClassification(config, arrays=arrays, backend="numpy")
     return int((model(pixels).logits.argmax(1) == labels).sum())
 
@@ -339,16 +348,16 @@ assert counts["magnified to 64 x 64", "transformers"] > 300 > 250 > counts["magn
 assert counts["on a sheet of 32 x 64", "timm"] > counts["on a sheet of 32 x 64", "transformers"]
 
 # %% [markdown]
-# Where strokes are magnified, stretched offsets fit; on the widest sheet, offsets that stay near their place fit
-# better. This is a toy: a 4 x 4 grid, and no fine-tuning after the change. The authors do fine-tune, and report that
-# plain linear interpolation hurt their segmentation model (issue 376 of microsoft/unilm). So: to get transformers'
-# numbers, do as transformers does; to start fine-tuning, do as the authors; and where it matters, measure.
+# Where strokes are magnified, stretched offsets fit; on the widest sheet, offsets that keep their meaning fit better.
+# This is a toy: a 4 x 4 grid, and no fine-tuning after the change. The authors do fine-tune, and report that plain
+# linear interpolation hurt their segmentation model (issue 376 of microsoft/unilm). So to reproduce transformers, do as
+# transformers does; to start fine-tuning, do as the authors do; and where it matters, measure.
 #
 # ## 5. Attention over a photo
 #
-# A larger grid needs nothing but a larger table. Here is the digits network on a photo of 128 x 128 pixels, 16 x 16
-# patches: where `[CLS]` and two patches look in the last block. The network was trained on digits, so this shows the
-# mechanism and not insight into the picture.
+# A larger grid needs nothing but a larger table. Here is the digits network on a photo of 128 x 128 pixels, with 16 x
+# 16 patches: where do `[CLS]` and two of the patches look, in the last block? The network was trained on digits, so
+# this shows the mechanism, not any understanding of the image.
 
 # %%
 photo = processor(data.astronaut(), size=128)["pixel_values"]  # (1, C, 128, 128)
@@ -370,19 +379,19 @@ assert probs.shape == (H, 257, 257) and np.allclose(probs.sum(-1), 1, atol=1e-5)
 # %% [markdown]
 # ## 6. Where transformers reads the table wrongly
 #
-# The rows of the table go over offsets as (down, right): 2 gh - 1 times 2 gw - 1. When transformers resizes it, it
-# takes the two sides for (width, height). On a square grid nobody notices. On a grid that is not square the numbers
-# land at wrong offsets, and since transformers resizes in every forward pass, this happens even to a picture of
-# exactly the size of the config. Seen on a table whose number *is* the offset to the right:
+# The rows of the table are ordered by (Δrow, Δcolumn): 2 gh - 1 times 2 gw - 1 of them. When transformers resizes the
+# table, it takes these two sides for (width, height). On a square grid nobody notices. On any other grid the numbers
+# end up at the wrong offsets, and since transformers resizes in every forward pass, this happens even to an image of
+# exactly the size in the config. Here is a table whose entries *are* Δcolumn, drawn as it is stored:
 
 # %%
 wide = (4, 6)
 R = table_rows(wide)
-columns_right = np.concatenate([np.tile(np.arange(-5.0, 6.0), 7), np.zeros(3)])[:, None]  # (R, 1)
+column_difference = np.concatenate([np.tile(np.arange(-5.0, 6.0), 7), np.zeros(3)])[:, None]  # (R, 1)
 views = {
-    "as it is stored": columns_right,
-    "minibeit": resize_table(ops, columns_right, wide, wide),
-    "transformers": resize_table(ops, columns_right, wide, wide, compat="transformers"),
+    "as it is stored": column_difference,
+    "minibeit": resize_table(ops, column_difference, wide, wide),
+    "transformers": resize_table(ops, column_difference, wide, wide, compat="transformers"),
 }
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.3), layout="constrained")
 for axis, (title, table) in zip(axes, views.items(), strict=True):
@@ -390,14 +399,16 @@ for axis, (title, table) in zip(axes, views.items(), strict=True):
     axis.set(title=title, xticks=[0, 5, 10], yticks=[0, 3, 6])
     axis.set_xticklabels([-5, 0, 5])
     axis.set_yticklabels([-3, 0, 3])
+    axis.set_xlabel("Δcolumn")
+axes[0].set_ylabel("Δrow")
 figure.colorbar(shown, ax=axes)
 plt.show()
-assert np.array_equal(views["minibeit"], columns_right)
-assert not np.allclose(views["transformers"], columns_right)
+assert np.array_equal(views["minibeit"], column_difference)
+assert not np.allclose(views["transformers"], column_difference)
 
 # %% [markdown]
-# What it costs here: a digits checkpoint made for pictures of 32 x 48 (grid 4 x 6), read both ways.
-# `compat="transformers"` reproduces transformers' numbers when that is what you need.
+# What does it cost here? A digits checkpoint made for images of 32 x 48 (grid 4 x 6), read both ways.
+# `compat="transformers"` reproduces the results of transformers when that is what you need.
 
 # %%
 wide_config, wide_arrays = resize_arrays(model.arrays, config, (32, 48), "timm")
@@ -408,7 +419,7 @@ print(f"right of {len(labels)}: {as_defined} as defined, {as_transformers} with 
 assert as_defined > as_transformers
 
 on_square = BeitForImageClassification(config.replace(compat="transformers"), arrays=model.arrays, backend="numpy")
-assert np.array_equal(on_square(three).logits, model(three).logits)  # on a square grid there is nothing to choose
+assert np.array_equal(on_square(three).logits, model(three).logits)  # on a square grid there is no difference
 
 # %% [markdown]
 # Next: [03, one encoder, three heads](03_one_encoder_three_heads.ipynb).

@@ -1,21 +1,21 @@
 # %% [markdown]
 # # 03 One encoder, three heads
 #
-# Everything BEiT does starts with the same encoder: a picture becomes P patch tokens and `[CLS]`, each D numbers that
-# know about the whole picture. What comes after, the *head*, is different for each task:
+# Everything BEiT does starts with the same encoder: an image becomes P patch tokens and `[CLS]`, each a vector of D
+# numbers that knows about the whole image. What comes after, the *head*, is different for each task:
 #
 # | task | what the head reads | what comes out |
 # |---|---|---|
-# | classification | the mean of the patch tokens | K numbers for the picture |
+# | classification | the mean of the patch tokens | K numbers for the image |
 # | masked image modelling (pre-training) | the token of each patch | V numbers for each patch, one per *visual token* |
 # | semantic segmentation | four hidden states, as maps | K numbers for each cell of a fine map |
 #
-# minibeit ships one trained encoder, for digits, with a head for classification. For the other two tasks nothing
-# trained ships, so this tutorial does two things: it shows the real heads at work with *random* weights, for their
-# shapes; and it *fits* small linear heads to the trained encoder, by least squares in NumPy, to see what its tokens
-# know. What is fitted here and what was trained is always said.
+# minibeit ships one trained encoder, for digits, with a classification head. Nothing trained ships for the other two
+# tasks, so this tutorial does two things: it runs the real heads with *random* weights, to show their shapes; and it
+# *fits* small linear heads to the trained encoder, by least squares in NumPy, to see what its tokens know. It always
+# says what was trained and what is fitted here.
 #
-# Letters: **B** pictures, **P** patches in a grid of **(gh, gw)**, **N** = 1 + P tokens, **D** width, **L** blocks,
+# Letters: **B** images, **P** patches in a grid of **(gh, gw)**, **N** = 1 + P tokens, **D** width, **L** blocks,
 # **K** classes, **V** visual tokens. [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the encoder.
 
 # %%
@@ -44,7 +44,7 @@ images, labels = held_out["images"], held_out["labels"]  # (360, 8, 8) bytes, (3
 pixels = BeitImageProcessor.from_pretrained(digits)(list(images))["pixel_values"]  # (360, C, 32, 32)
 order = np.random.default_rng(0).permutation(len(images))
 fit, test = order[:240], order[240:]  # heads are fitted on 240 of them and judged on the other 120
-print(f"{len(fit)} pictures to fit heads, {len(test)} to judge them")
+print(f"{len(fit)} images to fit heads, {len(test)} to judge them")
 
 # %% [markdown]
 # ## 1. Classification: the head that was trained
@@ -64,9 +64,9 @@ print(f"right: {right.sum()} of {len(labels)}")
 assert right.all()
 
 # %% [markdown]
-# At which depth is it known which digit it is? We fit, for each hidden state, ten linear functions of the mean token,
-# and count. `ridge` is least squares with a small penalty on large weights; it has a closed form, so there is no
-# training loop.
+# At what depth does the network know which digit it sees? For each hidden state, we fit ten linear functions of the
+# mean token and count. `ridge` is least squares with a small penalty on large weights; it has a closed form, so there
+# is no training loop.
 
 
 # %%
@@ -93,7 +93,7 @@ for state in states:
     head = ridge(mean[fit], ten[fit])
     by_state.append((read(mean[test], head).argmax(axis=1) == labels[test]).mean())
 names = ["embeddings", *(f"block {i}" for i in range(config.num_hidden_layers))]
-print("digit read rightly, fitted to the mean token after")
+print("digits read correctly, by a head fitted to the mean token after")
 for name, value in zip(names, by_state, strict=True):
     print(f"  {name:12} {value:.1%}")
 assert by_state[-1] > by_state[0] + 0.2
@@ -101,11 +101,11 @@ assert by_state[-1] > by_state[0] + 0.2
 # %% [markdown]
 # ## 2. Masked image modelling: the head of pre-training
 #
-# BEiT learned to see by filling gaps. Some patches are covered: their tokens are replaced by one learned *mask token*.
-# For every covered patch the network has to say which *visual token* was there: one of V = 8192 codes that another
-# network (DALL-E's tokenizer) gives to patches. The head is a layer norm and one matrix, D to V, for each patch:
-# [`minibeit/tasks/masked_image_modeling.py`](../minibeit/tasks/masked_image_modeling.py). First with random weights, to
-# see what goes in and out; blocks of patches are covered as in the paper,
+# BEiT learned to see by filling gaps. Some patches are masked: their tokens are replaced by one learned *mask token*.
+# For every masked patch the network has to say which *visual token* was there: one of V = 8192 codes that another
+# network (DALL-E's tokenizer) assigns to patches. The head is a layer norm and one matrix, D to V, for each patch:
+# [`minibeit/tasks/masked_image_modeling.py`](../minibeit/tasks/masked_image_modeling.py). We first run it with random
+# weights, to see what goes in and out. Patches are masked in blocks, as in the paper:
 # [`minibeit/masking.py`](../minibeit/masking.py).
 
 # %%
@@ -116,22 +116,22 @@ mask = block_mask((14, 14), 75, rng)  # (gh, gw): the paper's grid and number
 x = rng.uniform(-1, 1, (1, 3, 224, 224))
 codes = rng.integers(0, tiny.vocab_size, mask.sum())  # any: nothing is trained
 untrained_output = untrained(x, bool_masked_pos=mask.reshape(1, -1), labels=codes)
-print("logits", untrained_output.logits.shape, " covered", mask.sum(), f" loss {untrained_output.loss:.2f}")
-print(f"log V = {np.log(tiny.vocab_size):.2f}: the loss of one who guesses")
+print("logits", untrained_output.logits.shape, " masked", mask.sum(), f" loss {untrained_output.loss:.2f}")
+print(f"log V = {np.log(tiny.vocab_size):.2f}: the loss of guessing")
 assert abs(untrained_output.loss - np.log(tiny.vocab_size)) < 0.2
 
 figure, axes = plt.subplots(1, 4, figsize=(8, 2.2), layout="constrained")
 for axis, seed in zip(axes, range(4), strict=True):
     drawn = block_mask((14, 14), 75, np.random.default_rng(seed))
     axis.imshow(drawn, cmap="Greys")
-    axis.set(title=f"{drawn.sum()} of 196 covered", xticks=[], yticks=[])
+    axis.set(title=f"{drawn.sum()} of 196 masked", xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# Now something real, but small. Our *visual tokens*: the 2 x 2 original pixels under each patch of a digit are grouped
-# into V = 16 codes by k-means, a tokenizer of a few lines. Our *mask token*: what the encoder makes of bare paper. Our
-# *head*: fitted by least squares. The encoder stays as it is. It was never trained with covered patches, which is the
-# very thing that pre-training would do, so do not expect much.
+# Now something real, but small. Our *visual tokens*: the 2 x 2 original pixels under each patch of a digit are
+# clustered into V = 16 codes by k-means, a tokenizer of a few lines. Our *mask token*: what the encoder makes of bare
+# paper. Our *head*: fitted by least squares. The encoder stays as it is. It was never trained with masked patches,
+# which is exactly what pre-training would do, so do not expect much.
 
 # %%
 V = 16
@@ -156,7 +156,7 @@ codes = nearest(patches_of(images) / 255, centres)  # (B, P)
 
 
 def drawn_with(codes):
-    """(P,) codes -> (8, 8) picture"""
+    """(P,) codes -> (8, 8) image"""
     return centres[codes].reshape(4, 4, 2, 2).transpose(0, 2, 1, 3).reshape(8, 8)
 
 
@@ -185,19 +185,19 @@ masked_model = BeitForMaskedImageModeling(masked_config, arrays=arrays, backend=
 
 
 def cover(count):
-    """Masks (count, P) that cover 6 of the 16 patches in blocks."""
+    """Masks (count, P) of 6 of the 16 patches, in blocks."""
     return np.stack([block_mask((4, 4), 6, rng).reshape(-1) for _ in range(count)])
 
 
 def covered_states(chosen, masks):
-    """The last state, normalised as the head gets it, (n, D), and all blocks' states, (n, L D), of covered patches."""
+    """Of masked patches: the last state, normalised as the head gets it, (n, D), and all blocks' states, (n, L D)."""
     trace = Trace("layernorm")
     out = masked_model(pixels[chosen], bool_masked_pos=masks, output_hidden_states=True, trace=trace)
     every = np.concatenate([s / s.std() for s in out.hidden_states[1:]], axis=-1)
     return trace["layernorm"][:, 1:][masks], every[:, 1:][masks]
 
 
-rounds = 8  # each picture is covered in eight ways
+rounds = 8  # each image is masked in eight ways
 masks_fit, masks_test = cover(rounds * len(fit)), cover(rounds * len(test))
 many_fit, many_test = np.tile(fit, rounds), np.tile(test, rounds)
 last_fit, every_fit = covered_states(many_fit, masks_fit)
@@ -215,17 +215,17 @@ scores = {
     "fitted head on the last state": (target_test == read(last_test, lm_head).argmax(axis=1)).mean(),
     "fitted head on the states of all blocks": (target_test == read(every_test, every_head).argmax(axis=1)).mean(),
 }
-print(f"code of a covered patch guessed rightly ({len(target_test)} patches)")
+print(f"codes of masked patches predicted correctly ({len(target_test)} patches)")
 for name, value in scores.items():
     print(f"  {name:40} {value:.1%}")
 
 # %% [markdown]
-# The head that reads the last state only, as BEiT's does, stays behind a table of what is usual at each place. The
-# states of all blocks together do better than the table: something of the neighbours reaches a covered patch even
-# without pre-training. Closing the rest of the gap is what pre-training is for.
+# The head that reads only the last state, as BEiT's does, falls short of a table of the most frequent code at each
+# place. The states of all blocks together do better than the table: some information about its neighbours reaches a
+# masked patch even without pre-training. Closing the rest of the gap is what pre-training is for.
 #
-# The fitted numbers are the weights of an ordinary model, `BeitForMaskedImageModeling`. Below it, the first eight test
-# pictures, filled in by the head that reads all blocks:
+# The fitted numbers are the weights of an ordinary model, `BeitForMaskedImageModeling`. Below are the first eight test
+# images, filled in by the head that reads all blocks:
 
 # %%
 arrays["lm_head.weight"], arrays["lm_head.bias"] = (a.astype(np.float32) for a in lm_head)
@@ -257,10 +257,10 @@ plt.show()
 # ## 3. Segmentation: a class for every pixel
 #
 # The real head is UPerNet. It reads four hidden states as maps of (gh, gw), brings them to 4, 2, 1 and 1/2 times that
-# resolution (a small pyramid), adds what it sees from afar (means over a few large cells), and fuses all at the finest
-# level: [`minibeit/tasks/semantic_segmentation.py`](../minibeit/tasks/semantic_segmentation.py). We load the digits
-# checkpoint into that task. Its encoder is taken over; the head, which the checkpoint does not have, is drawn at
-# random, and minibeit warns of it. So this is for the shapes only: such a head knows nothing.
+# resolution (a small pyramid), adds global context (means over a few large cells), and fuses everything at the finest
+# level: [`minibeit/model/segmentation.py`](../minibeit/model/segmentation.py). We load the digits checkpoint into that
+# task. The encoder's weights are loaded; the head's, which the checkpoint does not have, are drawn at random, and
+# minibeit warns about it. So this is for the shapes only: such a head knows nothing.
 
 # %%
 classes = {0: "paper", **{k + 1: f"ink of a {k}" for k in range(10)}}
@@ -269,7 +269,7 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     upernet = BeitForSemanticSegmentation.from_pretrained(digits, backend="numpy", **changes)
 taken = [name for name in upernet.arrays if name.startswith("beit.")]
-print(f"warnings: {len(caught)}; tensors taken over: {len(taken)}, drawn: {len(upernet.arrays) - len(taken)}")
+print(f"warnings: {len(caught)}; tensors loaded: {len(taken)}, drawn at random: {len(upernet.arrays) - len(taken)}")
 assert caught and all(np.array_equal(upernet.arrays[name], model.arrays[name]) for name in taken)
 
 trace = Trace()
@@ -278,17 +278,17 @@ for name in trace:
     if not name.startswith(("encoder", "embeddings")):
         print(f"{name:32} {trace[name].shape}")
 encoder_size = sum(upernet.arrays[name].size for name in taken)
-print(f"learned numbers: encoder {encoder_size:,}, both heads {upernet.num_parameters - encoder_size:,}")
+print(f"parameters: encoder {encoder_size:,}, both heads {upernet.num_parameters - encoder_size:,}")
 assert out.logits.shape == (1, 11, 16, 16)
 
 # %% [markdown]
-# Now a fitted one. The task: for each of the 8 x 8 original pixels, *paper* or *ink of a 0, ..., ink of a 9*, K = 11
-# classes. Paper or ink can be told from the pixel alone. *Which digit the ink belongs to* cannot: that needs the whole
-# picture, and each patch must have heard of it.
+# Now a fitted one. The task: classify each of the 8 x 8 original pixels as *paper* or *ink of a 0, ..., ink of a 9*, K
+# = 11 classes. Paper and ink can be told apart by the pixel alone. *Which digit the ink belongs to* cannot: that takes
+# the whole image, so each patch must have learned about the others.
 #
-# The head is linear: from the numbers of one patch token to K numbers for each of the four pixels under it. It sees
-# one token and nothing beside it. We fit it to the pixels of the patch alone, to each hidden state, and to all of them
-# together, which is what UPerNet gets.
+# The head is linear: from the D numbers of one patch token to K numbers for each of the four pixels under it. It sees
+# one token and nothing else. We fit it to the pixels of the patch alone, to each hidden state, and to the states of all
+# blocks together, in the spirit of UPerNet, which reads several.
 
 # %%
 K = len(classes)
@@ -298,7 +298,7 @@ target = patches_of(truth)  # (B, P, 4)
 
 
 def segment(features):
-    """features (B, P, n) -> class of every pixel of the test pictures, (B, P, 4), by a head fitted to the others"""
+    """features (B, P, n) -> class of every pixel of the test images, (B, P, 4), by a head fitted to the others"""
     wanted = np.eye(K)[target[fit]].reshape(-1, 4 * K)
     head = ridge(features[fit].reshape(-1, features.shape[-1]), wanted)
     return read(features[test], head).reshape(-1, 16, 4, K).argmax(axis=-1)
@@ -327,12 +327,14 @@ for name, classed in found.items():
     print("{:22}{:14.1%}{:14.1%}{:12.1%}{:10.1%}".format(name, *table[name]))
 
 # %% [markdown]
-# *digit of ink*: the share of inked pixels that get their own class. *mean IoU*: for each class, the pixels that both
-# the head and the truth give to it, divided by those that either does, averaged over classes: the usual measure.
+# *digit of ink*: the share of ink pixels that get the right class. *mean IoU*, the usual metric: for each class, the
+# number of pixels that both the head and the truth assign to it, divided by the number that either does, averaged over
+# classes.
 #
-# A patch by itself knows ink from paper (not always: a linear function is no threshold) and next to nothing of the
-# digit. Block by block the tokens hear of the whole. All blocks together do clearly better than the last one alone, in
-# both columns: they hold different things. The segmentation head of BEiT reads four states, not one.
+# A patch by itself can tell ink from paper (not always: a linear function is not a threshold) and knows next to nothing
+# about the digit. Block by block, the tokens learn about the whole image. All blocks together do clearly better than
+# the last one alone, in both columns: they hold different information. This is why the segmentation head of BEiT reads
+# four states rather than one.
 
 # %%
 figure, axis = plt.subplots(figsize=(6, 2.8), layout="constrained")
@@ -371,11 +373,11 @@ assert digit_of_ink == sorted(digit_of_ink) and table["all blocks"][1] > digit_o
 assert table["all blocks"][1] > 0.8 and table["pixels of the patch"][1] < 0.3
 
 # %% [markdown]
-# Ten colours for ten digits, dark for paper. The pictures are the first of each digit among those that the head was
-# not fitted to.
+# Ten colours for ten digits, dark for paper. The images are the first of each digit among those that the head was not
+# fitted to.
 #
-# ## What to take along
+# ## Summary
 #
 # The encoder is the same in all three tasks: `model.params.beit`, computed by
-# [`minibeit/model/encoder.py`](../minibeit/model/encoder.py). A task adds a head and says which hidden states it wants.
-# A checkpoint for one task loads into another, its head drawn at random: that is where fine-tuning starts.
+# [`minibeit/model/encoder.py`](../minibeit/model/encoder.py). A task adds a head and says which hidden states it needs.
+# A checkpoint for one task loads into another, with a randomly drawn head: that is where fine-tuning starts.

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 04 Checking an implementation
 #
-# Somebody has written BEiT again, for a chip, in C++, in another framework. The logits differ from PyTorch's in the
-# fifth digit. Is that rounding, or a bug? And if it is a bug, where? This tutorial plants bugs and finds them, and
-# shows what float32 can and cannot promise.
+# Somebody has reimplemented BEiT: for a chip, in C++, in another framework. The logits differ from PyTorch's in the
+# fifth digit. Is that rounding, or a bug? And if it is a bug, where is it? This tutorial plants bugs and finds them,
+# and shows what float32 can and cannot guarantee.
 #
-# On the command line all of this is `minibeit verify`. Here we call what it is made of:
+# On the command line, all of this is `minibeit verify`. Here we call the functions behind it:
 # [`minibeit/verify/lockstep.py`](../minibeit/verify/lockstep.py).
 # [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the model.
 
@@ -39,11 +39,11 @@ def model(dtype="float32", backend="numpy"):
 
 
 # %% [markdown]
-# ## 1. What float32 promises
+# ## 1. What float32 guarantees
 #
-# A float32 number has 24 bits, so rounding a number once changes it by up to 2^-24 = 6e-8 of its size. A network rounds
-# after every operation. Here are the logits of one and the same model in float32 and in float64, whose 53 bits are so
-# many that we may call its result *the truth*.
+# A float32 number has 24 significant bits, so rounding it once changes it by up to 2^-24 = 6e-8 of its size. A network
+# rounds after every operation. Here are the logits of the same model in float32 and in float64, which has 53 bits:
+# enough to call its result *the truth*.
 
 # %%
 single, double = model()(pixels).logits, model("float64")(pixels).logits
@@ -54,28 +54,28 @@ print(f"relative error {d.rms_rel:.1e}, largest difference {d.max_abs:.1e}, cosi
 assert 1e-8 < d.rms_rel < 2e-6
 
 # %% [markdown]
-# Nobody can ask for less than this from float32: the next implementation adds up in another order, rounds elsewhere,
-# and ends as far from the truth, but in another direction. So two correct float32 implementations *never agree to all
-# digits*, and "the largest difference to PyTorch is 3e-5" says nothing by itself: it depends on the weights, on the
-# image, on the depth. What can be asked is: **is it as near to the truth as other float32 implementations are?**
+# Float32 can do no better: another implementation sums in a different order, rounds in different places, and ends up
+# just as far from the truth, but in another direction. So two correct float32 implementations *never agree to all
+# digits*, and "the largest difference from PyTorch is 3e-5" says nothing by itself: it depends on the weights, on the
+# image, on the depth. The right question is: **is it as close to the truth as other float32 implementations are?**
 #
 # ## 2. Every array on the way
 #
-# A trace holds every intermediate of a call under its canonical name. The names are generated from the model, so the
-# list is always right (`minibeit verify --list-names`):
+# A trace holds every intermediate array of a call under its canonical name. The names are generated from the model, so
+# the list is always right (`minibeit verify --list-names`):
 
 # %%
 print(describe(job.shapes()))
 
 # %% [markdown]
-# `check` sends several runs through the network side by side: the candidate, the truth in float64, and the yardstick,
-# which is PyTorch's float32 (`--against torch`) or NumPy's float32. For each array it asks two questions:
+# `check` advances several runs through the network in lockstep: the candidate, the truth in float64, and the yardstick,
+# which is PyTorch's float32 (`--against torch`) or NumPy's. It asks two questions about each array:
 #
-# - **total error**: how far is it from the truth? It is made up of everything that happened before.
+# - **total error**: how far is it from the truth? This includes everything that happened before.
 # - **own error**: how far is it from what the float64 op makes of *the candidate's own inputs*? What went wrong earlier
-#   does not count, so this convicts or acquits one op.
+#   does not count, so this convicts or acquits a single op.
 #
-# The budget of both is what the yardstick loses at the same place, times a small factor (4 for one op, 6 for the whole;
+# The budget for each is the yardstick's error at the same place, times a small factor (4 for one op, 6 for the total;
 # [`budget.py`](../minibeit/verify/budget.py) says why).
 
 # %%
@@ -87,8 +87,8 @@ assert [row.name for row in good.rows] == list(job.shapes())
 # %% [markdown]
 # ## 3. Plant a bug
 #
-# The third layer norm gets an epsilon of 1e-3, the default of some frameworks, where the model was trained with 1e-12.
-# It is the kind of mistake that nobody sees: the predicted class is the same, the logits are nearly so.
+# The third layer norm gets an epsilon of 1e-3, the default of some frameworks, although this model was trained with
+# 1e-12. It is the kind of mistake that nobody notices: the predicted class is the same, and so, nearly, are the logits.
 
 
 # %%
@@ -112,11 +112,11 @@ assert report.guilty.name == "encoder.1.norm1"
 assert "0.001 instead of 1e-12" in report.guilty.note
 
 # %% [markdown]
-# Found, named, and explained: the verifier tries the mistakes people make on the guilty op (other epsilons, a missing
-# bias, a transposed weight, another activation, half precision, ...) and says which one gives the candidate's numbers.
+# Found, named, and explained: the verifier tries common mistakes on the guilty op (other epsilons, a missing bias, a
+# transposed weight, another activation, half precision, ...) and says which of them reproduces the candidate's numbers.
 #
-# Here is why two kinds of error are needed. The total error rises at the bug and never falls again, so everything
-# after it looks wrong; the own error has a single peak.
+# This is why two kinds of error are needed. The total error rises at the bug and never falls again, so everything after
+# it looks wrong; the own error has a single peak.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(8, 4.6), sharex=True, layout="constrained")
@@ -141,8 +141,8 @@ assert len(inherited) > 10
 # %% [markdown]
 # ## 4. Bugs that hide
 #
-# How small can a bug be and still be seen? We change one row of the first MLP's weights by a fraction and look at the
-# own error of the array it makes, in units of the yardstick's.
+# How small can a bug be and still be detected? We scale one row of the first MLP's weights by a little and look at the
+# own error of the resulting array, in units of the yardstick's.
 
 
 # %%
@@ -165,13 +165,13 @@ assert not caught[1e-7]
 
 # %% [markdown]
 # A change of one row in 256 by less than about a millionth is lost in the rounding of float32. That is what float32
-# cannot promise: it cannot tell such a bug from noise. Neither can anybody who looks at the outputs. To see smaller
-# ones, run the port in float64 if it can: a float64 trace is held to float64.
+# cannot guarantee: such a bug looks like noise, to the verifier as to anyone who looks at the outputs. To detect
+# smaller ones, run the port in float64 if it can: a float64 trace is held to float64 accuracy.
 #
 # ## 5. A trace from elsewhere
 #
-# The other implementation need not run here, nor be written in Python. It writes its arrays into a safetensors file
-# under the canonical names, with one entry in the metadata, and that is all:
+# The other implementation need not run here or be written in Python. It only has to write its arrays to a safetensors
+# file under the canonical names, with one entry in the metadata:
 
 # %%
 trace = Trace("encoder.*.output")
@@ -181,8 +181,8 @@ path = Path(folder.name) / "theirs.safetensors"
 write_safetensors(path, dict(trace), {"format": FORMAT, "made_by": "a chip"})
 
 # %% [markdown]
-# This one holds only the output of each block. Own errors are then errors of whole blocks: the float64 reference runs
-# from one of their arrays to the next. The same on the command line:
+# This file holds only the output of each block. Own errors are then those of whole blocks: the float64 reference runs
+# from each of the candidate's arrays to the next. On the command line this is
 # `minibeit verify --model DIR --against theirs.safetensors --only "encoder.*.output"`
 
 # %%
@@ -206,5 +206,5 @@ folder.cleanup()
 # minibeit verify --weights A B                                      or was it the conversion of the weights?
 # ```
 #
-# If something is wrong: are all numbers finite? Are the pixels the same (`embeddings.patches` is the first to know)?
-# Are the weights the same (`--weights`)? Only then look into the first guilty array.
+# If something is wrong: are all numbers finite? Are the pixels the same (`embeddings.patches` is the first array to
+# show it)? Are the weights the same (`--weights`)? Only then look into the first guilty array.

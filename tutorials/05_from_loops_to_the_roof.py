@@ -1,12 +1,12 @@
 # %% [markdown]
 # # 05 From loops to the roof
 #
-# Nine tenths of a BEiT's time is one operation: a matrix product. This tutorial writes that product nine times, from
-# three nested loops in Python to the kernel that minibeit uses, measures each, and says what held it back. The losers
-# stay here with their times; the package holds the winner.
+# BEiT spends nine tenths of its time in one operation: the matrix product. This tutorial writes that product nine
+# times, from three nested loops in Python to the kernel that minibeit uses, measures each version, and says what held
+# it back. The losers stay here with their times; the package holds the winner.
 #
-# You need to know what a matrix product is and that a processor has registers and caches. The times in this notebook
-# are those of the machine that built it; run it on yours and they will be yours.
+# You need to know what a matrix product is, and that a processor has registers and caches. The times in this notebook
+# are those of the machine that built it; run it to get your own.
 #
 # Everything runs on **one thread** until the last section, so that the steps can be compared.
 
@@ -42,11 +42,11 @@ plt.rcParams.update({"figure.dpi": 80, "font.size": 9})
 #
 # The work is the first layer of the MLP in BEiT-base: N = 197 tokens of width D = 768 become N vectors of width
 # F = 3072. `x` is (N, D), `W` is (F, D), and the result is `y = x Wᵀ`, (N, F). Each of the N F results is a sum of D
-# products: 2 N D F = 930 million operations, a multiplication and an addition being two. The model does this layer and
-# its like 48 times for one picture.
+# products: 2 N D F = 930 million operations, counting a multiplication and an addition as two. The model computes about
+# 48 layers of this kind for one image.
 #
-# The clock takes the **least** of several runs: other programs can only make a run slower. Slow versions get fewer
-# rows; what counts is the rate, operations per second.
+# We take the **minimum** of several runs: other programs can only make a run slower. Slow versions get fewer rows; what
+# counts is the rate, in operations per second.
 
 # %%
 N, D, F = 197, 768, 3072
@@ -85,13 +85,13 @@ def climb(rung, function, rows=N, columns=F):
 # %% [markdown]
 # ## 2. The roof
 #
-# A modern processor has an instruction that multiplies and adds in one go (FMA), on a vector of several numbers: 16
+# A modern processor has an instruction that multiplies and adds in one step (FMA), on a vector of several elements: 16
 # float32 with AVX-512, 8 with AVX2, 4 with NEON. Nothing in this notebook can be faster than a program that does FMAs
 # and nothing else. That program is [`minibeit/bench/roof_kernel.py`](../minibeit/bench/roof_kernel.py): twelve
 # independent sums, all in registers.
 #
-# Two more limits: how fast numbers come from the first-level cache, and from main memory. Both are measured with
-# `a = a * s + b` on arrays: two numbers loaded and one stored for every two operations.
+# There are two more limits: how fast data arrives from the first-level cache, and from main memory. Both are measured
+# with `a = a * s + b` on arrays: two elements loaded and one stored for every two operations.
 
 
 # %%
@@ -119,8 +119,8 @@ print(
 # %% [markdown]
 # ## 3. Python loops
 #
-# The definition, word for word. Every number is a Python object, every `+` a search for what `+` means here. So slow
-# that we do 2 rows and 16 columns of the 197 and 3072.
+# The definition, word for word. Every number is a Python object, and every `+` first has to find out what `+` means
+# here. This is so slow that we compute only 2 of the 197 rows and 16 of the 3072 columns.
 
 
 # %%
@@ -140,9 +140,9 @@ climb("Python loops", lambda: python_loops(x[:2], W[:16]), rows=2, columns=16)
 # %% [markdown]
 # ## 4. NumPy without its matrix product
 #
-# "Vectorised" NumPy: all products at once, then a sum. No Python object per number any more. But the products are
-# written to memory and read again: for the whole layer that would be 1.9 GB. A loser, whose lesson is that
-# arithmetic is cheap and carrying numbers about is not.
+# "Vectorised" NumPy: all products at once, then a sum. There is no Python object per number any more. But the products
+# are written to memory and read back: for the whole layer that would be 1.9 GB. A loser, and its lesson is that
+# arithmetic is cheap and moving data is not.
 
 # %%
 climb("NumPy, multiply then sum", lambda: (x[:8, None, :] * W[None, :256, :]).sum(-1), rows=8, columns=256)
@@ -151,8 +151,8 @@ climb("NumPy, multiply then sum", lambda: (x[:8, None, :] * W[None, :256, :]).su
 # ## 5. The same loops, compiled
 #
 # numba turns the three loops into machine code. The inner loop is one multiplication and one addition, and yet it
-# reaches about a hundredth of the roof. Each addition waits for the one before, about four clock ticks, and only one
-# number is added at a time: the compiler may not add in another order, since float sums depend on the order.
+# reaches only about a hundredth of the roof. Each addition waits for the previous one, about four clock cycles, and
+# only one element is added at a time: the compiler must not change the order, since floating-point sums depend on it.
 
 
 # %%
@@ -171,8 +171,8 @@ def compiled_loops(x, W):
 climb("numba, three loops", lambda: compiled_loops(x[:24], W), rows=24)
 
 # %% [markdown]
-# We can permit the other order (`reassoc`). Now the sum is kept in vectors, several of them, and the chain is broken.
-# What is left: for every FMA two vectors are loaded, one of `x` and one of `W`.
+# We can permit reordering (`reassoc`). Now the sum is kept in several vectors, and the dependency chain is broken. The
+# remaining cost: every FMA needs two loads, a vector of `x` and a vector of `W`.
 
 # %%
 reordered_sums = njit(fastmath={"contract", "reassoc"})(compiled_loops.py_func)
@@ -181,9 +181,9 @@ climb("numba, sums reordered", lambda: reordered_sums(x, W))
 # %% [markdown]
 # ## 6. The loops in another order
 #
-# Or we change the loops, not the rules: with `k` in the middle, the inner loop adds a multiple of a row of Wᵀ to a row
-# of `y`. No sum waits for another, and each single sum keeps its order. But each FMA now comes with two loads **and a
-# store**, because the row of `y` does not fit the registers.
+# Alternatively we change the loops and not the rules: with `k` in the middle, the inner loop adds a multiple of a row
+# of Wᵀ to a row of `y`. No sum waits for another, and each keeps its order. But each FMA now comes with two loads **and
+# a store**, because a row of `y` does not fit into registers.
 
 
 # %%
@@ -204,9 +204,9 @@ climb("numba, k in the middle", lambda: rows_of_y(x, Wt))
 # %% [markdown]
 # ## 7. Blocks for the cache, and four rows at once
 #
-# Wᵀ has 9.4 MB, and the version above reads all of it for every row of `x`. Cut into column panels of 64 numbers
-# (196 kB), a panel stays in the second-level cache while all rows pass. Moreover four rows of `x` are done together,
-# so that a vector of `W` is loaded once for four FMAs.
+# Wᵀ takes 9.4 MB, and the version above reads all of it for every row of `x`. If it is split into panels of 64 columns
+# (196 kB), a panel stays in the second-level cache while all rows are processed. In addition, four rows of `x` are
+# processed together, so that a vector of `W` is loaded once for four FMAs.
 
 
 # %%
@@ -243,16 +243,16 @@ climb("numba, blocked, 4 rows", lambda: blocked(x, panels_64))
 # %% [markdown]
 # ## 8. The register tile
 #
-# The last step is to load and store `y` not at all while summing: a tile of it, MR rows by NR columns, must live in
+# The last step is not to load or store `y` at all while summing: a tile of it, MR rows by NR columns, has to stay in
 # registers from the first product to the last. On AVX-512 that is 6 rows x 4 vectors of 16, or 12 x 2: 24 of the 32
-# registers are sums. A step of `k` then loads 4 vectors of `W` and 6 single numbers of `x`, and does 24 FMAs with them.
-# (12 x 2 asks for 14 loads. That does not matter to a CPU that does one FMA of 16 numbers in a cycle, as Zen 4 does.
-# One that does two has to fetch and decode twice as many instructions in the same time, and where it shares its core
-# with another program, instructions are what runs short.)
+# registers hold sums. A step of `k` then loads 4 vectors of `W` and 6 single elements of `x`, and does 24 FMAs with
+# them. (12 x 2 needs 14 loads. That does not matter on a CPU that completes one FMA of 16 elements per cycle, as Zen 4
+# does. One that completes two has to fetch and decode twice as many instructions in the same time, and if it shares its
+# core with another program, instruction throughput is what runs short.)
 #
-# Written as Python loops, even with numba, the compiler decides what lives in registers, and it decides otherwise. So
+# With Python loops, even under numba, the compiler decides what stays in registers, and it decides differently. So
 # minibeit writes the tile one level lower, in LLVM's own language, from Python: `multiply_tile` in
-# [`micro.py`](../minibeit/ops/numba_cpu/kernels/micro.py). Around it stand ordinary numba loops. `W` is packed once,
+# [`micro.py`](../minibeit/ops/numba_cpu/kernels/micro.py). The loops around it are ordinary numba. `W` is packed once,
 # when a model is loaded, into panels of exactly NR columns, so that the tile reads it front to back.
 
 
@@ -282,16 +282,16 @@ print(f"tile {MR} x {NR}")
 climb("micro-kernel", micro_kernel)
 
 # %% [markdown]
-# For comparison, what everyone uses: NumPy's `@`, which calls a BLAS library whose kernels are written by hand in
-# assembly language for every family of processors. It does not know that `W` never changes, so it packs it anew in
-# every call.
+# For comparison, here is what everyone uses: NumPy's `@`, which calls a BLAS library whose kernels are written by hand
+# in assembly language for each processor family. It does not know that `W` never changes, so it packs it again in every
+# call.
 
 # %%
 climb("NumPy @ (BLAS)", lambda: x @ W.T)
 
 # %% [markdown]
-# minibeit's op adds what a real program needs: rows in blocks that stay in the second-level cache, the next panel
-# fetched ahead, long sums made of shorter ones so that rounding errors stay small, and threads.
+# minibeit's op adds what a real program needs: rows in blocks that stay in the second-level cache, prefetching of the
+# next panel, long sums split into shorter ones to keep rounding errors small, and threads.
 
 # %%
 ops = get_ops("numba")
@@ -302,9 +302,9 @@ with num_threads(1):
 # %% [markdown]
 # ## 9. Fused: what comes after the product
 #
-# A layer is not only a product. Here it is `gelu(x Wᵀ + b)`, and GELU needs an error function for each of the 605,184
-# results. NumPy makes a pass over memory for every operation of it. Done while the tile is still in the first-level
-# cache, with vectors, it costs little.
+# A layer is more than a product. Here it is `gelu(x Wᵀ + b)`, and GELU takes an error function for each of the 605,184
+# results. NumPy makes a pass over memory for every operation in it. If it is done while the tile is still in the
+# first-level cache, with vector instructions, it costs little.
 
 # %%
 layer = Linear(W, b)
@@ -363,15 +363,15 @@ plt.show()
 # | four rows | 8 | 36: one `W`, four `y` loaded and stored | 0.22 |
 # | register tile | 2 MR NR | 4 (MR + NR) | 2.7 for 6 x 64, 4.4 for 12 x 32 |
 #
-# A program can hardly be faster than its operations per byte times the bytes per second: the slanted line. Nor faster
-# than the roof: the flat line. (The slanted line was measured with one store for two loads; a loop that loads more
-# per store, or whose unrolled body uses a number twice, may lie somewhat above it.) The lines meet at half an operation
-# per byte or at one, and only the register tile is right of that point: for all others the slanted line is the limit,
-# even if the cache were used perfectly. (Right of it more operations per byte gain nothing: 6 x 64 moves more bytes
-# than 12 x 32 does, by fewer instructions.)
+# A program can hardly be faster than its operations per byte times the bytes per second: the slanted line. Nor can it
+# be faster than the roof: the flat line. (The slanted line was measured with one store for two loads; a loop with more
+# loads per store, or whose unrolled body uses an element twice, may lie somewhat above it.) The lines meet between half
+# an operation and one operation per byte, and only the register tile is to the right of that point: for all others the
+# slanted line is the limit, even if the cache were used perfectly. (To the right of it, more operations per byte gain
+# nothing: 6 x 64 moves more bytes than 12 x 32 does, with fewer instructions.)
 #
-# Points far below the line have another reason besides. With `k` in the middle all of `W` comes from a far cache for
-# every row. The blocks cured that: `W` stayed near. The tile keeps `y` nearer than any cache.
+# Points far below the line have a further reason. With `k` in the middle, all of `W` comes from a distant cache for
+# every row. Blocking cured that: `W` stayed near. The tile keeps `y` nearer than any cache.
 
 # %%
 intensity = {
@@ -404,9 +404,9 @@ plt.show()
 # %% [markdown]
 # ## 12. All threads, and a whole model
 #
-# At last all threads, and not one layer but a model: two blocks of BEiT-base on one picture. `profile` wraps the ops in
-# clocks; `minibeit bench --profile` does the same with any model. The rate of the products is set against the roof of
-# all threads.
+# Finally all threads, and a model instead of one layer: two blocks of BEiT-base on one image. `profile` times every op;
+# `minibeit bench --profile` does the same with any model. The rate of the products is compared with the roof of all
+# threads.
 
 # %%
 threads = default_num_threads()
@@ -426,12 +426,12 @@ for name, entry in entries.items():
 # %% [markdown]
 # ## What was learned
 #
-# 1. Arithmetic is cheap; what costs is moving numbers, waiting for the last sum, and asking Python.
-# 2. Each rung removes one of these: objects, memory passes, the chain of additions, far caches, and at last even the
-#    near cache.
-# 3. numba is enough for the last rung too, if one writes the twelve-line heart of it in LLVM's language.
+# 1. Arithmetic is cheap; what costs time is moving data, waiting for the previous sum, and Python itself.
+# 2. Each rung removes one cost: objects, passes over memory, the chain of additions, distant caches, and finally even
+#    the nearest cache.
+# 3. numba is enough for the last rung too, if its twelve-line core is written in LLVM's language.
 #
-# A claim about speed belongs to a machine, so nothing below checks one. What must hold everywhere is that all rungs
+# A claim about speed holds for one machine, so nothing below checks one. What must hold everywhere is that all rungs
 # compute the same product.
 
 # %%

@@ -7,4 +7,7 @@ Letters, used in code, docstrings and errors throughout the package:
 
     B batch     N tokens (1 + P)     P patches = gh x gw     D width     H heads     d head size = D / H
     F mlp width     L blocks     K classes     R rows of the bias table     C channels     (gh, gw) patch grid
+
+"BEiT section 2.3" and "BEiT appendix A" in a docstring are those of Bao et al., arXiv 2106.08254 v2.  docs/where.md
+leads from the concepts of the papers to the functions, docs/background.md says why.
 """

@@ -25,7 +25,7 @@ def attention_heads(
 ) -> Array:  # (B, N, D) -> (B, N, D)
     """softmax(q k^T / sqrt(d) + bias) v of every head; the columns are those of the first head, the second, ...
 
-    Source: Vaswani et al. 2017; BEiT section 2.1 for the bias.
+    Source: Vaswani et al. 2017; BEiT appendix A for the bias.
     """
     if bias is not None:
         bias = PositionBias(trace.record("bias_table", bias.table), bias.grid)  # (R, H), for the grid at hand

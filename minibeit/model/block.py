@@ -44,7 +44,8 @@ def block(
     """x = x + lambda_1 * attention(norm1(x));  x = x + lambda_2 * fc2(f(fc1(norm2(x)))).
 
     The layer scale lambda starts near zero (0.1 in base models, 1e-5 in large ones), so that a block begins close to
-    the identity and deep stacks train.  Source: BEiT section 2.1; Touvron et al. 2021 (CaiT) for the layer scale.
+    the identity and deep stacks train.  Source: BEiT section 2.2 and appendix A; Touvron et al. 2021 (CaiT) for the
+    layer scale.
     """
     x = attention_branch(ops, p, x, bias, config, drop_path_rate, noise, trace)
     return mlp_branch(ops, p, x, config, drop_path_rate, noise, trace)

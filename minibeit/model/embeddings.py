@@ -44,7 +44,7 @@ def embed(
 
     x = patches W^T + b; where `bool_masked_pos` (B, P) is true the mask token takes its place; the CLS token is put in
     front; absolute positions, if the model has them, are added last, so that masked tokens keep theirs.
-    Source: BEiT sections 2.1 and 2.3; BeitEmbeddings of transformers 5.
+    Source: BEiT sections 2.1.1, 2.2 and 2.3; BeitEmbeddings of transformers 5.
     """
     x = trace.record("patches", ops.linear(patchify(pixel_values, config.patch_shape), p.patch))  # (B, P, D)
     if bool_masked_pos is not None:

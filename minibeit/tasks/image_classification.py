@@ -12,7 +12,7 @@ from .inputs import class_labels
 
 
 class BeitForImageClassification(BeitPreTrainedModel):
-    """The encoder, the pooled image vector, and a linear layer to K classes.  Source: BEiT section 2.5."""
+    """The encoder, the pooled image vector, and a linear layer to K classes.  Source: BEiT section 2.6."""
 
     task = "image_classification"
 

@@ -20,7 +20,7 @@ from .inputs import label_map
 
 
 class BeitForSemanticSegmentation(BeitPreTrainedModel):
-    """The encoder, a feature pyramid, the UPerNet head, and in training an FCN head.  Source: BEiT section 2.5.
+    """The encoder, a feature pyramid, the UPerNet head, and in training an FCN head.  Source: BEiT appendix B.
 
     Which hidden states feed the pyramid depends on the config's `feature_convention`: see BeitConfig.
     """

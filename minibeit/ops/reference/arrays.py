@@ -94,15 +94,15 @@ def relative_position_index(grid: tuple[int, int]) -> np.ndarray:  # -> (N, N) i
 
     Two patches at (ha, wa) and (hb, wb): (ha - hb + gh - 1) (2 gw - 1) + (wa - wb + gw - 1).  The last three rows are
     for [CLS] to a patch (R - 3), a patch to [CLS] (R - 2) and [CLS] to itself (R - 1).
-    Source: BEiT section 2.1; Attention in microsoft/unilm beit/modeling_finetune.py.
+    Source: BEiT appendix A; Attention in microsoft/unilm beit/modeling_finetune.py.
     """
     gh, gw = grid
     P, R = gh * gw, table_rows(grid)
     row, column = np.divmod(np.arange(P, dtype=np.int32), np.int32(gw))  # (P,) each
-    down = row[:, None] - row[None, :] + gh - 1  # (P, P), 0 ... 2 gh - 2
-    right = column[:, None] - column[None, :] + gw - 1
+    row_difference = row[:, None] - row[None, :] + gh - 1  # (P, P), 0 ... 2 gh - 2
+    column_difference = column[:, None] - column[None, :] + gw - 1
     index = np.empty((P + 1, P + 1), np.int32)
-    index[1:, 1:] = down * (2 * gw - 1) + right
+    index[1:, 1:] = row_difference * (2 * gw - 1) + column_difference
     index[0, :] = R - 3
     index[:, 0] = R - 2
     index[0, 0] = R - 1

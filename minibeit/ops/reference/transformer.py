@@ -114,7 +114,7 @@ def attention(
     scaling.
     `keep` (B, H, N, N) multiplies the probabilities (dropout).  With `return_probs` the result is (context, probs),
     probs (B, H, N, N) before `keep`.  Goes head by head: one (B, N, N) block of scores is alive at a time.
-    Source: BEiT section 2.1; Raffel et al. 2020 for the additive bias.
+    Source: BEiT appendix A; Raffel et al. 2020 for the additive bias.
     """
     table, index = (None, None) if bias is None else (bias.table, _index(bias.grid))
     return attend(q, k, v, table, index, return_probs, keep)
