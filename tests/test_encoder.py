@@ -9,6 +9,7 @@ from conftest import distance, make, random_weights, tiny_config
 from tolerances import NAIVE_MODEL
 
 from minibeit import BeitBackbone, BeitModel
+from minibeit.ops.reference import transformer
 
 PIXELS = np.random.default_rng(3).standard_normal((2, 3, 12, 8))
 VARIANTS = {
@@ -80,3 +81,19 @@ def test_a_call_leaves_no_mark_on_the_next():
     one = model(PIXELS).last_hidden_state
     model(np.random.default_rng(9).standard_normal((1, 3, 16, 20)), output_attentions=True)
     assert np.array_equal(model(PIXELS).last_hidden_state, one)
+
+
+def test_the_fused_attention_makes_no_index(monkeypatch):
+    """An (N, N) index that nobody reads would take 16 GB for an image of 4096x4096 pixels."""
+    model = make(BeitModel, tiny_config(use_relative_position_bias=True), dtype="float32", backend="numba")
+    pixels = PIXELS.astype(np.float32)
+    before = model(pixels).last_hidden_state.copy()
+
+    def refuse(grid):
+        raise AssertionError("an index was made")
+
+    monkeypatch.setattr(transformer, "relative_position_index", refuse)
+    transformer._index.cache_clear()
+    assert np.array_equal(model(pixels).last_hidden_state, before)
+    with pytest.raises(AssertionError, match="an index was made"):
+        model(pixels, output_attentions=True)
