@@ -14,7 +14,7 @@ from PIL import Image
 
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .files import atomic_write
-from .foreign import as_numpy
+from .foreign import as_numpy, as_torch
 from .image_loading import flatten_images, load_image, load_label_map
 from .image_settings import SETTINGS, ImageSettings
 from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
@@ -35,6 +35,10 @@ class BatchFeature(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has {', '.join(self)}, but no {name!r}") from None
+
+    def to(self, *_: Any, **__: Any) -> BatchFeature:
+        """The batch itself: a model takes arrays to the device it is on."""
+        return self
 
 
 class SemanticSegmentationPostProcessorOutput(BatchFeature):
@@ -104,14 +108,12 @@ class BeitImageProcessor:
         A picture is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
         of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
         settles arrays that can be read both ways.  `overrides` replace settings for this call.
-        The result is always one array per entry (the originals give lists unless `return_tensors` is set).
+        The result is always one array per entry (the originals give lists unless `return_tensors` is set), of PyTorch
+        with `return_tensors="pt"`, else of NumPy.
         Raises ImageError, naming file or argument, for pictures that cannot be read or do not fit together.
         """
-        if return_tensors not in (None, "np"):
-            raise ValueError(
-                f"return_tensors: minibeit gives NumPy arrays, expected 'np' or None, found {return_tensors!r}"
-                + ("; use torch.from_numpy on the result" if return_tensors == "pt" else "")
-            )
+        if return_tensors not in (None, "np", "pt"):
+            raise ValueError(f"return_tensors: expected 'np', 'pt' or None, found {return_tensors!r}")
         settings = _settings({name: getattr(self, name) for name in SETTINGS}, overrides)
         pictures = flatten_images(images, "images", ndim=3)
         batch = BatchFeature()
@@ -123,7 +125,7 @@ class BeitImageProcessor:
                 raise ImageError(f"segmentation_maps: expected {len(pictures)}, one per picture, found {len(maps)}")
             labels = [_labels(item, name, settings) for name, item in maps]
             batch["labels"] = _stacked(labels, [name for name, _ in maps])
-        return batch
+        return BatchFeature({k: as_torch(v) for k, v in batch.items()}) if return_tensors == "pt" else batch
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False

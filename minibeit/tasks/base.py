@@ -19,13 +19,14 @@ from ..ops import get_ops, host_dtype
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 from .capture import Capture
+from .ecosystem import EcosystemMethods
 from .inputs import checked_mask, checked_pixels
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
 
 
-class BeitPreTrainedModel:
+class BeitPreTrainedModel(EcosystemMethods):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64",
@@ -114,15 +115,18 @@ class BeitPreTrainedModel:
         *args: Any,
         num_threads: int | None = None,
         interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """The output of `forward` for the same arguments, computed by `num_threads` threads.
 
         `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
-        positions are always resized to the images at hand.
+        positions are always resized to the images at hand.  With
+        `return_dict=False` the output is a tuple of what is there.
         """
         with self.ops.num_threads(self.num_threads if num_threads is None else num_threads):
-            return self.forward(pixel_values, *args, **kwargs)
+            output = self.forward(pixel_values, *args, **kwargs)
+        return output.to_tuple() if return_dict is False else output
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
         """Computes the output; each task has its own."""
@@ -161,8 +165,7 @@ class BeitPreTrainedModel:
             )
         return self._arrays
 
-    @property
-    def num_parameters(self) -> int:
+    def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
         return count_parameters(self.config, self.task)
 
@@ -171,7 +174,7 @@ class BeitPreTrainedModel:
         return (
             f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, "
             f"{c.num_attention_heads} heads, "
-            f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend}"
+            f"{self.num_parameters():,} parameters, {self.dtype}, backend {self.ops.backend}"
             f"{'' if self.device is None else f' on GPU {self.device}'})"
         )
 
