@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .config_checks import (
     pair_or_int,
     stage_indices,
 )
-from .errors import CheckpointError, unknown_keywords
+from .errors import CheckpointError, nearest, unknown_keywords
 from .files import atomic_write
 from .labels import numbered, renumbered
 from .strict_json import brief, read_json
@@ -103,7 +102,7 @@ class BeitConfig:
         Raises TypeError for a key that is nearly the name of a field.
         """
         known = _known(type(self))
-        if near := [name for name in values if name not in known and get_close_matches(name, known, 1, 0.85)]:
+        if near := [name for name in values if name not in known and nearest(name, known, 0.85)]:
             raise unknown_keywords("BeitConfig", near, known)
         values = _normalised(values)
         for f in dataclasses.fields(self):

@@ -11,10 +11,8 @@ import errno
 import mmap
 import os
 import platform
-import secrets
 import shutil
 import stat
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -143,6 +141,8 @@ def _target(path: str | os.PathLike[str]) -> Path | None:
 @contextmanager
 def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file whose bytes go to a pipe or a device at the end."""
+    import tempfile  # rarely needed
+
     with tempfile.TemporaryFile() as file:
         yield file  # type: ignore[misc]
         file.seek(0)
@@ -187,7 +187,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _name() -> str:
-    return f"{MARK}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{END}"
+    return f"{MARK}{_host()}-{os.getpid()}-{os.urandom(6).hex()}{END}"
 
 
 def _host() -> str:

@@ -6,9 +6,6 @@ another, markup, formulas, or a million characters.  Every place that shows such
 
 from __future__ import annotations
 
-import csv
-import html as _html
-import io
 import json
 import math
 import re
@@ -48,16 +45,23 @@ def shortened(text: str, longest: int) -> str:
 
 def html(text: Any) -> str:
     """For the text and the quoted attributes of HTML."""
-    return _html.escape(one_line(text))
+    from html import escape
+
+    return escape(one_line(text))
 
 
 def markdown(text: Any) -> str:
     """For a paragraph or a table's cell of Markdown, whose readers also take HTML."""
-    return _html.escape(_MARKUP.sub(r"\\\g<0>", one_line(text)), quote=False)
+    from html import escape
+
+    return escape(_MARKUP.sub(r"\\\g<0>", one_line(text)), quote=False)
 
 
 def csv_line(values: Iterable[Any]) -> str:
     """A line of CSV; text that a spreadsheet would compute gets an apostrophe in front, as spreadsheets have it."""
+    import csv
+    import io
+
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="").writerow(_cell(value) for value in values)
     return buffer.getvalue()

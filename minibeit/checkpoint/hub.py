@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -217,6 +214,10 @@ def _silence(endpoint: str) -> str | None:
 
     In a thread of its own, since a look-up of the name has no limit that could be set.
     """
+    import socket  # here and not above: with what they bring, these take 20 ms
+    import urllib.parse
+    import urllib.request
+
     url = urllib.parse.urlsplit(endpoint)
     if not url.hostname or urllib.request.getproxies().get(url.scheme):
         return None

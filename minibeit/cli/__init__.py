@@ -110,7 +110,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
-        epilog=EPILOG.format(digits=_shipped_images()),
+        epilog=None if command in COMMANDS else EPILOG.format(digits=_shipped_images()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
