@@ -21,11 +21,12 @@ from .config_checks import (
     stage_indices,
 )
 from .errors import CheckpointError, nearest, unknown_keywords
+from .file_names import CONFIG_NAME
 from .files import atomic_write
+from .hub import resolve_settings
 from .labels import numbered, renumbered
 from .strict_json import brief, read_json
 
-CONFIG_NAME = "config.json"
 MODEL_TYPES = ("beit", "data2vec-vision")
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = (
@@ -221,12 +222,10 @@ class BeitConfig:
     def from_pretrained(cls, path: str | os.PathLike[str], **keywords: Any) -> BeitConfig:
         """Reads `config.json`, given the file, its folder, or an id on the Hub.
 
-        `keywords` are fields to replace, and the words of `checkpoint.options.Where` that say where files lie.
+        `keywords` are fields to replace, and the words of `loading_options.Where` that say where files lie.
         Raises TypeError for any other keyword, FileNotFoundError when there is none and CheckpointError, naming the
         file, when it cannot be used.
         """
-        from .checkpoint.hub import resolve_settings
-
         file, overrides = resolve_settings(path, keywords, _known(cls))
         if file.is_dir():
             file = file / CONFIG_NAME
@@ -313,6 +312,9 @@ class BeitConfig:
 
 def _known(cls: type) -> tuple[str, ...]:
     return *(f.name for f in dataclasses.fields(cls)), *OLD_WORDS
+
+
+CONFIG_FIELDS = _known(BeitConfig)  # what `from_pretrained` of configs and models takes
 
 
 def _normalised(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,15 +13,16 @@ import numpy as np
 from PIL import Image
 
 from .errors import CheckpointError, ImageError, unknown_keywords
+from .file_names import PROCESSOR_NAME
 from .files import atomic_write
 from .foreign import as_numpy, as_torch
-from .image_loading import flatten_images, load_image, load_label_map
-from .image_settings import SETTINGS, ImageSettings
-from .image_transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
-from .image_types import defaults_of_type, width_first
+from .hub import resolve_settings
+from .images.loading import flatten_images, load_image, load_label_map
+from .images.settings import SETTINGS, ImageSettings
+from .images.transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
+from .images.types import defaults_of_type, width_first
 from .strict_json import brief, read_json
 
-PROCESSOR_NAME = "preprocessor_config.json"
 IGNORED_LABEL = 255
 _RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
@@ -155,7 +156,7 @@ class BeitImageProcessor:
 
         A dictionary that names its `feature_extractor_type` is read as at its time: of a BeitFeatureExtractor, absent
         keys mean a size of 256 and a centre crop of 224, and pairs are (width, height).  For other types absent keys
-        mean the defaults of that type (see `image_types`).  Unknown keys are kept in `extra`.
+        mean the defaults of that type (see `images.types`).  Unknown keys are kept in `extra`.
         """
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping of settings, found {type(values).__name__}")
@@ -173,12 +174,10 @@ class BeitImageProcessor:
     def from_pretrained(cls, path: str | os.PathLike[str], **keywords: Any) -> BeitImageProcessor:
         """Reads `preprocessor_config.json`, given the file, its folder, or an id on the Hub.
 
-        `keywords` are settings to replace, and the words of `checkpoint.options.Where` that say where files lie, as
+        `keywords` are settings to replace, and the words of `loading_options.Where` that say where files lie, as
         models take them.  Raises TypeError for any other keyword, FileNotFoundError when there is none and
         CheckpointError, naming the file, when it cannot be used.
         """
-        from .checkpoint.hub import resolve_settings
-
         file, overrides = resolve_settings(path, keywords, (*SETTINGS, *_RENAMED))
         if file.is_dir():
             file = file / PROCESSOR_NAME

@@ -1,4 +1,4 @@
-"""Class names as data, for checkpoints whose config has none, and the manifest of published checkpoints."""
+"""Class names as data, for checkpoints whose config has none, and the numbering of those that it has."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import functools
 import json
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .config import BeitConfig
+from .catalogue import weights_folder
 
 SOURCES = ("imagenet-1k", "imagenet-22k", "ade20k", "rvl-cdip")
 
@@ -39,50 +37,9 @@ def palette(source: str = "ade20k") -> list[tuple[int, int, int]]:
     return [(red, green, blue) for red, green, blue in colours]
 
 
-def manifest() -> dict[str, dict[str, Any]]:
-    """{id: entry} of every published checkpoint: Hub ids, timm names and the files of microsoft/unilm.
-
-    An entry has `task`, `size`, `config` (fields beside the defaults), `parameters`, `labels`, `preprocessing`,
-    `license`, and `expected`: outputs that others have published.
-    """
-    return dict(_manifest())
-
-
-def nearest(id: str, most: int = 3) -> list[str]:
-    """The ids of published checkpoints that look most like `id`, the nearest first; none if nothing is near."""
-    known = {known.lower(): known for known in _manifest()}
-    known |= {key.rpartition("/")[2]: value for key, value in known.items()}
-    from difflib import get_close_matches
-
-    found = [known[key] for key in get_close_matches(id.lower(), known, 2 * most, 0.6)]
-    return list(dict.fromkeys(found))[:most]
-
-
 def source_of(task: str, count: int) -> str | None:
     """The data set that a head with `count` outputs was probably trained on; None for an unusual count."""
     return KNOWN_HEADS.get((task, count))
-
-
-def unnamed(config: BeitConfig) -> bool:
-    """Whether the classes are called LABEL_0, LABEL_1, ...: nobody has named them."""
-    return all(label == f"LABEL_{i}" for i, label in config.id2label.items())
-
-
-def named(config: BeitConfig, source: str) -> BeitConfig:
-    """The config with the class names of a data set that has as many classes.  Raises ValueError otherwise."""
-    labels = names(source)
-    if len(labels) != config.num_labels:
-        raise ValueError(f"labels: {source} has {len(labels)} names, the model has {config.num_labels} outputs")
-    return config.replace(id2label=dict(enumerate(labels)), label2id=None)
-
-
-def with_names(config: BeitConfig, id: str) -> BeitConfig:
-    """The config with names for its classes where it has none and `id` is a published checkpoint's."""
-    if not unnamed(config):
-        return config
-    entry = _manifest().get(id) or _manifest().get(str(config.extra.get("_name_or_path")))
-    source = entry["labels"] if entry else None
-    return named(config, source) if source and len(names(source)) == config.num_labels else config
 
 
 def renumbered(values: Any) -> Any:
@@ -127,25 +84,8 @@ def numbered(labels: dict[int, str]) -> dict[int, str]:
     return {i: labels.get(i, f"LABEL_{i}") for i in range(count)}
 
 
-def weights_folder() -> Path:
-    """Where the manifest and the labels are: minibeit/weights where installed, weights/ beside it in the sources.
-
-    Raises FileNotFoundError for an installation without them.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "weights", package.parent / "weights"):
-        if (folder / "manifest.json").is_file():
-            return folder
-    raise FileNotFoundError(f"{package / 'weights'}: the manifest is not here; install minibeit again")
-
-
 @functools.lru_cache(maxsize=len(SOURCES))
 def _labels(source: str) -> dict[str, Any]:
     if source not in SOURCES:
         raise ValueError(f"labels: expected one of {', '.join(SOURCES)}, found {source!r}")
     return json.loads((weights_folder() / f"labels-{source}.json").read_text(encoding="utf-8"))
-
-
-@functools.lru_cache(maxsize=1)
-def _manifest() -> dict[str, dict[str, Any]]:
-    return json.loads((weights_folder() / "manifest.json").read_text(encoding="utf-8"))["checkpoints"]

@@ -151,7 +151,7 @@ def fuzz(kind: str, count: int, seed: int = 0) -> tuple[Counter[str], float, int
 
 
 def _processor_names() -> list[str]:
-    from minibeit.image_settings import SETTINGS as names
+    from minibeit.images.settings import SETTINGS as names
 
     return [*names, "reduce_labels", "image_processor_type", "feature_extractor_type", "unheard_of"]
 

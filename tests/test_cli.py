@@ -76,12 +76,12 @@ def test_an_error_is_one_line_and_debug_shows_its_traceback(capsys, tmp_path):
 
 
 def test_an_unexpected_error_is_one_line_too(capsys, monkeypatch):
-    import minibeit.checkpoint.hub
+    import minibeit.hub
 
     def broken(*_):
         raise ZeroDivisionError("a\nb")
 
-    monkeypatch.setattr(minibeit.checkpoint.hub, "resolve", broken)
+    monkeypatch.setattr(minibeit.hub, "resolve", broken)
     code, _, err = run(capsys, "inspect", "x")
     assert code == 1 and err.count("\n") == 1 and "ZeroDivisionError: a b" in err and "--debug" in err
 

@@ -20,8 +20,7 @@ from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures, start
 from PIL import Image
 
 import minibeit
-from minibeit import files, labels
-from minibeit.checkpoint import hub
+from minibeit import catalogue, files, hub
 from minibeit.cli import COMMANDS, _parser
 from minibeit.cli.inputs import check_outputs
 from minibeit.cli.loading import shipped_checkpoint
@@ -377,7 +376,7 @@ def test_models_are_found_in_any_case_and_the_nearest_are_named(capsys):
 
 
 def test_models_and_download_agree(capsys):
-    for id, entry in labels.manifest().items():
+    for id, entry in catalogue.manifest().items():
         assert hub.is_hub_id(id) != ("file" in entry)
         if "file" in entry:
             code, out, err = run(capsys, "download", id)

@@ -68,7 +68,7 @@ def test_fine_tuning_starts_from_a_pretrained_model(tmp_path):
     assert arrays["classifier.weight"].shape == (7, 12)
 
 
-@pytest.mark.parametrize("method", resize.METHODS)
+@pytest.mark.parametrize("method", resize.RESIZE_METHODS)
 def test_another_image_size(method, tmp_path):
     done = convert(DIALECTS / "unilm_classification.pth", tmp_path / "new", image_size=24, resize_method=method)
     assert done.config.grid == (6, 6)
@@ -76,18 +76,18 @@ def test_another_image_size(method, tmp_path):
     _, new = load_checkpoint(tmp_path / "new", "image_classification")
     for name, array in old.items():
         if name.endswith("bias_table"):
-            array = resize.resize_table(array, (4, 4), (6, 6), method)
+            array = resize.resize_stored_table(array, (4, 4), (6, 6), method)
         np.testing.assert_array_equal(new[name], array)
 
 
 def test_timms_resizing():
     """timm computes in float32: 4.8e-7 was its largest distance from ours."""
     file = golden("timm_resize")
-    table = resize.resize_table(file["table"], (4, 4), (8, 6), "timm")
+    table = resize.resize_stored_table(file["table"], (4, 4), (8, 6), "timm")
     np.testing.assert_allclose(table, file["timm_table"], atol=1e-6)
-    positions = resize.resize_positions(file["positions"], (4, 4), (8, 6), "timm")
+    positions = resize.resize_stored_positions(file["positions"], (4, 4), (8, 6), "timm")
     np.testing.assert_allclose(positions, file["timm_positions"], atol=1e-6)
-    positions = resize.resize_positions(file["positions"], (4, 4), (3, 2), "timm")
+    positions = resize.resize_stored_positions(file["positions"], (4, 4), (3, 2), "timm")
     np.testing.assert_allclose(positions, file["timm_positions_small"], atol=1e-6)
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from minibeit.checkpoint import formats
-from minibeit.checkpoint.formats import Tensors, load_file, read_tensors, write_safetensors
-from minibeit.checkpoint.tensors import bfloat16_to_float32, float32_to_bfloat16
+from minibeit.checkpoint.formats import TensorInfo, Tensors, load_file, read_tensors, write_safetensors
+from minibeit.checkpoint.formats.lazy_tensors import bfloat16_to_float32, float32_to_bfloat16
 from minibeit.errors import CheckpointError
+from minibeit.file_names import FOLDER_FILES
 
 FOLDER = Path(__file__).parent / "data" / "formats"
 EXPECTED = safetensors.numpy.load_file(FOLDER / "expected.safetensors")
@@ -76,7 +76,7 @@ def test_what_stands_beside_the_state_dict():
         assert extra["args"] == {
             "model": "beit_base", "lr": 5e-4, "betas": [0.9, 0.98], "device": "cpu", "none": None,
         }  # fmt: skip
-        assert extra["optimizer"]["state"][0]["exp_avg"] == formats.TensorInfo("float32", (3,))
+        assert extra["optimizer"]["state"][0]["exp_avg"] == TensorInfo("float32", (3,))
         assert (extra["max_accuracy"], extra["best"], extra["seen"], extra["size"]) == (85.2, 3, [1, 2], [2, 3])
         assert "model" not in extra
     meta = load_file(FOLDER / "mmseg.pth").extra["meta"]
@@ -105,7 +105,7 @@ def test_tensors_are_views_of_the_mapped_file():
 
 def test_floats_on_request():
     tensors = read_tensors(FOLDER / "tensors.safetensors")
-    assert tensors.info("brain") == formats.TensorInfo("bfloat16", (5, 6))
+    assert tensors.info("brain") == TensorInfo("bfloat16", (5, 6))
     assert tensors["half"].dtype == np.float16 and tensors.read("half").dtype == np.float32
     assert tensors.read("index").dtype == np.int64 and tensors.read("mask").dtype == bool
     assert tensors.read("half", np.float64).dtype == np.float64
@@ -261,7 +261,7 @@ def test_hub_cache_of_links(tmp_path):
 def test_folder_prefers_safetensors_and_says_what_it_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_file(tmp_path)
-    assert all(name in str(error.value) for name in formats.FOLDER_FILES) and str(tmp_path) in str(error.value)
+    assert all(name in str(error.value) for name in FOLDER_FILES) and str(tmp_path) in str(error.value)
     for file, format in [
         ("flax_model.msgpack", "flax"), ("legacy.pth", "torch-legacy"), ("tensors.safetensors", "safetensors"),
     ]:  # fmt: skip

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from hostile import MAGIC, assert_cheap, legacy, refused, text, torch_zip
 
-from minibeit.checkpoint import pickle_machine
-from minibeit.checkpoint.formats import read_tensors
+from minibeit.checkpoint.formats import pickle_machine, read_tensors
 
 
 class Evil:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from hostile import FOLDER, assert_cheap, refused, torch_zip
 
-from minibeit.checkpoint import source
-from minibeit.checkpoint.formats import load_file
+from minibeit.checkpoint.formats import file_bytes, load_file
 from minibeit.errors import CheckpointError
 
 
@@ -182,7 +181,7 @@ def test_safetensors_headers_that_lie(content, match):
 
 @pytest.mark.parametrize("unit", [b"{},", b"[],", b'"",', b"1,", b"1.5,", b'{"a":0},', b'"\xf0\x9f\x98\x80",'])
 def test_safetensors_largest_header(unit):
-    header = b'{"a":[' + unit * ((source.MAX_JSON - 30) // len(unit)) + b"0]}"
+    header = b'{"a":[' + unit * ((file_bytes.MAX_JSON - 30) // len(unit)) + b"0]}"
     content = safetensors_file(header)
     assert_cheap(lambda: refused(content, "entry of tensor 'a'"))
     refused(safetensors_file(header + b" " * 1000), "more than the")

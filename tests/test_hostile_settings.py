@@ -17,6 +17,7 @@ from hostile import assert_cheap, refused
 
 import minibeit
 from minibeit import BeitConfig, BeitImageProcessor, CheckpointError
+from minibeit.checkpoint.class_names import named
 from minibeit.checkpoint.convert import convert
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.load import open_checkpoint
@@ -78,7 +79,7 @@ def test_what_programs_write_is_read():
 
 
 def test_a_real_config_with_many_names_fits():
-    config = minibeit.labels.named(BeitConfig(num_labels=21841), "imagenet-22k")
+    config = named(BeitConfig(num_labels=21841), "imagenet-22k")
     assert BeitConfig.from_dict(parse_json(config.to_json_string())) == config
 
 

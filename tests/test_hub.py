@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from conftest import random_weights, tiny_config
 
-from minibeit import BeitForImageClassification, CheckpointError
-from minibeit.checkpoint import hub
+from minibeit import BeitForImageClassification, CheckpointError, hub
 from minibeit.checkpoint.formats import write_safetensors
-from minibeit.checkpoint.options import Where
 from minibeit.checkpoint.save import save_checkpoint
+from minibeit.loading_options import Where
 
 ID = "someone/tiny-beit"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

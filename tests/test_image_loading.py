@@ -13,8 +13,8 @@ from pictures import picture, plain
 from PIL import Image
 
 from minibeit.errors import ImageError
-from minibeit.image_loading import load_image, read_picture
 from minibeit.image_processor import BeitImageProcessor
+from minibeit.images.loading import load_image, read_picture
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from minibeit.errors import CheckpointError, ImageError
 from minibeit.image_processor import BatchFeature, BeitFeatureExtractor, BeitImageProcessor
-from minibeit.image_transforms import center_crop, resize_labels, resized_shape
+from minibeit.images.transforms import center_crop, resize_labels, resized_shape
 
 GOLDEN = Path(__file__).parent / "data" / "processor.safetensors"
 with safe_open(GOLDEN, "numpy") as file:

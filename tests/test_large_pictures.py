@@ -10,8 +10,9 @@ import pytest
 from hostile import memory
 from PIL import Image
 
-from minibeit import BeitImageProcessor, ImageError, image_loading
-from minibeit.image_loading import load_image, load_label_map, most_pixels
+from minibeit import BeitImageProcessor, ImageError
+from minibeit.images import loading
+from minibeit.images.loading import load_image, load_label_map, most_pixels
 
 STATUS = Path("/proc/self/status")
 
@@ -59,7 +60,7 @@ PICTURES = {
 def test_strips_give_the_same_bytes(picture, channels, monkeypatch):
     whole = outcome(PICTURES[picture](), channels)
     for pixels in (1, 23 * 5, 23 * 36):
-        monkeypatch.setattr(image_loading, "STRIP_PIXELS", pixels)
+        monkeypatch.setattr(loading, "STRIP_PIXELS", pixels)
         parts = outcome(PICTURES[picture](), channels)
         assert type(parts) is type(whole)
         if isinstance(whole, str):
@@ -78,7 +79,7 @@ def outcome(image, channels):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I", "I;16"])
 def test_strips_give_the_same_labels(mode, monkeypatch):
     whole = load_label_map(noise(mode))
-    monkeypatch.setattr(image_loading, "STRIP_PIXELS", 50)
+    monkeypatch.setattr(loading, "STRIP_PIXELS", 50)
     assert np.array_equal(load_label_map(noise(mode)), whole)
 
 

@@ -14,7 +14,7 @@ from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.load import open_checkpoint
 from minibeit.checkpoint.names import hub_names
 from minibeit.checkpoint.save import save_checkpoint
-from minibeit.image_types import DEFAULTS
+from minibeit.images.types import DEFAULTS
 
 CONFIG = tiny_config(image_size=8, use_relative_position_bias=True)
 

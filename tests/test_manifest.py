@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from minibeit import BeitConfig, BeitImageProcessor, labels
+from minibeit import BeitConfig, BeitImageProcessor, catalogue, labels
+from minibeit.checkpoint import class_names
 from minibeit.params import TASKS, count_parameters
 
 HOME = Path(__file__).resolve().parent.parent
-MANIFEST = labels.manifest()
+MANIFEST = catalogue.manifest()
 
 
 def test_everything_published_is_there():
@@ -81,12 +82,12 @@ def test_palette():
 
 def test_names_for_published_checkpoints_only():
     config = BeitConfig.from_dict({"num_labels": 1000})
-    assert labels.with_names(config, "someone/else") is config
-    assert labels.with_names(config, "microsoft/beit-base-patch16-224").id2label[281] == "tabby, tabby cat"
+    assert class_names.with_names(config, "someone/else") is config
+    assert class_names.with_names(config, "microsoft/beit-base-patch16-224").id2label[281] == "tabby, tabby cat"
     named = BeitConfig.from_dict({"id2label": {0: "a", 1: "b"}})
-    assert labels.with_names(named, "microsoft/beit-base-patch16-224") is named
+    assert class_names.with_names(named, "microsoft/beit-base-patch16-224") is named
     with pytest.raises(ValueError, match="150 names, the model has 1000"):
-        labels.named(config, "ade20k")
+        class_names.named(config, "ade20k")
 
 
 def test_other_configs_are_not_renumbered():

@@ -16,7 +16,7 @@ def wave(size=27):
 
 def resized_wave(grid, method):
     table = np.concatenate([wave().reshape(-1, 1), [[1.0], [2.0], [3.0]]])
-    new = resize.resize_table(table, (14, 14), (grid, grid), method)
+    new = resize.resize_stored_table(table, (14, 14), (grid, grid), method)
     assert new[-3:].tolist() == [[1.0], [2.0], [3.0]]
     side = 2 * grid - 1
     return new[:-3].reshape(side, side)
@@ -33,13 +33,13 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("method", resize.METHODS)
+@pytest.mark.parametrize("method", resize.RESIZE_METHODS)
 @pytest.mark.parametrize("grid", [24, 40])
 def test_tables_meet_the_golden_numbers(grid, method):
     new = resized_wave(grid, method)
     for (at, i, j), values in GOLDEN.items():
         if at == grid:
-            assert new[i, j] == pytest.approx(values[resize.METHODS.index(method)], abs=6e-7)
+            assert new[i, j] == pytest.approx(values[resize.RESIZE_METHODS.index(method)], abs=6e-7)
 
 
 @pytest.mark.parametrize(
@@ -67,27 +67,27 @@ def test_spline_reproduces_cubics_exactly(rng):
         np.testing.assert_allclose(resize.not_a_knot_matrix(x, t) @ x**power, t**power, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", resize.METHODS)
+@pytest.mark.parametrize("method", resize.RESIZE_METHODS)
 def test_constants_stay_constant(method):
     table = np.full((732, 2), 0.25, np.float32)
-    np.testing.assert_allclose(resize.resize_table(table, (14, 14), (20, 20), method), 0.25, rtol=1e-6)
+    np.testing.assert_allclose(resize.resize_stored_table(table, (14, 14), (20, 20), method), 0.25, rtol=1e-6)
     positions = np.full((1, 197, 4), -1.5, np.float32)
-    np.testing.assert_allclose(resize.resize_positions(positions, (14, 14), (9, 20), method), -1.5, rtol=1e-6)
+    np.testing.assert_allclose(resize.resize_stored_positions(positions, (14, 14), (9, 20), method), -1.5, rtol=1e-6)
 
 
 def test_same_grid_is_the_same_array(rng):
     table = rng.standard_normal((732, 3))
-    assert resize.resize_table(table, (14, 14), (14, 14)) is table
+    assert resize.resize_stored_table(table, (14, 14), (14, 14)) is table
 
 
 def test_mistakes_are_named(rng):
     table = np.zeros((3 * 5 + 3, 2))
     with pytest.raises(ValueError, match="square grids"):
-        resize.resize_table(table, (2, 3), (4, 4), "unilm")
+        resize.resize_stored_table(table, (2, 3), (4, 4), "unilm")
     with pytest.raises(ValueError, match="expected one of unilm"):
-        resize.resize_table(table, (2, 3), (4, 4), "nearest")
+        resize.resize_stored_table(table, (2, 3), (4, 4), "nearest")
     with pytest.raises(ValueError, match="3x3"):
-        resize.resize_table(np.zeros((12, 1)), (2, 2), (4, 4), "unilm")
+        resize.resize_stored_table(np.zeros((12, 1)), (2, 2), (4, 4), "unilm")
 
 
 def test_arrays_of_a_model(rng):

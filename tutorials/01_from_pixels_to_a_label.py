@@ -21,7 +21,7 @@ from PIL import Image
 from skimage import data
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitImageProcessor, Trace
-from minibeit.labels import weights_folder
+from minibeit.catalogue import weights_folder
 
 digits = weights_folder() / "digits"
 plt.rcParams.update({"figure.dpi": 80, "image.cmap": "gray", "font.size": 9})

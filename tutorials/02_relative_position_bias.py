@@ -17,9 +17,8 @@ import numpy as np
 from skimage import data
 
 from minibeit import BeitForImageClassification, BeitImageProcessor
-from minibeit.checkpoint.resize import geometric_positions, resize_arrays
-from minibeit.checkpoint.resize import resize_table as resize_stored_table
-from minibeit.labels import weights_folder
+from minibeit.catalogue import weights_folder
+from minibeit.checkpoint.resize import geometric_positions, resize_arrays, resize_stored_table
 from minibeit.model.position_bias import resize_table
 from minibeit.ops import get_ops
 from minibeit.params import table_rows

@@ -32,7 +32,7 @@ from minibeit import (
     BeitImageProcessor,
     Trace,
 )
-from minibeit.labels import weights_folder
+from minibeit.catalogue import weights_folder
 from minibeit.masking import block_mask
 from minibeit.params import param_shapes
 

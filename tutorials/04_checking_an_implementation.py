@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from minibeit import BeitForImageClassification, Trace
+from minibeit.catalogue import weights_folder
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.load import load_checkpoint
-from minibeit.labels import weights_folder
 from minibeit.ops import reference
 from minibeit.verify.difference import difference
 from minibeit.verify.lockstep import Job, check, model_source

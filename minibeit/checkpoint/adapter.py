@@ -14,15 +14,14 @@ import numpy.typing as npt
 
 from ..config import BeitConfig
 from ..errors import CheckpointError
+from ..file_names import ADAPTER_CONFIG, ADAPTER_FILES
 from ..params import TASKS, param_shapes
 from ..strict_json import read_json
 from .dialects import DIALECTS, Place
-from .formats import load_file
+from .formats import TensorInfo, Tensors, load_file
+from .formats.lazy_tensors import FLOATS, narrowed
 from .names import Naming
-from .tensors import FLOATS, TensorInfo, Tensors, narrowed
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(weight|bias))?")
 # Ways of starting that change the base model's weights too, so that adding to the published ones would be wrong.

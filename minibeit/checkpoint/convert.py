@@ -13,20 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from .. import labels
-from ..config import CONFIG_NAME, BeitConfig
+from ..catalogue import manifest
+from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
+from ..file_names import CONFIG_NAME, PREPARED_NAME, PROCESSOR_NAME, WEIGHTS_NAME
 from ..files import scratch_folder
+from ..loading_options import split_model_keywords
 from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
 from ..strict_json import read_json
-from .formats import PREPARED_NAME
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
 from .names import IGNORED
-from .options import split_model_keywords
 from .resize import resize_arrays, share_to_blocks
-from .save import DTYPES, WEIGHTS_NAME, save_checkpoint
+from .save import FILE_DTYPES, save_checkpoint
 
-PROCESSOR_NAME = "preprocessor_config.json"
 CLASSES = {
     "model": "Model",
     "masked_image_modeling": "ForMaskedImageModeling",
@@ -71,15 +70,15 @@ def convert(
     ValueError.
     """
     destination = Path(destination)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if dtype not in FILE_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(FILE_DTYPES)}, found {dtype!r}")
     if task is not None and task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}")
     if destination.exists() and not destination.is_dir():
         raise FileExistsError(f"{destination}: is a file; give a folder to write to")
     if destination.exists() and any(destination.iterdir()) and not force:
         raise FileExistsError(f"{destination}: the folder is not empty; give another one, or --force to write into it")
-    loading, fields = split_model_keywords({**config_overrides, "dialect": dialect})
+    loading, fields = split_model_keywords({**config_overrides, "dialect": dialect}, CONFIG_FIELDS)
     checkpoint = open_checkpoint(source, fields, loading=loading)
     task = task or checkpoint.task
     if task is None:
@@ -167,7 +166,7 @@ def _processor(
     """The image processor's settings, for the new image size: of the source's folder, else of the manifest."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     file = folder / PROCESSOR_NAME
-    known = labels.manifest()
+    known = manifest()
     entry = known.get(source) or known.get(Path(source).stem) or known.get(f"timm/{Path(source).stem}")
     if file.is_file():
         try:

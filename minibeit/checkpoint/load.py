@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from .. import labels
-from ..config import CONFIG_NAME, BeitConfig
+from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
+from ..file_names import CONFIG_NAME, PREPARED_NAME, folder_files
+from ..hub import resolve
+from ..loading_options import Loading, split_model_keywords
 from ..params import param_shapes, random_arrays
 from ..strict_json import read_json
 from .adapter import Adapter, base_of, read_adapter, saved_classes
+from .class_names import name_classes, with_names
 from .dialects import Place
-from .formats import PREPARED_NAME, Loaded, folder_files, load_file
-from .hub import resolve
+from .formats import Loaded, Tensors, load_file
+from .formats.lazy_tensors import FLOATS
 from .infer import infer_config, timm_settings
 from .match import HEADS, Match, check_match, listed, match_names, shares_table
 from .names import Naming, namings, recognise, unwrapped_names
-from .options import Loading, split_model_keywords
-from .prepared import is_prepared
+from .packed_file import is_prepared
 from .resize import resize_arrays, usual_method
-from .tensors import FLOATS, Tensors
 from .travel import LoadedArrays, origin
 
 __all__ = ["Checkpoint", "Match", "check_match", "listed", "load_checkpoint", "match_names", "open_checkpoint"]
@@ -98,15 +99,16 @@ def load_checkpoint(
 
     `path` is a folder, a file (with `config.json` beside it or none) or an id on the Hub such as
     "microsoft/beit-base-patch16-224".  `config_overrides` takes fields of the config and the fields of
-    `options.Loading`.  Three fields change tensors, each with a warning: another `image_size` resizes position bias
-    tables and position embeddings, another number of outputs (`num_labels`, `vocab_size`) draws their head anew, and
-    `use_relative_position_bias=True` with `use_shared_relative_position_bias=False` copies a shared table to blocks.
+    `loading_options.Loading`.  Three fields change tensors, each with a warning: another `image_size` resizes position
+    bias tables and position embeddings, another number of outputs (`num_labels`, `vocab_size`) draws their head anew,
+    and `use_relative_position_bias=True` with `use_shared_relative_position_bias=False` copies a shared table to each
+    block.
     A head that the checkpoint does not have is drawn from `seed`, one that the model does not have and what a larger
     model has beside it is left out, both with a warning that lists the tensors; anything else that is missing, left
     over within the encoder or of another shape raises CheckpointError.  float32 tensors of mapped files are views of
     the file, not copies.
     """
-    loading, overrides = split_model_keywords(config_overrides or {})
+    loading, overrides = split_model_keywords(config_overrides or {}, CONFIG_FIELDS)
     checkpoint = open_checkpoint(path, overrides, loading=loading)
     match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
     size = overrides.pop("image_size", None)
@@ -169,10 +171,10 @@ def _opened(
     if values is None or _is_timm(values):
         said = timm_settings(values) if values else {}
         inferred = infer_config(loaded.tensors, naming, said, **overrides)
-        config, named = _name_classes(inferred.config, inferred.task, loaded.extra, said.get("label_names"))
+        config, named = name_classes(inferred.config, inferred.task, loaded.extra, said.get("label_names"))
         task, assumed = inferred.task, [*inferred.assumed, *named]
     else:
-        config = labels.with_names(_config(file, values, overrides), name)
+        config = with_names(_config(file, values, overrides), name)
         if config.num_hidden_layers > len(loaded.tensors):  # before lists are made as long as a stranger says
             raise CheckpointError(
                 f"num_hidden_layers is {config.num_hidden_layers} in {CONFIG_NAME}, but the file has only "
@@ -284,24 +286,6 @@ def _config(file: Path, values: dict[str, Any], overrides: Mapping[str, Any]) ->
         return BeitConfig.from_dict(values, **overrides)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: {error}") from None
-
-
-def _name_classes(
-    config: BeitConfig, task: str, extra: Mapping[Any, Any], said: Any = None
-) -> tuple[BeitConfig, list[str]]:
-    """Names for the classes of an inferred config: those beside the weights (mmseg, timm), else of its data set."""
-    if task not in ("image_classification", "semantic_segmentation") or not labels.unnamed(config):
-        return config, []
-    meta = extra.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    dataset = meta.get("dataset_meta")
-    for own in (said, meta.get("CLASSES"), dataset.get("classes") if isinstance(dataset, Mapping) else None):
-        if isinstance(own, (list, tuple)) and len(own) == config.num_labels and all(isinstance(n, str) for n in own):
-            return config.replace(id2label={i: name.strip() for i, name in enumerate(own)}, label2id=None), []
-    source = labels.source_of(task, config.num_labels)
-    if source is None:
-        return config, []
-    return labels.named(config, source), [f"class names of {source}"]
 
 
 def _give_up_mismatched(match: Match, path: Path) -> tuple[Match, dict[str, str]]:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config import CONFIG_NAME, BeitConfig
+from ..config import BeitConfig
 from ..errors import CheckpointError
+from ..file_names import CONFIG_NAME
 from ..params import TASKS, param_shapes
 from ..text import shown_name
 from .dialects import Place

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from ..config import BeitConfig
+from ..loading_options import RESIZE_METHODS
 
 Grid = tuple[int, int]
-METHODS = ("unilm", "timm", "transformers")
 
 
 def resize_arrays(
@@ -29,9 +29,9 @@ def resize_arrays(
     resized = {}
     for name, array in arrays.items():
         if name.endswith("bias_table"):
-            array = resize_table(array, old, new, method)
+            array = resize_stored_table(array, old, new, method)
         elif name.endswith("position_embeddings"):
-            array = resize_positions(array, old, new, method)
+            array = resize_stored_positions(array, old, new, method)
         resized[name] = array
     return changed, resized
 
@@ -58,7 +58,9 @@ def usual_method(old: Grid, new: Grid) -> str:
     return "unilm" if square and old[0] >= 3 else "timm"
 
 
-def resize_table(table: np.ndarray, old: Grid, new: Grid, method: str = "unilm") -> np.ndarray:  # (R, H) -> (R', H)
+def resize_stored_table(
+    table: np.ndarray, old: Grid, new: Grid, method: str = "unilm"
+) -> np.ndarray:  # (R, H) -> (R', H)
     """The bias table of grid `old` for grid `new`; its last three rows, those of the CLS token, stay as they are.
 
     The result is the input itself where nothing changes.  Raises ValueError for an unknown method, or for a grid that
@@ -77,7 +79,7 @@ def resize_table(table: np.ndarray, old: Grid, new: Grid, method: str = "unilm")
     return np.concatenate([rows.reshape(-1, table.shape[1]).astype(table.dtype), table[-3:]])
 
 
-def resize_positions(
+def resize_stored_positions(
     positions: np.ndarray, old: Grid, new: Grid, method: str = "unilm"
 ) -> np.ndarray:  # (1, P + 1, D) -> (1, P' + 1, D)
     """The position embeddings of grid `old` for grid `new`, bicubic; that of the CLS token stays as it is.
@@ -221,5 +223,5 @@ def _by(grid: Grid) -> str:
 
 
 def _check_method(method: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"resize method: expected one of {', '.join(METHODS)}, found {method!r}")
+    if method not in RESIZE_METHODS:
+        raise ValueError(f"resize method: expected one of {', '.join(RESIZE_METHODS)}, found {method!r}")

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from ..config import BeitConfig
+from ..file_names import WEIGHTS_NAME
 from .formats import write_safetensors
 from .names import hub_names
 
-WEIGHTS_NAME = "model.safetensors"
 BARE_TASKS = ("model", "backbone")  # their files have no `beit.` in front of the names
-DTYPES = ("float32", "float16", "bfloat16")
+FILE_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def save_checkpoint(
@@ -31,8 +31,8 @@ def save_checkpoint(
     for, which no computation of BEiT reads: the counters are 0 unless `counters` has them ({canonical name of a
     running variance: counter}).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if dtype not in FILE_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(FILE_DTYPES)}, found {dtype!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = hub_names(arrays, config.model_type, bare=task in BARE_TASKS)

@@ -138,7 +138,7 @@ def _shipped_images() -> str:
     """The folder of the shipped pictures as one would type it here."""
     import shlex
 
-    from ..labels import weights_folder
+    from ..catalogue import weights_folder
 
     try:
         folder = str(weights_folder() / "digits" / "images")

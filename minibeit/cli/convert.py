@@ -20,8 +20,8 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..checkpoint.names import ALIASES, DIALECTS
-    from ..checkpoint.resize import METHODS
-    from ..checkpoint.save import DTYPES
+    from ..checkpoint.save import FILE_DTYPES
+    from ..loading_options import RESIZE_METHODS
     from ..params import TASKS
 
     parser.add_argument("source", help="a checkpoint file, a folder, or an id on the Hub")
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dialect", choices=[*DIALECTS, *ALIASES], help="whose tensor names they are, if not plain")
     parser.add_argument("--task", choices=list(TASKS), help="make a model of this task (a missing head starts random)")
     parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="resize to SIZE, or HEIGHT WIDTH")
-    parser.add_argument("--resize-method", choices=METHODS, default="unilm", help="how (default: %(default)s)")
+    parser.add_argument("--resize-method", choices=RESIZE_METHODS, default="unilm", help="how (default: %(default)s)")
     parser.add_argument("--num-labels", type=int, metavar="K", help="classes of a head that starts random")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (default: %(default)s)")
+    parser.add_argument("--dtype", choices=FILE_DTYPES, default="float32", help="of the file (default: %(default)s)")
     parser.add_argument(
         "--prepared",
         action="store_true",
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoint.convert import WEIGHTS_NAME, convert
-    from ..checkpoint.formats import PREPARED_NAME
+    from ..checkpoint.convert import convert
+    from ..file_names import PREPARED_NAME, WEIGHTS_NAME
 
     if args.image_size is not None and len(args.image_size) > 2:
         raise ValueError(f"--image-size: expected one or two numbers, found {len(args.image_size)}")
@@ -86,7 +86,7 @@ def _check_destination(args: argparse.Namespace) -> None:
 
 def _prepare(folder: Path, task: str) -> None:
     """Replaces the weights in `folder` by prepared ones."""
-    from ..checkpoint.convert import WEIGHTS_NAME
+    from ..file_names import WEIGHTS_NAME
     from ..verify.float64_model import task_class
 
     task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)

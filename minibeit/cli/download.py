@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..checkpoint.hub import download, is_hub_id, not_here
+    from ..hub import download, is_hub_id, not_here
 
     if not is_hub_id(args.id):
         raise not_here(args.id)

@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..checkpoint.formats import load_file
-    from ..checkpoint.hub import resolve
     from ..checkpoint.load import open_checkpoint
     from ..errors import CheckpointError
+    from ..hub import resolve
 
     path = resolve(args.checkpoint)
     loaded = load_file(path)
@@ -185,6 +185,6 @@ def _print_fit(facts: dict[str, Any]) -> None:
 
 
 def _product(shape: tuple[int, ...]) -> int:
-    from ..checkpoint.tensors import count
+    from ..checkpoint.formats.lazy_tensors import count
 
     return count(shape)

@@ -39,7 +39,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool =
 
 def shipped_checkpoint() -> Path:
     """The folder of the checkpoint that comes with minibeit, installed or in a source tree."""
-    from ..labels import weights_folder
+    from ..catalogue import weights_folder
 
     return weights_folder() / SHIPPED
 
@@ -56,7 +56,7 @@ def load_model(model_class: Any, args: argparse.Namespace) -> Any:
 def config_of(model: str) -> BeitConfig:
     """The config of a checkpoint or a prepared file."""
     from ..checkpoint.load import open_checkpoint
-    from ..checkpoint.prepared import prepared_file, read_prepared
+    from ..checkpoint.packed_file import prepared_file, read_prepared
 
     file = prepared_file(model)
     return read_prepared(file).config if file else open_checkpoint(model).config
@@ -65,7 +65,7 @@ def config_of(model: str) -> BeitConfig:
 def check_head(model: str, task: str) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
     from ..checkpoint.load import listed, match_names, open_checkpoint
-    from ..checkpoint.prepared import prepared_file
+    from ..checkpoint.packed_file import prepared_file
     from ..errors import CheckpointError
 
     if prepared_file(model):
@@ -92,8 +92,9 @@ def task_name(task: str) -> str:
 
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     """The image processor of a checkpoint; where it has none, a plain one, which a line on stderr describes."""
-    from ..checkpoint.hub import resolve
-    from ..image_processor import PROCESSOR_NAME, BeitImageProcessor
+    from ..file_names import PROCESSOR_NAME
+    from ..hub import resolve
+    from ..image_processor import BeitImageProcessor
 
     place = Path(resolve(model))
     file = (place if place.is_dir() else place.parent) / PROCESSOR_NAME

@@ -30,16 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import labels
+    from .. import catalogue
 
-    rows = {id: _row(id, entry) for id, entry in labels.manifest().items()}
+    rows = {id: _row(id, entry) for id, entry in catalogue.manifest().items()}
     words = [word.lower() for word in args.words]
     found = {id: row for id, row in rows.items() if all(word in _searched(row) for word in words)}
     if not found:
-        near = labels.nearest(" ".join(args.words))
+        near = catalogue.nearest(" ".join(args.words))
         note(f"no published checkpoint matches {' '.join(args.words)}{'; near are ' + ', '.join(near) if near else ''}")
     if args.json:
-        print_json({id: entry for id, entry in labels.manifest().items() if id in found})
+        print_json({id: entry for id, entry in catalogue.manifest().items() if id in found})
     elif found:
         for line in table([COLUMNS, *found.values()], right=(3, 4, 5)):
             out(line)

@@ -18,7 +18,7 @@ BLOCKS, BLOCK = 64, 4096  # of each file: enough to tell two trainings of one ar
 
 def mark_of(model: str) -> str:
     """A name for people and a digest of a checkpoint's settings and of samples of its weights."""
-    from ..checkpoint.hub import resolve
+    from ..hub import resolve
 
     place = Path(resolve(model))
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]

@@ -184,7 +184,7 @@ def _segment(
 ) -> dict[str, Any]:
     import numpy as np
 
-    from ..image_loading import load_image, read_picture
+    from ..images.loading import load_image, read_picture
     from . import pictures
 
     picture = read_picture(entry.source, processor.apply_exif_orientation)

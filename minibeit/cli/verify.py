@@ -264,10 +264,10 @@ def _weights(args: argparse.Namespace) -> int:
 
 
 def _published(args: argparse.Namespace) -> int:
-    from .. import labels
+    from .. import catalogue
     from ..verify.published import check_published
 
-    ids = [id for id, entry in labels.manifest().items() if entry.get("expected")]
+    ids = [id for id, entry in catalogue.manifest().items() if entry.get("expected")]
     outcomes = []
     for id in ids if args.published == "all" else [args.published]:
         for outcome in check_published(id, args.image, args.backend, device=args.device):

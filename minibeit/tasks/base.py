@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..checkpoint.load import load_checkpoint
-from ..checkpoint.options import split_model_keywords
-from ..checkpoint.prepared import Prepared, prepared_file, read_prepared, write_prepared
+from ..checkpoint.packed_file import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
-from ..config import BeitConfig
+from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
+from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
 from ..model.encoder import encode
 from ..ops import get_ops, host_dtype
@@ -82,7 +82,7 @@ class BeitPreTrainedModel(EcosystemMethods):
     ) -> Self:
         """The model of a checkpoint: a folder as on the Hub, a file of any format, or an id on the Hub.
 
-        The fields of `minibeit.checkpoint.options.Loading` (`revision`, `token`, `subfolder`, `variant`, `weights`,
+        The fields of `minibeit.loading_options.Loading` (`revision`, `token`, `subfolder`, `variant`, `weights`,
         ...) say which files are read and how; other keywords replace fields of the config, and any other raises
         TypeError.  Tensors that the checkpoint lacks because it was made for another task are drawn at random from
         `seed`, with a warning that lists them; `image_size`, `num_labels` and a position bias of each block's own
@@ -91,7 +91,7 @@ class BeitPreTrainedModel(EcosystemMethods):
         the file and the tensor.
         """
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
-        loading, fields = split_model_keywords(keywords)
+        loading, fields = split_model_keywords(keywords, CONFIG_FIELDS)
         file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
             prepared = read_prepared(file, fields)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import labels
-from ..checkpoint.hub import resolve
+from .. import catalogue
+from ..hub import resolve
 from ..image_processor import BeitImageProcessor
 from ..trace import Trace
 from .float64_model import task_class
@@ -43,7 +43,7 @@ def check_published(
     Raises ValueError for an id that the manifest does not have.
     """
     if entry is None:
-        known = labels.manifest()
+        known = catalogue.manifest()
         if id not in known:
             raise ValueError(f"{id}: is not in the manifest; `minibeit models` lists what is")
         entry = known[id]

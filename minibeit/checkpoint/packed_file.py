@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import CONFIG_NAME, BeitConfig
+from ..config import BeitConfig
 from ..errors import CheckpointError
-from .formats import FOLDER_FILES, PREPARED_NAME, Loaded, load_file, write_safetensors
+from ..file_names import CONFIG_NAME, FOLDER_FILES, PREPARED_NAME
+from .formats import Loaded, load_file, write_safetensors
 from .travel import Origin, origin
 
 FORMAT = "minibeit-prepared"  # the `format` in the file's metadata

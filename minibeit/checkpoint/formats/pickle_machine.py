@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from minibeit.checkpoint.source import Source, shown
+from .file_bytes import Source, shown
 
 MAX_STEPS = 150_000  # a checkpoint of large with its optimizer and an average of its weights takes 90,000
 MAX_PICKLE = 32 << 20

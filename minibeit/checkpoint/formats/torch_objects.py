@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from minibeit.checkpoint.pickle_attacks import suspicious
-from minibeit.checkpoint.pickle_machine import Inert, Machine, Name
-from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import ITEMSIZE, MAX_RANK, Stored, checked_shape, count
+from .file_bytes import Source, shown
+from .lazy_tensors import ITEMSIZE, MAX_RANK, Stored, checked_shape, count
+from .pickle_attacks import suspicious
+from .pickle_machine import Inert, Machine, Name
 
 STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",

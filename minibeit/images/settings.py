@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .image_transforms import LARGEST_RESULT
-from .strict_json import brief
+from ..strict_json import brief
+from .transforms import LARGEST_RESULT
 
 LARGEST_EDGE = 1 << 16  # pixels
 MOST_CHANNELS = 1 << 12

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 
-from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import ITEMSIZE, STORED, Stored, TensorInfo, checked_shape
-from minibeit.checkpoint.zip_file import Entry, packed_reader
+from .file_bytes import Source, shown
+from .lazy_tensors import ITEMSIZE, STORED, Stored, TensorInfo, checked_shape
+from .zip_file import Entry, packed_reader
 
 MAX_HEADER = 10_000
 HEADER = re.compile(
     r"\{'descr': '([<>|=]?[A-Za-z]\d*)', 'fortran_order': (True|False), 'shape': \(([0-9, ]{0,400})\),? *\}\s*"
 )
-DTYPES = {code.lstrip("<|"): name for name, code in STORED.items() if name not in ("bfloat16", "bool")} | {"b1": "bool"}
+NPY_DTYPES = {code.lstrip("<|"): name for name, code in STORED.items() if name not in ("bfloat16", "bool")} | {
+    "b1": "bool"
+}
 
 
 def read_npz(source: Source, entries: dict[str, Entry]) -> dict[str, Stored]:
@@ -38,7 +40,7 @@ def _array(source: Source, entry: Entry) -> Stored:
     if length > MAX_HEADER or match is None:
         raise source.error(f"the header of {shown(entry.name)} is not that of a plain array")
     descr, fortran, sizes = match.groups()
-    dtype = DTYPES.get(descr.lstrip("<|="))
+    dtype = NPY_DTYPES.get(descr.lstrip("<|="))
     if dtype is None:
         raise source.error(
             f"{shown(entry.name)} has the NumPy dtype {shown(descr)}; Python objects, texts and big-endian are not read"

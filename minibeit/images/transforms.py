@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from .errors import ImageError
-from .image_loading import most_pixels
+from ..errors import ImageError
+from .loading import most_pixels
 
 LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped picture: 8192 x 8192, 800 MB as float32 of three channels
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import labels
-from ..errors import CheckpointError
-from ..strict_json import read_json
-from ..text import LONGEST_NAME, shortened
-from .adapter import ADAPTER_CONFIG, ADAPTER_FILES
-from .formats import folder_files
-from .options import Loading, Where, split_keywords
+from .catalogue import manifest, nearest
+from .errors import CheckpointError
+from .file_names import ADAPTER_CONFIG, ADAPTER_FILES, CONFIG_NAME, PROCESSOR_NAME, folder_files
+from .loading_options import Loading, Where, split_keywords
+from .strict_json import read_json
+from .text import LONGEST_NAME, shortened
 
 log = logging.getLogger(__name__)
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 FILE_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz", ".json", ".pkl")
-SETTINGS = ("config.json", "preprocessor_config.json")
+SETTINGS = (CONFIG_NAME, PROCESSOR_NAME)
 TRUE = ("1", "on", "true", "yes")
 HUB = "https://huggingface.co"
 PATIENCE = 6.0  # seconds for the first answer; huggingface_hub by itself tries for half a minute
@@ -44,12 +42,12 @@ def resolve(path_or_id: str | os.PathLike[str], where: Where | None = None, weig
 
 def not_here(id: str) -> FileNotFoundError:
     """The error for a name that is no file, no folder and no id on the Hub, with what may have been meant."""
-    entry = labels.manifest().get(id, {})
+    entry = manifest().get(id, {})
     if "file" in entry:
         return FileNotFoundError(
             f"{id}: is published as a file, not on the Hub; download {entry['file']} and give its path"
         )
-    near = labels.nearest(id)
+    near = nearest(id)
     hint = f", such as {' or '.join(near)}" if near else ""
     return FileNotFoundError(
         f"{shortened(id, LONGEST_NAME)}: there is no such file or folder, and an id on the Hub is like owner/name{hint}"
@@ -214,7 +212,8 @@ def _silence(endpoint: str) -> str | None:
 
     In a thread of its own, since a look-up of the name has no limit that could be set.
     """
-    import socket  # here and not above: with what they bring, these take 20 ms
+    import socket  # imported here, since together they take longer than `import minibeit`
+    import threading
     import urllib.parse
     import urllib.request
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minibeit.checkpoint.source import Source, shown
-from minibeit.errors import CheckpointError
+from ...errors import CheckpointError
+from .file_bytes import Source, shown
 
 # Name of a stored dtype -> how its bytes are read. NumPy has no bfloat16: its bits are read as uint16.
 STORED = {

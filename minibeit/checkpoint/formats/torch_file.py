@@ -8,11 +8,11 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from minibeit.checkpoint.pickle_machine import MAX_STEPS, Machine, Name
-from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import ITEMSIZE
-from minibeit.checkpoint.torch_objects import Storage, allowed, call, storage_identity
-from minibeit.checkpoint.zip_file import Entry, packed_reader
+from .file_bytes import Source, shown
+from .lazy_tensors import ITEMSIZE
+from .pickle_machine import MAX_STEPS, Machine, Name
+from .torch_objects import Storage, allowed, call, storage_identity
+from .zip_file import Entry, packed_reader
 
 MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

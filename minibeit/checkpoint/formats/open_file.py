@@ -7,47 +7,19 @@ No format runs code of the file, and no reader copies more of it than is asked f
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minibeit.checkpoint.msgpack_file import read_msgpack
-from minibeit.checkpoint.npz_file import read_npz
-from minibeit.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from minibeit.checkpoint.source import Source, file_in_folder, open_source, parse_json, shown
-from minibeit.checkpoint.tensors import Stored, TensorInfo, Tensors, gather
-from minibeit.checkpoint.torch_file import pickle_entry, read_torch_legacy, read_torch_zip
-from minibeit.checkpoint.tree import split
-from minibeit.checkpoint.zip_file import read_zip
-from minibeit.errors import CheckpointError
+from ...errors import CheckpointError
+from ...file_names import folder_files
+from .file_bytes import Source, file_in_folder, open_source, parse_json, shown
+from .lazy_tensors import Stored, Tensors, gather
+from .safetensors_file import read_safetensors
 
-__all__ = [
-    "FOLDER_FILES",
-    "PREPARED_NAME",
-    "Loaded",
-    "TensorInfo",
-    "Tensors",
-    "load_file",
-    "read_tensors",
-    "write_safetensors",
-]
-
-PREPARED_NAME = "prepared.safetensors"  # see prepared.py
-
-# In a folder, the first of these that is there is read.
-FOLDER_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "flax_model.msgpack",
-    PREPARED_NAME,
-)
 MAX_SHARDS = 1000
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz")
 SHOWN = 8
-VARIANT = re.compile(r"[\w-]+")
 STRANGERS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`",
     b"<!DOCTYPE": "is a web page, not a checkpoint; download the file itself",
@@ -86,27 +58,6 @@ class Loaded:
     chosen: bool = False
 
 
-def variant_name(name: str, variant: str | None) -> str:
-    """A file's name with the variant before its ending, as transformers writes it: model.fp16.safetensors.
-
-    Raises ValueError for a variant that cannot be part of a name.
-    """
-    if not variant:
-        return name
-    if not isinstance(variant, str) or not VARIANT.fullmatch(variant):
-        raise ValueError(f"variant: expected a word such as 'fp16', found {variant!r}")
-    stem, dot, ending = name.rpartition(".")
-    return f"{stem}.{variant}{dot}{ending}"
-
-
-def folder_files(variant: str | None = None, use_safetensors: bool | None = None) -> tuple[str, ...]:
-    """The names under which weights are looked for in a folder, the first that is there is read."""
-    kinds = [
-        name for name in FOLDER_FILES if use_safetensors is None or (".safetensors" in name) == bool(use_safetensors)
-    ]
-    return tuple(variant_name(name, variant) for name in kinds)
-
-
 def read_tensors(path: str | os.PathLike[str] | bytes) -> Tensors:
     """The named tensors of a checkpoint file, index file or folder, each read when asked for (see `load_file`)."""
     return load_file(path).tensors
@@ -125,7 +76,7 @@ def load_file(
     Bytes are taken as the content of a file, called `name` in errors. Formats: "safetensors", "torch", "torch-legacy",
     "flax", "npz". Nothing but headers and pickles is read until a tensor is asked for; the file must stay as it is as
     long as its tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among
-    the state dicts of a file (see `options.Loading`).
+    the state dicts of a file (see `loading_options.Loading`).
     Raises CheckpointError for a file that cannot be used and FileNotFoundError for one that is not there.
     """
     if isinstance(path, (bytes, bytearray, memoryview)):
@@ -168,13 +119,21 @@ def _load(source: Source, weights: str | None = None) -> Loaded:
         tensors, metadata = read_safetensors(source)
         return Loaded(tensors, "safetensors", metadata)
     if start[:1] == b"\x80":
+        from .torch_file import read_torch_legacy  # readers come when a file needs them: most files are safetensors
+
         return _split(source, read_torch_legacy(source), "torch-legacy", ".", weights)
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
+        from .msgpack_file import read_msgpack
+
         return _split(source, read_msgpack(source), "flax", "/", weights)
     raise source.error("is not a safetensors, torch, Flax or npz file, or its beginning is damaged")
 
 
 def _load_zip(source: Source, weights: str | None) -> Loaded:
+    from .npz_file import read_npz
+    from .torch_file import pickle_entry, read_torch_zip
+    from .zip_file import read_zip
+
     entries = read_zip(source)
     if pickle_entry(entries):
         return _split(source, read_torch_zip(source, entries), "torch", ".", weights)
@@ -184,6 +143,8 @@ def _load_zip(source: Source, weights: str | None) -> Loaded:
 
 
 def _split(source: Source, root: Any, format: str, joint: str, weights: str | None) -> Loaded:
+    from .state_dict import split
+
     parts = split(source, root, joint, weights)
     return Loaded(
         gather(source, parts.tensors), format, {}, parts.extra, parts.wrapper, others=parts.others, chosen=parts.chosen

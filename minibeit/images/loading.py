@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .errors import ImageError
-from .foreign import as_numpy
-from .strict_json import brief
+from ..errors import ImageError
+from ..foreign import as_numpy
+from ..strict_json import brief
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 MOST_PIXELS = 1 << 27

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import allowed_bytes
+from .file_bytes import Source, shown
+from .lazy_tensors import allowed_bytes
 
 MAX_ENTRIES = 20_000
 STORE, DEFLATE = 0, 8

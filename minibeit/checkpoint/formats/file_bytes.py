@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minibeit import strict_json
-from minibeit.errors import CheckpointError
+from ... import strict_json
+from ...errors import CheckpointError
 
 MAX_JSON = 2 << 20  # the header of BEiT-large takes 60 KB; parsing may take 24 times the text in memory
 MAX_NAME = 1000

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from minibeit.checkpoint.names import is_average, means, names_encoder
-from minibeit.checkpoint.pickle_machine import Inert, Name
-from minibeit.checkpoint.source import MAX_NAME, Source, shown
-from minibeit.checkpoint.tensors import Stored, TensorInfo
-from minibeit.checkpoint.torch_objects import as_tensor
+from ..names import is_average, means, names_encoder
+from .file_bytes import MAX_NAME, Source, shown
+from .lazy_tensors import Stored, TensorInfo
+from .pickle_machine import Inert, Name
+from .torch_objects import as_tensor
 
 WRAPPERS = {".": ("model", "module", "state_dict"), "/": ("params",)}  # by what joins the names: torch, Flax
 MAX_DEPTH = 64

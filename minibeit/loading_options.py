@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import OLD_WORDS, BeitConfig
-from ..errors import unknown_keywords
-from .formats import variant_name
-from .resize import METHODS
+from .errors import unknown_keywords
+from .file_names import variant_name
+
+RESIZE_METHODS = ("unilm", "timm", "transformers")  # see checkpoint/resize.py
 
 # Keywords of from_pretrained that are neither here nor fields of a config; named where one of them is misspelt.
 MODEL_WORDS = ("dtype", "backend", "only", "num_threads", "device", "seed")
@@ -61,7 +61,7 @@ class Loading(Where):
     `variant` stands in the names of the weights, as in model.fp16.safetensors; `use_safetensors` True or False asks for
     such files or for others alone.  `weights` says which of several state dicts is meant: "model", "ema", or the key or
     prefix that it has in the file.  `dialect` overrides how names are understood.  `ignore_mismatched_sizes` draws
-    tensors of another shape anew.  `resize_method` is for another image size (see `resize.METHODS`).
+    tensors of another shape anew.  `resize_method` is for another image size (one of RESIZE_METHODS).
     """
 
     variant: str | None = None
@@ -75,23 +75,25 @@ class Loading(Where):
         super().__post_init__()
         if self.variant is not None:
             variant_name("", self.variant)
-        if self.resize_method is not None and self.resize_method not in METHODS:
-            raise ValueError(f"resize_method: expected one of {', '.join(METHODS)}, found {self.resize_method!r}")
+        if self.resize_method is not None and self.resize_method not in RESIZE_METHODS:
+            raise ValueError(
+                f"resize_method: expected one of {', '.join(RESIZE_METHODS)}, found {self.resize_method!r}"
+            )
 
 
 WHERE = tuple(field.name for field in dataclasses.fields(Where))
 LOADING = tuple(field.name for field in dataclasses.fields(Loading))
-CONFIG_FIELDS = (*(field.name for field in dataclasses.fields(BeitConfig)), *OLD_WORDS)
 
 
-def split_model_keywords(keywords: Mapping[str, Any]) -> tuple[Loading, dict[str, Any]]:
-    """How to load, and the fields of the config to replace.
+def split_model_keywords(keywords: Mapping[str, Any], config_fields: Iterable[str]) -> tuple[Loading, dict[str, Any]]:
+    """How to load, and the fields of the config (of those named) to replace.
 
     Raises TypeError, naming the nearest keyword, for one that is neither, and ValueError for a value that cannot be.
     """
+    config_fields = tuple(config_fields)
     loading = {name: value for name, value in keywords.items() if name in LOADING}
-    fields = {name: value for name, value in keywords.items() if name in CONFIG_FIELDS}
-    _refuse(keywords, (*LOADING, *CONFIG_FIELDS), (*LOADING, *CONFIG_FIELDS, *MODEL_WORDS))
+    fields = {name: value for name, value in keywords.items() if name in config_fields}
+    _refuse(keywords, (*LOADING, *config_fields), (*LOADING, *config_fields, *MODEL_WORDS))
     return Loading(**{name: value for name, value in loading.items() if value is not None}), fields
 
 

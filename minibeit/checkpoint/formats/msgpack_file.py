@@ -9,8 +9,8 @@ import math
 import struct
 from typing import Any
 
-from minibeit.checkpoint.source import Source, shown
-from minibeit.checkpoint.tensors import STORED, Stored, TensorInfo, checked_shape
+from .file_bytes import Source, shown
+from .lazy_tensors import STORED, Stored, TensorInfo, checked_shape
 
 MAX_DEPTH = 32
 MAX_VALUES = 200_000

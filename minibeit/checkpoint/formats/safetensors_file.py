@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from minibeit.checkpoint.source import Source, parse_json, shown
-from minibeit.checkpoint.tensors import (
+from ...errors import CheckpointError
+from ...files import atomic_write
+from .file_bytes import Source, parse_json, shown
+from .lazy_tensors import (
     FLOATS,
     MAX_RANK,
     STORED,
@@ -26,16 +28,14 @@ from minibeit.checkpoint.tensors import (
     gather,
     narrowed,
 )
-from minibeit.errors import CheckpointError
-from minibeit.files import atomic_write
 
 # Code in the file -> dtype, in the order in which the safetensors package writes them.
-DTYPES = {
+DTYPE_OF_CODE = {
     "U64": "uint64", "I64": "int64", "F64": "float64", "F32": "float32", "U32": "uint32", "I32": "int32",
     "BF16": "bfloat16", "F16": "float16", "U16": "uint16", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-ORDER = list(DTYPES.values())
-CODES = {name: code for code, name in DTYPES.items()}
+ORDER = list(DTYPE_OF_CODE.values())
+CODE_OF_DTYPE = {name: code for code, name in DTYPE_OF_CODE.items()}
 
 
 def read_safetensors(source: Source) -> tuple[Tensors, dict[str, str]]:
@@ -67,19 +67,19 @@ def _entry(source: Source, name: str, entry: Any) -> tuple[str, tuple[int, ...],
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise source.error(f"the header entry of tensor {shown(name)} is not {{dtype, shape, data_offsets}}")
     code, offsets = entry["dtype"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise source.error(f"tensor {shown(name)} has dtype {shown(code)}; known are {', '.join(DTYPES)}")
+    if not isinstance(code, str) or code not in DTYPE_OF_CODE:
+        raise source.error(f"tensor {shown(name)} has dtype {shown(code)}; known are {', '.join(DTYPE_OF_CODE)}")
     shape = checked_shape(source, name, entry["shape"])
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(offset) is not int for offset in offsets):
         raise source.error(f"the data_offsets of tensor {shown(name)} are not two integers")
     begin, end = offsets
-    needed = TensorInfo(DTYPES[code], shape).nbytes
+    needed = TensorInfo(DTYPE_OF_CODE[code], shape).nbytes
     if begin < 0 or end - begin != needed:
         raise source.error(
             f"tensor {shown(name)} of shape {list(shape)} and dtype {code} takes {needed:,} bytes, "
             f"but its data_offsets are [{begin}, {end}]"
         )
-    return DTYPES[code], shape, begin, end
+    return DTYPE_OF_CODE[code], shape, begin, end
 
 
 def _check_spans(source: Source, spans: list[tuple[int, int, str]], size: int) -> None:
@@ -139,10 +139,10 @@ def _written(name: str, tensors: Mapping[str, np.ndarray], dtype: str | None) ->
     else:
         array = np.asarray(tensors[name])
         info = TensorInfo(array.dtype.name, array.shape)
-    if info.dtype not in CODES or len(info.shape) > MAX_RANK:
+    if info.dtype not in CODE_OF_DTYPE or len(info.shape) > MAX_RANK:
         raise CheckpointError(
             f"tensor {shown(name)} has dtype {info.dtype} and {len(info.shape)} dimensions; "
-            f"possible are {', '.join(CODES)} and at most {MAX_RANK}"
+            f"possible are {', '.join(CODE_OF_DTYPE)} and at most {MAX_RANK}"
         )
     return TensorInfo(dtype, info.shape) if dtype and info.dtype in FLOATS else info
 
@@ -156,7 +156,7 @@ def _header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], alignm
     position = 0
     for name, info in infos.items():
         end = position + info.nbytes
-        header[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": CODE_OF_DTYPE[info.dtype], "shape": list(info.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(len(text) + 8) % alignment)
