@@ -1,4 +1,4 @@
-"""Class names as data, for checkpoints whose config has none, and the manifest of published checkpoints."""
+"""Class names for checkpoints whose config has none, and the manifest of published checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("imagenet-1k", "imagenet-22k", "ade20k", "rvl-cdip")
 
-# (task, number of outputs) -> the data set that published checkpoints of that kind were trained on.
+# (task, number of outputs) -> the data set that such published checkpoints were trained on.
 KNOWN_HEADS = {
     ("image_classification", 1000): "imagenet-1k",
     ("image_classification", 21841): "imagenet-22k",
@@ -23,7 +23,7 @@ KNOWN_HEADS = {
     ("semantic_segmentation", 150): "ade20k",
 }
 
-# The two synsets that Google's list of 21,843 classes has and the training data, with 21,841, does not.
+# Two synsets of Google's list of 21,843 classes that the training data, with 21,841, lacks.
 REMOVED_FROM_22K = (9205, 15027)
 
 
@@ -43,14 +43,14 @@ def palette(source: str = "ade20k") -> list[tuple[int, int, int]]:
 def manifest() -> dict[str, dict[str, Any]]:
     """{id: entry} of every published checkpoint: Hub ids, timm names and the files of microsoft/unilm.
 
-    An entry has `task`, `size`, `config` (fields beside the defaults), `parameters`, `labels`, `preprocessing`,
-    `license`, and `expected`: outputs that others have published.
+    An entry has `task`, `size`, `config` (fields that differ from the defaults), `parameters`, `labels`,
+    `preprocessing`, `license`, and `expected`: outputs that others have published.
     """
     return dict(_manifest())
 
 
 def nearest(id: str, most: int = 3) -> list[str]:
-    """The ids of published checkpoints that look most like `id`, the nearest first; none if nothing is near."""
+    """The ids of published checkpoints most similar to `id`, nearest first; empty if none is similar."""
     known = {known.lower(): known for known in _manifest()}
     known |= {key.rpartition("/")[2]: value for key, value in known.items()}
     found = [known[key] for key in difflib.get_close_matches(id.lower(), known, 2 * most, 0.6)]
@@ -63,12 +63,12 @@ def source_of(task: str, count: int) -> str | None:
 
 
 def unnamed(config: BeitConfig) -> bool:
-    """Whether the classes are called LABEL_0, LABEL_1, ...: nobody has named them."""
+    """Whether the classes have only placeholder names: LABEL_0, LABEL_1, ..."""
     return all(label == f"LABEL_{i}" for i, label in config.id2label.items())
 
 
 def named(config: BeitConfig, source: str) -> BeitConfig:
-    """The config with the class names of a data set that has as many classes.  Raises ValueError otherwise."""
+    """The config with the class names of a data set.  Raises ValueError for another number of classes."""
     labels = names(source)
     if len(labels) != config.num_labels:
         raise ValueError(f"labels: {source} has {len(labels)} names, the model has {config.num_labels} outputs")
@@ -76,7 +76,7 @@ def named(config: BeitConfig, source: str) -> BeitConfig:
 
 
 def with_names(config: BeitConfig, id: str) -> BeitConfig:
-    """The config with names for its classes where it has none and `id` is a published checkpoint's."""
+    """The config, with class names added if it has none and `id` is a published checkpoint."""
     if not unnamed(config):
         return config
     entry = _manifest().get(id) or _manifest().get(str(config.extra.get("_name_or_path")))
@@ -85,12 +85,12 @@ def with_names(config: BeitConfig, id: str) -> BeitConfig:
 
 
 def renumbered(values: Any) -> Any:
-    """The content of a config.json whose 21,841 ImageNet-22k names are numbered 0, 1, ... without gaps.
+    """The content of a config.json with its 21,841 ImageNet-22k names renumbered 0, 1, ... without gaps.
 
     Published files took Google's list of 21,843 classes and deleted keys 9205 (n03931044) and 15027 (n09859684), which
-    the training data lacks, but left the other numbers as they were: from output 9205 on, every name stood one or two
-    outputs too high.  In order and without the gaps the list is that of the training data's 21,841 classes (checked
-    against timm's imagenet22k_synsets.txt: equal).
+    the training data lacks, but did not renumber the others: from output 9205 on, every name is one or two outputs too
+    high.  Once the gaps are closed, the list is that of the training data's 21,841 classes (equal to timm's
+    imagenet22k_synsets.txt).
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("id2label"), Mapping):
         return values
@@ -108,10 +108,10 @@ def renumbered(values: Any) -> Any:
 
 
 def numbered(labels: dict[int, str]) -> dict[int, str]:
-    """Names for the outputs 0 to K - 1 of a head, K as many as there are names; the same object where it is so already.
+    """Names for the outputs 0 to K - 1 of a head, where K is the number of names, as in transformers.
 
-    transformers takes K likewise.  A name whose number is no output's is left out and an output without one is called
-    LABEL_i, with a warning that lists both.
+    A name whose number is outside that range is left out, and an output without a name is called LABEL_i, with a
+    warning that lists both.  Returns `labels` itself if they are numbered so already.
     """
     count = len(labels)
     if set(labels) == set(range(count)):
@@ -127,7 +127,7 @@ def numbered(labels: dict[int, str]) -> dict[int, str]:
 
 
 def weights_folder() -> Path:
-    """Where the manifest and the labels are: minibeit/weights where installed, weights/ beside it in the sources.
+    """The folder of the manifest and the labels: minibeit/weights if installed, weights/ in a source checkout.
 
     Raises FileNotFoundError for an installation without them.
     """
