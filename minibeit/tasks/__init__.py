@@ -1,1 +1,1 @@
-"""One file per task; each model is the encoder and a head.  `base` holds what they share."""
+"""The models, one file per task: the encoder and a head.  `base` holds what they share."""
