@@ -1,4 +1,4 @@
-"""The keywords that say where a checkpoint lies and how it is read, the same for models, configs and processors."""
+"""The keywords that say where a checkpoint is and how to read it, shared by models, configs and processors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Where:
-    """Which files are meant.
+    """Which files to read.
 
     `revision` (branch, tag or commit), `token`, `cache_dir`, `local_files_only` and `force_download` are for the Hub.
-    `subfolder` is a folder within the folder or repository, for all its files.
+    `subfolder` is the folder, within the given folder or repository, that holds all the files.
     """
 
     revision: str | None = None
@@ -58,10 +58,10 @@ class Where:
 class Loading(Where):
     """How a checkpoint is read.
 
-    `variant` stands in the names of the weights, as in model.fp16.safetensors; `use_safetensors` True or False asks for
-    such files or for others alone.  `weights` says which of several state dicts is meant: "model", "ema", or the key or
-    prefix that it has in the file.  `dialect` overrides how names are understood.  `ignore_mismatched_sizes` draws
-    tensors of another shape anew.  `resize_method` is for another image size (see `resize.METHODS`).
+    `variant` is part of the weights' file names, as in model.fp16.safetensors.  `use_safetensors` True allows only such
+    files, False only others.  `weights` chooses among several state dicts: "model", "ema", or the key or prefix in the
+    file.  `dialect` overrides how names are understood.  `ignore_mismatched_sizes` draws tensors of another shape at
+    random.  `resize_method` is for another image size (see `resize.METHODS`).
     """
 
     variant: str | None = None
@@ -85,9 +85,9 @@ CONFIG_FIELDS = (*(field.name for field in dataclasses.fields(BeitConfig)), *OLD
 
 
 def split_model_keywords(keywords: Mapping[str, Any]) -> tuple[Loading, dict[str, Any]]:
-    """How to load, and the fields of the config to replace.
+    """The options for loading, and the fields of the config to replace.
 
-    Raises TypeError, naming the nearest keyword, for one that is neither, and ValueError for a value that cannot be.
+    Raises TypeError, suggesting the nearest keyword, for one that is neither, and ValueError for an invalid value.
     """
     loading = {name: value for name, value in keywords.items() if name in LOADING}
     fields = {name: value for name, value in keywords.items() if name in CONFIG_FIELDS}
@@ -96,7 +96,7 @@ def split_model_keywords(keywords: Mapping[str, Any]) -> tuple[Loading, dict[str
 
 
 def split_keywords(keywords: Mapping[str, Any], known: Iterable[str]) -> tuple[Where, dict[str, Any]]:
-    """Which files are meant, and the settings among `known` to replace; `variant` is understood and is for weights."""
+    """Which files to read, and the settings among `known` to replace; `variant` is accepted but has no effect."""
     known = tuple(known)
     where = {name: value for name, value in keywords.items() if name in WHERE and value is not None}
     _refuse(keywords, (*WHERE, *known, "variant", "use_fast"), (*WHERE, *known))
