@@ -8,7 +8,7 @@ from ..ops.numba_cpu.kernels.vector import arguments, fma, splat, store
 
 
 def fma_chains(args, task, thread):
-    """Twelve sums x = x * factor + shift, none waiting for another; the result is stored, so none is left out."""
+    """Twelve independent sums x = x * factor + shift; the result is stored so that none is optimised away."""
     scratch, scratch_bytes, steps = arguments(args, 3)
     factor, shift = splat(np.float32(0.999)), splat(np.float32(0.001))  # x stays near 1
     a = b = c = d = e = f = g = h = i = j = k = m = shift

@@ -1,7 +1,7 @@
-"""Checkpoint files of every format, told apart by their first bytes: one call gives their named tensors.
+"""Checkpoint files of every format, recognised by their first bytes: one call returns their named tensors.
 
-No format runs code of the file, and no reader copies more of it than is asked for. Whatever is wrong with a file is a
-`CheckpointError` that names it; a file that is not there is a FileNotFoundError.
+No reader runs code from a file, or copies more of it than was asked for. Any fault of a file is a `CheckpointError`
+that names it; a missing file is a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ STRANGERS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as its file holds it, with the file's own names.
+    """A checkpoint with the names and structure of its file.
 
     `tensors` are those of the state dict; `wrapper` is the key it was found under ("model", "module", "state_dict",
-    "params", or several joined by dots; None when it was at the top), and `extra` everything beside it as dicts, lists,
-    texts and numbers (tensors there are only described, by a TensorInfo). `metadata` holds the texts of a safetensors
-    header, or the `metadata` of an index file; `files` are the paths that were read. `others` are the keys of other
-    state dicts of such a model in the file, and `chosen` tells whether `weights=` chose among them.
+    "params", or several joined by dots; None at the top level). `extra` is everything else, as dicts, lists, strings
+    and numbers (tensors in it are only described, by a TensorInfo). `metadata` holds the metadata of a safetensors
+    header or of an index file; `files` are the paths that were read. `others` are the keys of further state dicts of a
+    BEiT in the file, and `chosen` says whether `weights=` chose among them.
     """
 
     tensors: Tensors
@@ -74,10 +74,10 @@ def load_file(
     """Opens a checkpoint: a file of any format, the index file of a sharded one, or a folder that holds either.
 
     Bytes are taken as the content of a file, called `name` in errors. Formats: "safetensors", "torch", "torch-legacy",
-    "flax", "npz". Nothing but headers and pickles is read until a tensor is asked for; the file must stay as it is as
-    long as its tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among
-    the state dicts of a file (see `loading_options.Loading`).
-    Raises CheckpointError for a file that cannot be used and FileNotFoundError for one that is not there.
+    "flax", "npz". Only headers and pickles are read until a tensor is asked for; the file must not change while its
+    tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among the state
+    dicts of a file (see `loading_options.Loading`).
+    Raises CheckpointError for a file that cannot be used and FileNotFoundError for a missing one.
     """
     if isinstance(path, (bytes, bytearray, memoryview)):
         return _load(open_source(path, name), weights)
@@ -152,7 +152,7 @@ def _split(source: Source, root: Any, format: str, joint: str, weights: str | No
 
 
 def _load_sharded(path: Path, index: Source) -> Loaded:
-    """All shards that an index file lists; its map from tensors to files must be exactly what the files hold."""
+    """All shards that an index file lists; its map from tensors to files must match their contents exactly."""
     content = parse_json(index, index.data, "the index")
     places = content.get("weight_map")
     metadata = content.get("metadata", {})

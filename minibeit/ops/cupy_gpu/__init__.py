@@ -1,4 +1,4 @@
-"""The backend for NVIDIA GPUs: the ops of `reference` by cuBLAS and kernels that CuPy compiles when first needed.
+"""The backend for NVIDIA GPUs: the ops of `reference` with cuBLAS and kernels that CuPy compiles on first use.
 
 device.py   finding CuPy, driver and device; memory    *.cu, kernels.py                 the kernels and their launches
 gemm.py     cuBLAS                                     prepare.py                       weights on the device
