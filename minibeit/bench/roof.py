@@ -23,21 +23,23 @@ def available() -> bool:
 
 def measure(threads: int) -> float:
     """Operations per second on `threads` threads, measured for about a millisecond; a multiply-add counts as two."""
+    from ..ops.numba_cpu.arguments import FMA_CHAINS
     from ..ops.numba_cpu.pool import num_threads
     from ..ops.numba_cpu.queue import run
     from ..ops.numba_cpu.target import LANES
 
     tasks = threads * _ROUNDS_PER_THREAD
     with num_threads(threads):
-        run(_kernel(), threads, (), (64,), 64)  # wakes the threads
+        run(_kernel(), threads, FMA_CHAINS.operands(), FMA_CHAINS.numbers(steps=64), 64)  # wakes the threads
         start = time.perf_counter()
-        run(_kernel(), tasks, (), (_STEPS,), 64)
+        run(_kernel(), tasks, FMA_CHAINS.operands(), FMA_CHAINS.numbers(steps=_STEPS), 64)
         seconds = time.perf_counter() - start
     return 2 * LANES * CHAINS * _STEPS * tasks / seconds
 
 
 @lru_cache(maxsize=1)
 def _kernel() -> Any:
+    from ..ops.numba_cpu.arguments import FMA_CHAINS
     from ..ops.numba_cpu.machine_code import Kernel
 
-    return Kernel("minibeit.bench.roof_kernel", "fma_chains")
+    return Kernel("minibeit.bench.roof_kernel", "fma_chains", arguments=FMA_CHAINS)
