@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export-golden", metavar="DIR", help="write test vectors for another implementation; no check"
     )
+    parser.add_argument(
+        "--test-weights", metavar="DIR", help="write a checkpoint of the same config in which every parameter matters"
+    )
     parser.add_argument("--list-names", action="store_true", help="print the names and shapes of all arrays")
     parser.add_argument("--weights", nargs=2, metavar=("A", "B"), help="compare two checkpoints tensor by tensor")
     parser.add_argument("--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads")
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.model or str(shipped_checkpoint())
     trace = None if args.against in (None, "torch", "timm") else TraceFile(args.against)
     job = _job(args, trace)
+    if args.test_weights:
+        return _test_weights(args, job)
     if args.list_names:
         from ..verify.trace_names import describe
 
@@ -132,6 +137,32 @@ def _inputs(args: argparse.Namespace, config: Any, task: str) -> dict[str, Any]:
         (height, width), (ph, pw) = inputs["pixel_values"].shape[2:], config.patch_shape
         inputs["bool_masked_pos"] = rng.random((1, (height // ph) * (width // pw))) < BLOCK
     return inputs
+
+
+def _test_weights(args: argparse.Namespace, job: Job) -> int:
+    """Writes the checkpoint; the architecture in its config says for which task it is."""
+    import shutil
+
+    from ..checkpoint.hub import resolve
+    from ..checkpoint.save import save_checkpoint
+    from ..image_processor import PROCESSOR_NAME
+    from ..verify.float64_model import CLASSES
+    from ..verify.informative import informative_weights
+
+    folder, seed = Path(args.test_weights), args.random_seed or 0
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--test-weights: expected a folder that is empty or not there yet, found {folder}")
+    name = CLASSES[job.task]
+    if job.config.model_type == "data2vec-vision":
+        name = name.replace("Beit", "Data2VecVision")
+    config = job.config.replace(architectures=[name])
+    save_checkpoint(folder, config, job.task, informative_weights(job.config, job.task, seed))
+    place = Path(resolve(args.model))
+    settings = (place if place.is_dir() else place.parent) / PROCESSOR_NAME
+    if settings.is_file():
+        shutil.copyfile(settings, folder / PROCESSOR_NAME)
+    out(f"wrote {folder}: seed {seed}; give both sides this checkpoint")
+    return 0
 
 
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:

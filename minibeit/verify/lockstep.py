@@ -18,6 +18,7 @@ from .budget import Yardstick
 from .diagnosis import diagnose, fingerprint
 from .difference import Difference, difference, distance, heat_map
 from .float64_model import Call, Log, float32_model, truth_model
+from .informative import blind_spots, sentence
 from .release_memory import Unused
 from .streams import RunSource, Source, Stream
 from .trace_names import trace_shapes
@@ -69,6 +70,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     stopped: bool = False  # at the first row out of budget, as asked
     notes: list[str] = field(default_factory=list)
+    blind: str = ""  # what these weights cannot show, a sentence
     seconds: float = 0.0
     origins: dict[str, str] = field(default_factory=dict)  # op -> the code that serves it
 
@@ -129,6 +131,7 @@ def check(
         job.config,
         job.task,
         {name: array.shape for name, array in job.inputs.items()},
+        blind=sentence(blind_spots(job.arrays), len(job.arrays)),
     )
 
     def wanted(name: str) -> bool:

@@ -45,15 +45,18 @@ def verdict(report: Report) -> str:
     """What the comparison says, in a few sentences."""
     if not report.rows:
         return one_line(f"FAIL: {report.notes[0] if report.notes else 'nothing was compared'}")
-    return one_line(_praise(report) if report.ok else _blame(report), LONGEST_VERDICT)
+    said = _praise(report) if report.ok else _blame(report)
+    warning = f" But {report.blind}." if report.blind and report.ok else ""
+    return one_line(said + warning, LONGEST_VERDICT)
 
 
 def _praise(report: Report) -> str:
     compared = [row for row in report.rows if row.own is not None]
     last, worst = compared[-1], max(compared, key=lambda row: row.own_ratio)
+    ok = "OK, as far as these weights can show" if report.blind else "OK"
     return (
-        f"OK: {len(compared)} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it is "
-        f"{last.total_ratio:.1f}x as far from the truth as {report.yardstick}, {last.total.rms_rel:.1e} relative; "  # type: ignore[union-attr]
+        f"{ok}: {len(compared)} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it "
+        f"is {last.total_ratio:.1f}x as far from the truth as {report.yardstick}, {last.total.rms_rel:.1e} relative; "  # type: ignore[union-attr]
         f"no single op is more than {worst.own_ratio:.1f}x ({worst.name})."
     )
 
@@ -111,7 +114,7 @@ def markdown(report: Report) -> str:
 
 - yardstick: {md(report.yardstick)}
 - model: {md(report.task)}, {md(", ".join(f"{name} {list(shape)}" for name, shape in report.inputs.items()))}
-
+{_notes(report)}
 Errors are root mean squares relative to the float64 truth's; `x` is in units of the yardstick's error.
 Own: the float64 op on the same inputs. Total: the float64 run of the whole network.
 
@@ -119,6 +122,11 @@ Own: the float64 op on the same inputs. Total: the float64 run of the whole netw
 |---|---|---:|---:|---:|---:|---|---|
 {rows}
 """
+
+
+def _notes(report: Report) -> str:
+    said = [*report.notes, *([report.blind] if report.blind else [])]
+    return "".join(f"- {md(text)}\n" for text in said)
 
 
 def _markdown_row(row: Row) -> str:
@@ -153,6 +161,7 @@ def as_json(report: Report) -> str:
         "inputs": {name: list(shape) for name, shape in report.inputs.items()},
         "origins": report.origins,
         "notes": report.notes,
+        "hidden_by_weights": report.blind,
         "seconds": round(report.seconds, 2),
         "ulp_edges": list(ULP_EDGES),
         "rows": rows,
