@@ -12,7 +12,7 @@ from .loading import add_model_arguments, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out
 
 if TYPE_CHECKING:
-    from ..verify.lockstep import Job, Report
+    from ..verify.lockstep import Job, Report, Row
     from ..verify.streams import RunSource, Source
     from ..verify.trace_file import TraceFile
 
@@ -113,9 +113,14 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
         raise UsageError(f"--task: expected one of {', '.join(CLASSES)}, found {args.task}")
     task = args.task or open_checkpoint(args.model).task or "model"
     config, arrays = load_checkpoint(args.model, task)
-    inputs = {}
-    if trace is not None and args.image is None and args.random_seed is None and not args.size:
+    inputs: dict[str, Any] = {}
+    if trace is not None and args.random_seed is None and not args.size:
         inputs = trace.inputs_for(task)
+        if not inputs and not args.image:
+            raise ValueError(
+                f"{args.against}: has no array input.pixel_values, so what it was made from is not known; give "
+                "--image, or --random-seed N if it was made from `minibeit verify --random-seed N`"
+            )
     job = Job(config, task, arrays, inputs or _inputs(args, config, task))
     wrong = misfits(trace, job) if trace is not None else []
     if wrong:
@@ -165,6 +170,20 @@ def _test_weights(args: argparse.Namespace, job: Job) -> int:
     return 0
 
 
+def _pixels(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> tuple[Row | None, list[str]]:
+    """The row of the pixels, where there are two sides of them, and what is to be said of those where there are not."""
+    if trace is None:
+        return None, []
+    if not args.image:
+        return None, ["preprocessing was not looked at, since no --image is given"]
+    if "pixel_values" not in trace.inputs:
+        return None, [f"preprocessing was not looked at, since {args.against} has no input.pixel_values"]
+    from ..verify.pixels import judge
+
+    processor = load_processor(args.model, job.config, args.quiet)
+    return judge(trace.inputs["pixel_values"], processor, args.image), []
+
+
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     from ..verify.lockstep import check
     from ..verify.report_text import HEADER, line, verdict
@@ -173,8 +192,11 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     yardstick = None
     if args.against in ("torch", "timm"):
         yardstick = _pytorch(args.against, job, leave_out)
+    first, notes = _pixels(args, job, trace)
     if not args.quiet:
         out(HEADER)
+        if first is not None:
+            out(line(first))
     report = check(
         job,
         candidate,
@@ -184,6 +206,8 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
         heat=any(path.lower().endswith(".html") for path in args.report),
         progress=None if args.quiet else lambda row: out(line(row)),
         leave_out=leave_out,
+        first=first,
+        notes=notes,
     )
     report.origins = origins
     if leave_out and not args.quiet:
