@@ -148,9 +148,9 @@ def _test_weights(args: argparse.Namespace, job: Job) -> int:
     """Writes the checkpoint; the architecture in its config says for which task it is."""
     import shutil
 
-    from ..checkpoint.hub import resolve
     from ..checkpoint.save import save_checkpoint
-    from ..image_processor import PROCESSOR_NAME
+    from ..file_names import PROCESSOR_NAME
+    from ..hub import resolve
     from ..verify.float64_model import CLASSES
     from ..verify.informative import informative_weights
 
