@@ -2,7 +2,7 @@
 
 device.py   finding CuPy, driver and device; memory    *.cu, kernels.py                 the kernels and their launches
 gemm.py     cuBLAS                                     prepare.py                       weights on the device
-arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              fallback.py  `on_device`
+arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              bind.py      `on_device`
 
 Pixels go up once and outputs come down once; in between nothing waits for the device.  A model is float32 (true
 float32; MINIBEIT_TF32=1 lets products round to TF32), float64, or float16 or bfloat16: then matrices and what is
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from .arrays import *
 from .attention import *
-from .fallback import on_device
+from .bind import on_device
 from .losses import *
 from .maps import *
 from .prepare import prepare
