@@ -19,11 +19,18 @@ from .foreign import as_numpy, as_torch
 from .hub import resolve_settings
 from .images.loading import flatten_images, load_image, load_label_map
 from .images.settings import SETTINGS, ImageSettings
-from .images.transforms import center_crop, reduce_labels, resize, resize_labels, resized_shape, to_pixel_values
+from .images.transforms import (
+    IGNORED_LABEL,
+    center_crop,
+    reduce_labels,
+    resize,
+    resize_labels,
+    resized_shape,
+    to_pixel_values,
+)
 from .images.types import defaults_of_type, width_first
 from .strict_json import brief, read_json
 
-IGNORED_LABEL = 255
 _RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
 _TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
 

@@ -162,7 +162,7 @@ class Backbone:
 
 def shapes(config: BeitConfig, task: str) -> Any:
     """The parameter tree of `task` (a key of `TASKS`) with shape tuples as leaves."""
-    return TASKS[task](config)
+    return _SHAPES[task](config)
 
 
 def param_shapes(config: BeitConfig, task: str) -> dict[str, tuple[int, ...]]:
@@ -271,7 +271,7 @@ def _conv_bn(out: int, in_: int, kernel: int) -> ConvBatchNorm:
     return ConvBatchNorm(Conv((out, in_, kernel, kernel), None), _batch_norm(out))
 
 
-TASKS: dict[str, Callable[[BeitConfig], Any]] = {
+_SHAPES: dict[str, Callable[[BeitConfig], Any]] = {
     "model": _model,
     "masked_image_modeling": _masked_image_modeling,
     "image_classification": _image_classification,

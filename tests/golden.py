@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 import minibeit
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 
 DATA = Path(__file__).parent / "data"
 NAMES = (

@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 import minibeit
 from minibeit.checkpoint.names import hub_names
 from minibeit.params import param_shapes
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 
 OPTIONS = {"output_hidden_states": True, "output_attentions": True}
 

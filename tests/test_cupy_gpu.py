@@ -84,7 +84,7 @@ def test_rows_of_scores_longer_than_a_block_keeps(dtype, part, monkeypatch):
     table = random(table_rows(grid), 1, seed=9)
     bias = PositionBias(ops.asarray(table, "float32"), grid)
     host_bias = PositionBias(table.astype(np.float64), grid)
-    up = part("kernels").operand
+    up = part("kernels").to_storage
     found = ops.to_host(ops.attention(*(up(ops.asarray(x, "float32"), dtype) for x in (q, k, v)), bias))
     truth = reference.attention(*map(np.float64, (q, k, v)), host_bias)
     assert distance(found, truth) < STEP.get(dtype, 5e-7)

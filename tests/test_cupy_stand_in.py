@@ -25,7 +25,7 @@ from minibeit.errors import DeviceError
 from minibeit.ops import get_ops, host_dtype
 from minibeit.ops.table import TABLE
 from minibeit.params import LayerNorm
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no g++ to compile CUDA C++ with")
 

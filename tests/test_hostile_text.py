@@ -26,7 +26,7 @@ from minibeit import BeitForImageClassification, text
 from minibeit.checkpoint.formats import read_tensors, write_safetensors
 from minibeit.cli import COMMANDS
 from minibeit.errors import CheckpointError, DeviceError, ImageError
-from minibeit.verify.float64_model import task_class
+from minibeit.tasks import task_class
 from minibeit.verify.lockstep import Job
 from minibeit.verify.trace_file import save_trace
 

@@ -26,7 +26,7 @@ ARRAY_LIBRARIES = {"numpy", "numba", "cupy", "torch", "jax", "scipy", "tensorflo
 LAYERS = [
     {"text", "errors", "files", "file_names", "foreign", "strict_json"},
     {"catalogue", "loading_options"},
-    {"hub", "labels"},
+    {"hub", "labels", "task_table"},
     {"config", "config_checks"},
     {"params", "trace", "outputs", "masking", "noise"},
     {"checkpoint", "ops", "images"},

@@ -9,7 +9,8 @@ import pytest
 
 from minibeit import BeitConfig, BeitImageProcessor, catalogue, labels
 from minibeit.checkpoint import class_names
-from minibeit.params import TASKS, count_parameters
+from minibeit.params import count_parameters
+from minibeit.task_table import TASKS
 
 HOME = Path(__file__).resolve().parent.parent
 MANIFEST = catalogue.manifest()

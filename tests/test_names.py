@@ -6,7 +6,8 @@ import pytest
 from conftest import tiny_config
 
 from minibeit.checkpoint.names import ALIASES, DIALECTS, Naming, Place, hub_names, recognise
-from minibeit.params import TASKS, param_shapes
+from minibeit.params import param_shapes
+from minibeit.task_table import TASKS
 
 CONFIG = tiny_config(
     use_mask_token=True,

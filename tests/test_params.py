@@ -10,7 +10,6 @@ from conftest import tiny_config
 
 from minibeit import BeitConfig
 from minibeit.params import (
-    TASKS,
     Linear,
     count_parameters,
     flatten,
@@ -20,6 +19,7 @@ from minibeit.params import (
     table_rows,
     unflatten,
 )
+from minibeit.task_table import TASKS
 
 LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 BLOCK = dict(use_relative_position_bias=True)

@@ -12,10 +12,12 @@ from verify_plant import job, model_of
 from minibeit import Trace
 from minibeit.ops import reference
 from minibeit.params import Conv, ConvBatchNorm, ConvTranspose
+from minibeit.task_table import CLASSES
+from minibeit.tasks import task_class
 from minibeit.verify import float64_model
 from minibeit.verify.bisect import bisect, fast_ops
 from minibeit.verify.difference import ULP_EDGES, difference, distance, heat_map
-from minibeit.verify.float64_model import CLASSES, Log, task_class, truth_model
+from minibeit.verify.float64_model import Log, truth_model
 from minibeit.verify.lockstep import Job, check, model_source
 from minibeit.verify.report_text import as_json, markdown, verdict
 from minibeit.verify.streams import RunSource, Stream, TraceSource

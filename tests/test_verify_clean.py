@@ -9,8 +9,8 @@ from random_configs import draw
 from verify_plant import job, model_of
 
 from minibeit import BeitConfig
+from minibeit.tasks import task_class
 from minibeit.verify import budget
-from minibeit.verify.float64_model import task_class
 from minibeit.verify.lockstep import Job, check, model_source
 
 # The largest ratios to the yardstick that 300 random models showed: own 2.5 (numba beside NumPy, patch embedding),

@@ -16,7 +16,7 @@ from verify_plant import after, job, model_of
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.cli import verify as command
 from minibeit.cli.terminal import UsageError
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 from minibeit.verify.lockstep import check, model_source
 from minibeit.verify.report_html import html
 from minibeit.verify.trace_file import TraceFile

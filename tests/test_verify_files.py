@@ -13,8 +13,8 @@ from verify_plant import job, model_of
 from minibeit import BeitForImageClassification, CheckpointError, Trace
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.save import save_checkpoint
+from minibeit.task_table import CLASSES
 from minibeit.verify import published
-from minibeit.verify.float64_model import CLASSES
 from minibeit.verify.golden_pack import check_sums, export_golden
 from minibeit.verify.lockstep import Job, check
 from minibeit.verify.published import check_published
@@ -240,7 +240,7 @@ def test_published_outputs_of_a_stand_in(two, monkeypatch):
         ],
     }
     monkeypatch.setattr(published, "resolve", lambda id: folder / "a")
-    monkeypatch.setattr(published.labels, "manifest", lambda: {"stand/in": entry})
+    monkeypatch.setattr(published.catalogue, "manifest", lambda: {"stand/in": entry})
     assert [o.status for o in check_published("stand/in", backend="numpy")] == ["ok", "ok", "ok", "skipped"]
     entry["expected"][0]["values"][1] += 0.01
     entry["expected"][1]["argmax"] = (int(logits.argmax()) + 1) % 5

@@ -15,7 +15,7 @@ from conftest import random_weights, tiny_config
 
 from minibeit.ops import reference
 from minibeit.params import ConvTranspose, LayerNorm, table_rows
-from minibeit.verify.float64_model import task_class
+from minibeit.tasks import task_class
 from minibeit.verify.known_mistakes import half
 from minibeit.verify.lockstep import Job, Report, check, model_source
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..task_table import CLASSES
 from . import gpu
 from .workloads import TASKS, Workload, model_class, pixels
 
@@ -118,7 +119,7 @@ def _output(result: Any) -> Any:
 def _transformers_model(workload: Workload, folder: Path) -> Any:
     transformers = import_module("transformers")
     transformers.logging.set_verbosity_error()
-    return getattr(transformers, TASKS[workload.task][2]).from_pretrained(str(folder)).eval()
+    return getattr(transformers, CLASSES[TASKS[workload.task][0]]).from_pretrained(str(folder)).eval()
 
 
 def _first_output(model: Any) -> Any:

@@ -9,10 +9,11 @@ Letters: B batch, N tokens, P patches, D width, F mlp width, K classes, V visual
 from __future__ import annotations
 
 from ..config import BeitConfig
+from ..model.segmentation import feature_states
 
 
 def count(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, int] | None = None) -> dict[str, int]:
-    """{part: operations} of `task` (a key of `params.TASKS`) for B images of `grid` patches, the native one by default.
+    """{part: operations} of `task` for B images of `grid` patches, the native one by default.
 
     Counts only what the result depends on: no blocks after the last one that the head reads, and no auxiliary head,
     which is for training.
@@ -46,12 +47,10 @@ def total(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, i
 def _depth(config: BeitConfig, task: str) -> int:
     """How many blocks the result depends on."""
     L = config.num_hidden_layers
-    indices = [i % (L + 1) for i in config.out_indices or ()]
     if task == "backbone":
-        return max(indices)
+        return max(i % (L + 1) for i in config.out_indices or ())
     if task == "semantic_segmentation":
-        shift = 1 if config.feature_convention == "unilm" else -1
-        return max((i + shift) % (L + 1) for i in indices)
+        return max(feature_states(config))
     return L
 
 

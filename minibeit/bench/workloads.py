@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 from ..checkpoint.save import save_checkpoint
 from ..config import BeitConfig
 from ..params import param_shapes
+from ..task_table import CLASSES
+from ..tasks import task_class
 
 SIZES: dict[str, dict[str, Any]] = {
     "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
@@ -20,12 +21,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 OUT_INDICES = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23), "digits": (1, 2, 3, 4)}
 
-# name of the task -> (name in `params`, module and class here, class in transformers, classes, image size)
-TASKS: dict[str, tuple[str, str, str, int, int]] = {
-    "classification": ("image_classification", "image_classification", "BeitForImageClassification", 1000, 224),
-    "mim": ("masked_image_modeling", "masked_image_modeling", "BeitForMaskedImageModeling", 2, 224),
-    "segmentation": ("semantic_segmentation", "semantic_segmentation", "BeitForSemanticSegmentation", 150, 640),
-    "backbone": ("backbone", "backbone", "BeitBackbone", 2, 224),
+# what people say -> (name in `task_table`, classes, image size)
+TASKS: dict[str, tuple[str, int, int]] = {
+    "classification": ("image_classification", 1000, 224),
+    "mim": ("masked_image_modeling", 2, 224),
+    "segmentation": ("semantic_segmentation", 150, 640),
+    "backbone": ("backbone", 2, 224),
 }
 DIGITS_IMAGE = 32
 
@@ -56,7 +57,7 @@ class Workload:
             SIZES[self.size],
             image_size=self.image_size,
             use_relative_position_bias=True,
-            num_labels=TASKS[self.task][3],
+            num_labels=TASKS[self.task][1],
             use_mask_token=self.task == "mim",
         )
         if self.task in ("segmentation", "backbone"):
@@ -70,7 +71,7 @@ class Workload:
 
 def make(task: str, size: str, image_size: int | None, batch_size: int) -> Workload:
     """The workload, with the task's usual image size if none is given.  Raises ValueError if it is impossible."""
-    usual = DIGITS_IMAGE if size == "digits" else TASKS[task][4]
+    usual = DIGITS_IMAGE if size == "digits" else TASKS[task][2]
     workload = Workload(task, size, image_size or usual, batch_size)
     ph, pw = workload.config.patch_shape
     if workload.image_size % ph or workload.image_size % pw:
@@ -82,8 +83,7 @@ def make(task: str, size: str, image_size: int | None, batch_size: int) -> Workl
 
 def model_class(task: str) -> Any:
     """minibeit's class of the task."""
-    _, module, name, _, _ = TASKS[task]
-    return getattr(import_module(f"..tasks.{module}", __package__), name)
+    return task_class(TASKS[task][0])
 
 
 def write_checkpoint(workload: Workload, folder: Path, seed: int = 0) -> Path:
@@ -92,7 +92,7 @@ def write_checkpoint(workload: Workload, folder: Path, seed: int = 0) -> Path:
     No zeros and no ones, so that no engine can skip anything, and no denormal numbers.
     """
     name = TASKS[workload.task][0]
-    config = workload.config.replace(architectures=(TASKS[workload.task][2],))
+    config = workload.config.replace(architectures=(CLASSES[name],))
     rng = np.random.default_rng(seed)
     arrays = {key: _random(key, shape, rng) for key, shape in param_shapes(config, name).items()}
     save_checkpoint(folder, config, name, arrays)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from ..config import BeitConfig
 from ..errors import CheckpointError
 from ..file_names import ADAPTER_CONFIG, ADAPTER_FILES
-from ..params import TASKS, param_shapes
+from ..params import param_shapes
 from ..strict_json import read_json
+from ..task_table import TASKS
 from .dialects import DIALECTS, Place
 from .formats import TensorInfo, Tensors, load_file
 from .formats.lazy_tensors import FLOATS, narrowed

@@ -19,20 +19,13 @@ from ..errors import CheckpointError
 from ..file_names import CONFIG_NAME, PREPARED_NAME, PROCESSOR_NAME, WEIGHTS_NAME
 from ..files import scratch_folder
 from ..loading_options import split_model_keywords
-from ..params import BATCH_NORM_EPS, TASKS, count_parameters, param_shapes, random_arrays
+from ..params import BATCH_NORM_EPS, count_parameters, param_shapes, random_arrays
 from ..strict_json import read_json
+from ..task_table import TASKS, checked_task
 from .load import Checkpoint, Match, check_match, listed, match_names, open_checkpoint, read_arrays
 from .names import IGNORED
 from .resize import resize_arrays, share_to_blocks
 from .save import FILE_DTYPES, save_checkpoint
-
-CLASSES = {
-    "model": "Model",
-    "masked_image_modeling": "ForMaskedImageModeling",
-    "image_classification": "ForImageClassification",
-    "semantic_segmentation": "ForSemanticSegmentation",
-    "backbone": "Backbone",
-}
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,8 @@ def convert(
     destination = Path(destination)
     if dtype not in FILE_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(FILE_DTYPES)}, found {dtype!r}")
-    if task is not None and task not in TASKS:
-        raise ValueError(f"task: expected one of {', '.join(TASKS)}, found {task!r}")
+    if task is not None:
+        checked_task(task)
     if destination.exists() and not destination.is_dir():
         raise FileExistsError(f"{destination}: is a file; give a folder to write to")
     if destination.exists() and any(destination.iterdir()) and not force:
@@ -98,8 +91,7 @@ def convert(
     if image_size is not None:
         config, arrays = resize_arrays(arrays, config, image_size, resize_method)
         notes.append(f"resized from {_by(old)} to {_by(config.image_shape)} pixels by method {resize_method}")
-    prefix = "Data2VecVision" if config.model_type == "data2vec-vision" else "Beit"
-    config = config.replace(architectures=(prefix + CLASSES[task],))
+    config = config.replace(architectures=(TASKS[task].architecture(config.model_type),))
     if config.add_fpn and "batch_norm_eps" not in config.extra:
         # transformers 4 reads it and has no default
         config = config.replace(extra={**config.extra, "batch_norm_eps": BATCH_NORM_EPS})

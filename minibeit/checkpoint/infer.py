@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import BeitConfig
 from ..errors import CheckpointError
+from ..task_table import BY_HEAD, TASKS
 from .names import Naming
 
 HEAD_SIZE = 64  # of every published BEiT; used only where no bias table shows the number of heads
@@ -155,15 +156,8 @@ class _Reader:
         return height if height == width else (height, width)
 
     def task(self) -> str:
-        for name, task in (
-            ("lm_head.weight", "masked_image_modeling"),
-            ("decode_head.classifier.weight", "semantic_segmentation"),
-            ("classifier.weight", "image_classification"),
-            ("fpn.deconv1.weight", "backbone"),
-        ):
-            if self.shape(name) is not None:
-                return task
-        return "model"
+        shown = (task for task in BY_HEAD if TASKS[task].shown_by and self.shape(TASKS[task].shown_by) is not None)
+        return next(shown, "model")
 
     def head(self, task: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
         """The settings that follow from the head's shapes."""

@@ -19,6 +19,7 @@ from ..hub import resolve
 from ..loading_options import Loading, split_model_keywords
 from ..params import param_shapes, random_arrays
 from ..strict_json import read_json
+from ..task_table import BY_HEAD, OF_ARCHITECTURE
 from .adapter import Adapter, base_of, read_adapter, saved_classes
 from .class_names import name_classes, with_names
 from .dialects import Place
@@ -249,17 +250,10 @@ def read_arrays(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: str 
 
 def task_of(config: BeitConfig, tensors: Any, naming: Naming) -> str | None:
     """The task a checkpoint was made for, according to the config's `architectures` or else to its head."""
-    names = {"BeitModel": "model", "Data2VecVisionModel": "model", "BeitBackbone": "backbone"}
-    for ending, task in (
-        ("ForMaskedImageModeling", "masked_image_modeling"),
-        ("ForImageClassification", "image_classification"),
-        ("ForSemanticSegmentation", "semantic_segmentation"),
-    ):
-        names.update({prefix + ending: task for prefix in ("Beit", "Data2VecVision", "FlaxBeit")})
     for architecture in config.architectures or ():
-        if architecture in names:
-            return names[architecture]
-    for task in ("masked_image_modeling", "semantic_segmentation", "image_classification", "model"):
+        if architecture in OF_ARCHITECTURE:
+            return OF_ARCHITECTURE[architecture]
+    for task in (task for task in BY_HEAD if task != "backbone"):  # which may have an encoder's parameters alone
         match = match_names(tensors, config, task, naming)
         heads_alone = task == "model" and all(name.startswith(HEADS) for name in match.missing)
         if (heads_alone or not match.missing) and not match.mismatched:

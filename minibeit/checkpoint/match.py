@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..config import BeitConfig
 from ..errors import CheckpointError
 from ..file_names import CONFIG_NAME
-from ..params import TASKS, param_shapes
+from ..params import param_shapes
+from ..task_table import TASKS
 from ..text import shown_name
 from .dialects import Place
 from .names import IGNORED, Naming, recognise
@@ -22,23 +23,13 @@ SHOWN = 8  # how many names an error or a warning lists
 
 # What a model may lack when the checkpoint was made for another task: its head, and norms that serve a head.
 HEADS = (
-    "classifier",
-    "lm_head",
-    "norm",
-    "fpn",
-    "decode_head",
+    *(head for task in TASKS.values() for head in task.heads),
     "auxiliary_head",
+    "norm",
     "beit.pooler",
     "beit.norm",
     "beit.embeddings.mask_token",
 )
-# Heads of which a file must not have more parts than the model: that would mean another head of the same name.
-OWN_HEADS = {
-    "image_classification": ("classifier",),
-    "masked_image_modeling": ("lm_head",),
-    "semantic_segmentation": ("decode_head", "fpn"),
-    "backbone": ("fpn",),
-}
 QUANTISED = (".absmax", ".quant_map", ".SCB", ".weight_format", ".qweight", ".qzeros")
 
 
@@ -142,7 +133,10 @@ def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[lis
     known = _names_of_other_heads(checkpoint.config, naming, checkpoint.tensors) if match.unexpected else set()
     rest = [name for name in match.unexpected if name not in known]
     has = {name.split(".")[0] for name in (*match.found, *match.missing)}  # no classifier where num_labels is 0
-    stray = naming.within(rest, [head for head in OWN_HEADS.get(task or str(checkpoint.task), ()) if head in has])
+    # parts of such a head that the model lacks would mean another head of the same name
+    made_for = TASKS.get(task or str(checkpoint.task))
+    own_heads = made_for.heads if made_for else ()
+    stray = naming.within(rest, [head for head in own_heads if head in has])
     if stray:
         raise CheckpointError(
             f"{checkpoint.path}: {len(stray)} tensors have no place in the model that the config describes: "

@@ -10,10 +10,10 @@ import numpy as np
 
 from ..config import BeitConfig
 from ..file_names import WEIGHTS_NAME
+from ..task_table import TASKS
 from .formats import write_safetensors
 from .names import hub_names
 
-BARE_TASKS = ("model", "backbone")  # their files have no `beit.` in front of the names
 FILE_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -34,7 +34,7 @@ def save_checkpoint(
         raise ValueError(f"dtype: expected one of {', '.join(FILE_DTYPES)}, found {dtype!r}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    names = hub_names(arrays, config.model_type, bare=task in BARE_TASKS)
+    names = hub_names(arrays, config.model_type, bare=TASKS[task].bare)
     tensors = {names[name]: array for name, array in arrays.items()}
     for name in arrays:
         if name.endswith(".running_var"):

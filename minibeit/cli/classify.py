@@ -99,13 +99,14 @@ def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K
     """
     import numpy as np
 
+    from ..ops.reference import softmax
+
     x = np.asarray(logits, np.float64)
     if problem == "regression" or (problem is None and len(x) == 1):
         return x
     if problem == "multi_label_classification":
         return 0.5 * (1 + np.tanh(0.5 * x))  # the sigmoid, without overflow
-    powers = np.exp(x - x.max())
-    return powers / powers.sum()
+    return softmax(x)
 
 
 def _given_names(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..checkpoint.names import ALIASES, DIALECTS
     from ..checkpoint.save import FILE_DTYPES
     from ..loading_options import RESIZE_METHODS
-    from ..params import TASKS
+    from ..task_table import TASKS
 
     parser.add_argument("source", help="a checkpoint file, a folder, or an id on the Hub")
     parser.add_argument("destination", help="the folder to write; it must be empty or new")
@@ -87,7 +87,7 @@ def _check_destination(args: argparse.Namespace) -> None:
 def _prepare(folder: Path, task: str) -> None:
     """Replaces the weights in `folder` by prepared ones."""
     from ..file_names import WEIGHTS_NAME
-    from ..verify.float64_model import task_class
+    from ..tasks import task_class
 
     task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)
     (folder / WEIGHTS_NAME).unlink()

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..task_table import TASKS, in_words
 from ..text import LONGEST, one_line, shown_name
-from .loading import task_name
 from .terminal import out, print_json, table
 
 if TYPE_CHECKING:
@@ -28,13 +28,12 @@ EXAMPLES = """\
   minibeit inspect model.pth --summary
   minibeit inspect microsoft/beit-base-patch16-224 --json
 """
-TASKS = ("model", "masked_image_modeling", "image_classification", "semantic_segmentation", "backbone")
 NAMED_LABELS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a file or an id on the Hub")
-    parser.add_argument("--task", choices=TASKS, help="what to check it for (default: what it was made for)")
+    parser.add_argument("--task", choices=list(TASKS), help="what to check it for (default: what it was made for)")
     parser.add_argument("--summary", action="store_true", help="leave the list of the tensors out")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -146,7 +145,7 @@ def _print(facts: dict[str, Any], brief: bool) -> None:
     if len(facts["files"]) > 1:
         rows.append(("files", f"{len(facts['files'])}: {', '.join(Path(file).name for file in facts['files'])}"))
     if "task" in facts:
-        rows.append(("made for", task_name(facts["made_for"] or "no task that could be told")))
+        rows.append(("made for", in_words(facts["made_for"] or "no task that could be told")))
         rows.append(("names", f"as in {facts['software']}"))
         rows += facts["summary"].items()
         if facts["assumed"]:
@@ -170,7 +169,7 @@ def _print_fit(facts: dict[str, Any]) -> None:
     if "error" in facts:
         out(f"does not fit: {one_line(facts['error'])}")
         return
-    out(f"checked for {task_name(facts['task'])}, a model of {facts['parameters']:,} parameters")
+    out(f"checked for {in_words(facts['task'])}, a model of {facts['parameters']:,} parameters")
     for kind, comment in (
         ("missing", "tensors that the model needs"),
         ("mismatched", "tensors of another shape"),

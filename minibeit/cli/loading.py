@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..task_table import in_words
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -76,18 +77,13 @@ def check_head(model: str, task: str) -> None:
         return
     if checkpoint.task not in (None, task):
         raise CheckpointError(
-            f"{model}: this needs a checkpoint of {task_name(task)}, the given one was made for "
-            f"{task_name(str(checkpoint.task))}"
+            f"{model}: this needs a checkpoint of {in_words(task)}, the given one was made for "
+            f"{in_words(str(checkpoint.task))}"
         )
     raise CheckpointError(
-        f"{model}: {len(missing)} tensors that {task_name(task)} needs are missing: {listed(missing.values())}; "
+        f"{model}: {len(missing)} tensors that {in_words(task)} needs are missing: {listed(missing.values())}; "
         "`minibeit inspect` shows what is there"
     )
-
-
-def task_name(task: str) -> str:
-    """A task in words."""
-    return {"model": "the bare encoder", "backbone": "feature maps"}.get(task, task.replace("_", " "))
 
 
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:

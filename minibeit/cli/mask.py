@@ -93,9 +93,10 @@ def _ratio(text: str) -> float:
 def _prediction(logits: np.ndarray, row: int, column: int) -> dict[str, Any]:
     import numpy as np
 
-    powers = np.exp(logits.astype(np.float64) - logits.max())
+    from ..ops.reference import softmax
+
     token = int(logits.argmax())
-    return {"row": row, "column": column, "token": token, "score": float(powers[token] / powers.sum())}
+    return {"row": row, "column": column, "token": token, "score": float(softmax(logits.astype(np.float64))[token])}
 
 
 def _seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (H, W, 3) uint8

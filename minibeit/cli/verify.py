@@ -105,12 +105,12 @@ def _check_usage(args: argparse.Namespace) -> None:
 
 def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
     from ..checkpoint.load import load_checkpoint, open_checkpoint
-    from ..verify.float64_model import CLASSES
+    from ..task_table import TASKS
     from ..verify.lockstep import Job
     from ..verify.trace_file import misfits
 
-    if args.task is not None and args.task not in CLASSES:
-        raise UsageError(f"--task: expected one of {', '.join(CLASSES)}, found {args.task}")
+    if args.task is not None and args.task not in TASKS:
+        raise UsageError(f"--task: expected one of {', '.join(TASKS)}, found {args.task}")
     task = args.task or open_checkpoint(args.model).task or "model"
     config, arrays = load_checkpoint(args.model, task)
     inputs: dict[str, Any] = {}
@@ -151,7 +151,7 @@ def _test_weights(args: argparse.Namespace, job: Job) -> int:
     from ..checkpoint.save import save_checkpoint
     from ..file_names import PROCESSOR_NAME
     from ..hub import resolve
-    from ..verify.float64_model import CLASSES
+    from ..task_table import CLASSES
     from ..verify.informative import informative_weights
 
     folder, seed = Path(args.test_weights), args.random_seed or 0
@@ -243,7 +243,7 @@ def _candidate(
 
 
 def _model(args: argparse.Namespace, job: Job) -> Any:
-    from ..verify.float64_model import task_class
+    from ..tasks import task_class
 
     arrays = _cast(job.arrays, args.dtype)
     return task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend, device=args.device)

@@ -8,6 +8,7 @@ from PIL import Image
 from ..errors import ImageError
 from .loading import most_pixels
 
+IGNORED_LABEL = 255  # of label maps: a class that losses leave out, as configs of the Hub have it
 LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped image: 8192 x 8192, 800 MB as float32 with three channels
 
 
@@ -100,7 +101,7 @@ def to_pixel_values(
 
 def reduce_labels(labels: np.ndarray) -> np.ndarray:
     """Class 0 (background) becomes 255, every other class k becomes k - 1, and 255 stays; a new array."""
-    return np.where((labels == 0) | (labels == 255), 255, labels - 1)
+    return np.where((labels == 0) | (labels == IGNORED_LABEL), IGNORED_LABEL, labels - 1)
 
 
 def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ops import BACKENDS
 from ..ops.table import TABLE, served_by
-from .float64_model import task_class
+from ..tasks import task_class
 from .lockstep import Job, Report, check, model_source
 
 

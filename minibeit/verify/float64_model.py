@@ -13,21 +13,13 @@ from typing import Any
 
 import numpy as np
 
-import minibeit
-
 from ..config import BeitConfig
 from ..ops import get_ops, reference
 from ..ops.table import CONTROL, TABLE, names_of
 from ..params import BATCH_NORM_EPS, Conv, ConvBatchNorm, ConvTranspose
+from ..tasks import task_class
 from . import engine_arithmetic
 
-CLASSES = {
-    "model": "BeitModel",
-    "masked_image_modeling": "BeitForMaskedImageModeling",
-    "image_classification": "BeitForImageClassification",
-    "semantic_segmentation": "BeitForSemanticSegmentation",
-    "backbone": "BeitBackbone",
-}
 STRIP_BYTES = 16 << 20  # what a strip of rows of a convolution may take
 MIXED = ("conv_bn_relu", "conv_bn_relu_resized", "concatenate")  # ops that need no float64 copy of their input
 
@@ -55,13 +47,6 @@ class Log:
     def take(self) -> list[Call]:
         calls, self.calls = self.calls, []
         return calls
-
-
-def task_class(task: str) -> Any:
-    """The model class of a task."""
-    if task not in CLASSES:
-        raise ValueError(f"task: expected one of {', '.join(CLASSES)}, found {task!r}")
-    return getattr(minibeit, CLASSES[task])
 
 
 def truth_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], log: Log | None = None) -> Any:

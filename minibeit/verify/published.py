@@ -11,8 +11,8 @@ import numpy as np
 from .. import catalogue
 from ..hub import resolve
 from ..image_processor import BeitImageProcessor
+from ..tasks import task_class
 from ..trace import Trace
-from .float64_model import task_class
 from .streams import host
 
 PLAIN = "every pixel value 0.5"  # the one published input that needs no picture

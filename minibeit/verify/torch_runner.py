@@ -18,7 +18,7 @@ import numpy as np
 from ..checkpoint.names import DIALECTS, Naming
 from ..config import BeitConfig
 from ..ops import reference
-from .float64_model import CLASSES
+from ..task_table import TASKS
 from .lockstep import Job
 from .streams import RunSource
 
@@ -103,11 +103,10 @@ def build(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> An
     """transformers' model of the task, its parameters being views of `arrays`."""
     torch, transformers = _libraries()
     data2vec = config.model_type == "data2vec-vision"
-    name, config_class = CLASSES[task], transformers.BeitConfig
-    if data2vec:
-        name, config_class = name.replace("Beit", "Data2VecVision"), transformers.Data2VecVisionConfig
+    name = TASKS[task].architecture(config.model_type)
     if not hasattr(transformers, name):
         raise ValueError(f"transformers {transformers.__version__} has no {name} to compare {task} with")
+    config_class = transformers.Data2VecVisionConfig if data2vec else transformers.BeitConfig
     settings = {k: v for k, v in config.to_dict().items() if k not in ("compat", "feature_convention", "architectures")}
     options = {"add_pooling_layer": True} if task == "model" else {}
     with torch.device("cpu" if _old() else "meta"):  # old classes compute while they are made

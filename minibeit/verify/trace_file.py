@@ -4,7 +4,7 @@ Any program can write one.  Needed is only the metadata entry `format` = "minibe
 against the model at hand:
 
     config             the model's config.json as text
-    task               "image_classification", ... (a key of minibeit.params.TASKS)
+    task               "image_classification", ... (a key of minibeit.task_table.TASKS)
     made_by            who computed it, for the report
     weights_sha256     of all weights, see `weights_hash`
     origins, versions  JSON, for the record
@@ -31,8 +31,8 @@ import minibeit
 from ..checkpoint.formats import load_file
 from ..config import BeitConfig
 from ..files import atomic_write
-from ..params import TASKS
 from ..strict_json import parse_json
+from ..task_table import TASKS
 from ..trace import Trace
 from .budget import pixel_limit
 from .lockstep import Job
@@ -40,7 +40,6 @@ from .streams import TraceSource, host
 
 FORMAT = "minibeit-trace"
 INPUT = "input."
-MASKED_TASKS = ("model", "masked_image_modeling")  # whose call takes a mask
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bool": "BOOL", "int32": "I32", "int64": "I64"}
 IGNORED_SETTINGS = (  # fields of a config that change no number of an inference
     "architectures",
@@ -93,7 +92,7 @@ class TraceFile(Mapping[str, np.ndarray]):
 
     def inputs_for(self, task: str) -> dict[str, np.ndarray]:
         """The arrays of the call, none if the trace does not have them.  Raises ValueError for any other input."""
-        taken = ("pixel_values", "bool_masked_pos") if task in MASKED_TASKS else ("pixel_values",)
+        taken = ("pixel_values", "bool_masked_pos") if task in TASKS and TASKS[task].masked else ("pixel_values",)
         strange = [name for name in self.inputs if name not in taken]
         if strange or (self.inputs and "pixel_values" not in self.inputs):
             found = ", ".join(INPUT + name for name in self.inputs)

@@ -15,8 +15,8 @@ from ..config import BeitConfig
 from ..ops import get_ops
 from ..ops.table import TABLE, Op
 from ..params import param_shapes
+from ..tasks import task_class
 from ..trace import Trace
-from .float64_model import task_class
 
 Shape = tuple[int, ...]
 

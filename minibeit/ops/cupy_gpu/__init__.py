@@ -2,7 +2,7 @@
 
 device.py   finding CuPy, driver and device; memory    *.cu, kernels.py                 the kernels and their launches
 gemm.py     cuBLAS                                     prepare.py                       weights on the device
-arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              fallback.py  `on_device`
+arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              bind.py      `on_device`
 
 Pixels go up once and outputs come down once; in between nothing waits for the device.  Calls in all threads are queued
 on the device's null stream, after what the caller's stream has to do (`device.session`); ops that are called by
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from .arrays import *
 from .attention import *
-from .fallback import on_device
+from .bind import on_device
 from .losses import *
 from .maps import *
 from .prepare import prepare

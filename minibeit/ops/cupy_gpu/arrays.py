@@ -15,7 +15,7 @@ from ...foreign import as_numpy
 from ...params import table_rows
 from .. import reference
 from .device import cupy
-from .kernels import DTYPES, model_dtype, visible
+from .kernels import DEVICE_TYPES, model_dtype, to_compute
 
 Array = Any
 PIECE_BYTES = 2 << 20  # threads check and copy large arrays in main memory in pieces of this size
@@ -76,7 +76,7 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _numpy_dtype(dtype: Any) -> Any:
-    return np.dtype(DTYPES[dtype][0]) if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype)
+    return np.dtype(DEVICE_TYPES[dtype][0]) if isinstance(dtype, str) and dtype in DEVICE_TYPES else np.dtype(dtype)
 
 
 def to_host(x: Array) -> np.ndarray:
@@ -84,7 +84,7 @@ def to_host(x: Array) -> np.ndarray:
     if not isinstance(x, cupy.ndarray):
         return x
     if x.dtype.char in "eH":
-        x = visible(x, model_dtype(x))
+        x = to_compute(x, model_dtype(x))
     return x.get()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from .arrays import relative_position_index
 from .device import cupy
 from .gemm import batched_product, product
-from .kernels import PLAIN, along_rows, block_size, kernel, model_dtype, operand, or_null, seen_dtype
+from .kernels import PLAIN, along_rows, block_size, compute_dtype, kernel, model_dtype, or_null, to_storage
 from .prepare import DeviceAttention
 from .rows import bias_activation
 
@@ -30,7 +30,7 @@ def project_qkv(
     For the fused attention kernel, which reads the heads in place, the results are views of the product.
     """
     dtype = p.qkv.dtype
-    x = operand(x, dtype)
+    x = to_storage(x, dtype)
     B, N, D = x.shape
     d = len(p.qkv.weight) // (3 * num_heads)
     joined = cupy.empty((B, N, 3, num_heads, d), x.dtype)
@@ -87,7 +87,7 @@ def _attend(q: Array, k: Array, v: Array, bias: Any | None) -> Array:  # 3 x (B,
     spread, stride = None, -(-N // 8) * 8
     if bias is not None:
         table, index, row, head = _bias_arrays(bias, dtype)
-        spread = cupy.empty((H, N, stride), seen_dtype(dtype))
+        spread = cupy.empty((H, N, stride), compute_dtype(dtype))
         kernel("spread_bias", dtype)(
             (H * N,), (block_size(N),), (table, row, head, index, spread, N, stride, HEAD**0.5)
         )
@@ -106,7 +106,7 @@ def _by_scores(
     """Attention as two products, for as many (image, head) pairs at a time as SCORES_BYTES allows."""
     B, H, N, d = q.shape
     dtype, pairs = model_dtype(q), B * H
-    seen = seen_dtype(dtype)
+    seen = compute_dtype(dtype)
     q, k, v = (cupy.ascontiguousarray(x).reshape(pairs, N, d) for x in (q, k, v))
     stride = -(-N // 8) * 8  # cuBLAS's fast kernels need rows aligned to 16 bytes
     at_once = max(1, min(pairs, SCORES_BYTES // (N * stride * seen.itemsize)))
@@ -138,7 +138,7 @@ def _softmax(
 
 def _bias_arrays(bias: Any, dtype: str) -> tuple[Array, Array, int, int]:
     """A position bias as kernels read it: the table, the index, and the table's strides along rows and heads."""
-    table, index = cupy.asarray(bias.table, seen_dtype(dtype)), _index(bias.grid, cupy.cuda.runtime.getDevice())
+    table, index = cupy.asarray(bias.table, compute_dtype(dtype)), _index(bias.grid, cupy.cuda.runtime.getDevice())
     row, head = (step // table.itemsize for step in table.strides)
     return table, index, row, head
 

@@ -20,7 +20,7 @@ _WARP = 32
 
 # dtype of a model -> (dtype of the arrays that model code sees, of what products read, STORAGE, C++ type, its header).
 # NumPy has no bfloat16: such arrays hold its bits as uint16 and are handled by kernels and cuBLAS alone.
-DTYPES: dict[str, tuple[str, str, int, str, str]] = {
+DEVICE_TYPES: dict[str, tuple[str, str, int, str, str]] = {
     "float32": ("float32", "float32", 0, "float", ""),
     "float64": ("float64", "float64", 0, "double", ""),
     "float16": ("float32", "float16", 1, "__half", "#include <cuda_fp16.h>\n"),
@@ -53,12 +53,12 @@ _ALL = (
 
 def names(dtype: str) -> tuple[str, ...]:
     """The kernels for a model's dtype."""
-    return (*_ALL, *_HALF) if DTYPES[dtype][2] else _ALL
+    return (*_ALL, *_HALF) if DEVICE_TYPES[dtype][2] else _ALL
 
 
 def source(dtype: str) -> str:
     """The CUDA C++ text for a model's dtype."""
-    seen, _, storage, type_, header = DTYPES[dtype]
+    seen, _, storage, type_, header = DEVICE_TYPES[dtype]
     sums = "double" if seen == "float64" else "float"
     head = f"#define STORAGE {storage}\n{header}typedef {sums} A;\ntypedef {type_} T;\n"
     folder = resources.files(__package__)
@@ -131,9 +131,9 @@ def _width(length: int, most: int, args: tuple[Any, ...]) -> int:
 # What the ops begin and end with -------------------------------------------------------------------------------------
 
 
-def seen_dtype(dtype: str) -> Any:
+def compute_dtype(dtype: str) -> Any:
     """The NumPy dtype of the arrays that model code of a model of that dtype handles."""
-    return np.dtype(DTYPES[dtype][0])
+    return np.dtype(DEVICE_TYPES[dtype][0])
 
 
 def model_dtype(x: Any) -> str:
@@ -141,19 +141,19 @@ def model_dtype(x: Any) -> str:
     return _BY_CHARACTER[x.dtype.char]
 
 
-def product_dtype(dtype: str) -> Any:
+def storage_dtype(dtype: str) -> Any:
     """The NumPy dtype of the operands of products in a model of that dtype."""
-    return np.dtype(DTYPES[dtype][1])
+    return np.dtype(DEVICE_TYPES[dtype][1])
 
 
-def operand(x: Any, dtype: str) -> Any:
+def to_storage(x: Any, dtype: str) -> Any:
     """`x`, contiguous, as an operand of products in a model of that dtype."""
-    return _converted(x, dtype, product_dtype(dtype), "A, T")
+    return _converted(x, dtype, storage_dtype(dtype), "A, T")
 
 
-def visible(x: Any, dtype: str) -> Any:
+def to_compute(x: Any, dtype: str) -> Any:
     """`x`, contiguous, in the dtype that model code handles."""
-    return _converted(x, dtype, seen_dtype(dtype), "T, A")
+    return _converted(x, dtype, compute_dtype(dtype), "T, A")
 
 
 def _converted(x: Any, dtype: str, wanted: Any, types: str) -> Any:

@@ -12,7 +12,18 @@ from typing import Any
 from . import winograd
 from .device import cupy
 from .gemm import product
-from .kernels import GELU, PLAIN, RELU, along_rows, model_dtype, operand, or_null, over_channels, seen_dtype, visible
+from .kernels import (
+    GELU,
+    PLAIN,
+    RELU,
+    along_rows,
+    compute_dtype,
+    model_dtype,
+    or_null,
+    over_channels,
+    to_compute,
+    to_storage,
+)
 from .prepare import DeviceBatchNorm, DeviceConv, DeviceDeconv, DeviceLinear
 
 Array = Any
@@ -40,7 +51,7 @@ def _convolve(x: Array, taps: Array, bias: Array | None, kind: int, dtype: str) 
     if len(taps) > 1:
         _by_taps(source, taps, bias, y, False, kind, dtype)
     else:
-        product(operand(source, dtype).reshape(-1, C), taps[0], y.reshape(-1, y.shape[3]))
+        product(to_storage(source, dtype).reshape(-1, C), taps[0], y.reshape(-1, y.shape[3]))
         along_rows("bias_activation", dtype, B * h * w, y.shape[3], y, or_null(bias), y.shape[3], kind, suffix=", A")
     return first(y)
 
@@ -53,7 +64,7 @@ def conv_bn_relu_resized(
     if sum(channels) != layer.taps.shape[2]:
         raise ValueError(f"conv_bn_relu_resized: expected {layer.taps.shape[2]} channels, found maps of {channels}")
     out, (h, w) = layer.taps.shape[1], size
-    y = cupy.empty((maps[0].shape[0], h, w, out), seen_dtype(layer.dtype))
+    y = cupy.empty((maps[0].shape[0], h, w, out), compute_dtype(layer.dtype))
     done = 0
     for i, x in enumerate(maps):
         share = slice(done, done + x.shape[1])
@@ -101,7 +112,7 @@ def _enlarged(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, ki
     for images in _images(B, old_h * old_w * len(weight) * y.itemsize):
         count = len(x[images])
         z = cupy.empty((count * old_h * old_w, len(weight)), y.dtype)
-        product(operand(x[images], dtype).reshape(-1, C), weight, z)
+        product(to_storage(x[images], dtype).reshape(-1, C), weight, z)
         along_rows(
             "spread", dtype, count * h * w, out,
             z, or_null(bias), y[images], old_h, old_w, h, w, out, old_h / h, old_w / w, side, int(add), kind,
@@ -121,10 +132,10 @@ def conv_transpose_bn_gelu(
 
 
 def _conv_transpose(x: Array, deconv: DeviceDeconv, scale: Any, shift: Any, kind: int) -> Array:
-    source = operand(last(x, deconv.dtype), deconv.dtype)
+    source = to_storage(last(x, deconv.dtype), deconv.dtype)
     B, h, w, C = source.shape
     out = len(deconv.bias)
-    corners = cupy.empty((B * h * w, 4 * out), seen_dtype(deconv.dtype))
+    corners = cupy.empty((B * h * w, 4 * out), compute_dtype(deconv.dtype))
     product(source.reshape(-1, C), deconv.weight, corners)
     y = cupy.empty((B, 2 * h, 2 * w, out), corners.dtype)
     args = (corners, deconv.bias, scale, shift, y, h, w, out, kind)
@@ -172,7 +183,7 @@ def _resize(x: Array, size: tuple[int, int], taps: int) -> Array:
 
 def last(x: Array, dtype: str) -> Array:  # (B, C, h, w) -> (B, h, w, C)
     """The map channels-last and contiguous; copied only if it is not."""
-    return visible(x.transpose(0, 2, 3, 1), dtype)
+    return to_compute(x.transpose(0, 2, 3, 1), dtype)
 
 
 def first(y: Array) -> Array:  # (B, h, w, C) -> (B, C, h, w)

@@ -24,7 +24,7 @@ from ...params import (
 )  # fmt: skip
 from ..folding import fold
 from .device import cupy
-from .kernels import operand, seen_dtype
+from .kernels import compute_dtype, to_storage
 from .winograd import transformed
 
 Array = Any
@@ -179,7 +179,7 @@ class _Preparation:
 
     def seen(self, array: Array) -> Array:
         """`array` on the device.  Tables are stored by column, as kernels read one head of a bias table at a time."""
-        array = np.asarray(array, seen_dtype(self.dtype))
+        array = np.asarray(array, compute_dtype(self.dtype))
         if array.ndim == 2:
             return cupy.asarray(np.ascontiguousarray(array.T)).T
         return cupy.asarray(np.ascontiguousarray(array))
@@ -188,4 +188,4 @@ class _Preparation:
         return None if array is None else self.seen(array)
 
     def matrix(self, array: Array) -> Array:
-        return operand(cupy.asarray(np.ascontiguousarray(array, seen_dtype(self.dtype))), self.dtype)
+        return to_storage(cupy.asarray(np.ascontiguousarray(array, compute_dtype(self.dtype))), self.dtype)

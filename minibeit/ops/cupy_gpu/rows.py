@@ -14,11 +14,11 @@ from .kernels import (
     ACTIVATIONS,
     PLAIN,
     along_rows,
-    operand,
+    compute_dtype,
     or_null,
-    product_dtype,
-    seen_dtype,
-    visible,
+    storage_dtype,
+    to_compute,
+    to_storage,
     warp_by_row,
 )
 from .prepare import DeviceLinear, DeviceNorm
@@ -28,8 +28,8 @@ Array = Any
 
 def layer_norm(x: Array, norm: DeviceNorm, eps: float) -> Array:  # (..., D) -> (..., D)
     """See `reference.layer_norm`.  The result has the dtype of products' operands."""
-    x = visible(x, norm.dtype)
-    y = cupy.empty(x.shape, product_dtype(norm.dtype))
+    x = to_compute(x, norm.dtype)
+    y = cupy.empty(x.shape, storage_dtype(norm.dtype))
     D = x.shape[-1]
     rows = x.size // max(D, 1)
     warp_by_row("layer_norm", norm.dtype, rows, D, x, norm.weight, norm.bias, y, rows, D, float(eps))
@@ -38,7 +38,7 @@ def layer_norm(x: Array, norm: DeviceNorm, eps: float) -> Array:  # (..., D) -> 
 
 def linear(x: Array, layer: DeviceLinear) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear`."""
-    y = _product(x, layer, seen_dtype(layer.dtype))
+    y = _product(x, layer, compute_dtype(layer.dtype))
     if layer.bias is not None:
         bias_activation(y, layer, PLAIN, "A")
     return y
@@ -46,7 +46,7 @@ def linear(x: Array, layer: DeviceLinear) -> Array:  # (..., in) -> (..., out)
 
 def linear_activation(x: Array, layer: DeviceLinear, activation: str) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear_activation`.  The result has the dtype of products' operands."""
-    y = _product(x, layer, product_dtype(layer.dtype))
+    y = _product(x, layer, storage_dtype(layer.dtype))
     bias_activation(y, layer, ACTIVATIONS[activation], "T")
     return y
 
@@ -58,8 +58,8 @@ def linear_residual(
     if keep is not None:
         y = linear(x, layer)
         return residual + (y if scale is None else y * scale) * keep
-    branch = _product(x, layer, product_dtype(layer.dtype))
-    residual = visible(residual, layer.dtype)
+    branch = _product(x, layer, storage_dtype(layer.dtype))
+    residual = to_compute(residual, layer.dtype)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
     args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)
@@ -89,7 +89,7 @@ def mean_patches(x: Array) -> Array:  # (B, N, D) -> (B, D)
 
 
 def _product(x: Array, layer: DeviceLinear, dtype: Any) -> Array:
-    x = operand(x, layer.dtype)
+    x = to_storage(x, layer.dtype)
     y = cupy.empty((*x.shape[:-1], len(layer.weight)), dtype)
     product(x.reshape(-1, x.shape[-1]), layer.weight, y.reshape(-1, y.shape[-1]))
     return y

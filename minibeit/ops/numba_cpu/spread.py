@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..reference.maps import bilinear_taps
 from .arguments import ENLARGE, PLAIN, PRODUCT
 from .gemm import row_layout, run_products
 from .machine_code import Kernel
@@ -59,10 +60,8 @@ def pack_taps(weight: np.ndarray, scale: np.ndarray) -> PackedTaps:
 @lru_cache(maxsize=64)
 def _sources(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     """The two sources (new, 2) of every target place, and their weights (new, 2), as in `reference.resize_bilinear`."""
-    position = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
-    left = position.astype(np.int64)
-    t = position - left
-    return np.stack([left, np.minimum(left + 1, old - 1)], 1), np.stack([1 - t, t], 1).astype(np.float32)
+    indices, weights = zip(*bilinear_taps(old, new))
+    return np.stack(indices, 1).astype(np.int64), np.stack(weights, 1).astype(np.float32)
 
 
 _enlarge = Kernel("minibeit.ops.numba_cpu.kernels.spread", "enlarge", arguments=ENLARGE)
