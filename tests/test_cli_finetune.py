@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from training_data import class_folders, picture
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.checkpoint.load import load_checkpoint
+from minibeit.cli import _parser
 from minibeit.cli.terminal import StatusLine
 from minibeit.train import start as training_start
 from minibeit.train.examples import read_examples
@@ -163,6 +165,8 @@ def test_an_interrupt_saves_and_says_how_to_go_on(data, model, tmp_path, which):
 def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(data, model, tmp_path):
     output = tmp_path / "o"
     words = ["finetune", data, "-m", model, "-o", output, *QUICK]
+    import resource
+
     limit = 30_000  # bytes of a file: less than the model
     command = [sys.executable, "-m", "minibeit", *map(str, words)]
 
@@ -255,6 +259,24 @@ def test_lines_that_teach_nothing(capsys, model, tmp_path, row, sentence):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", b"path,label\n\xff\xfe,a\n", "expected UTF-8 text in lines"),
+        ("a.csv", b"path,label\n", "found no line"),
+        ("a.csv", b"path,label\n0.png\n", "line 2: expected the name of a class, found nothing"),
+        ("a.jsonl", b'{"path": "0.png", "label": "a"}\n{"path": ', "line 2: expected a JSON object"),
+        ("a.jsonl", b'[["0.png", "a"]]', "line 1: expected a JSON object"),
+        ("a.jsonl", b"[" * 100000, "line 1: expected"),
+        ("a.txt", b"0.png a", "expected a folder, a .csv or a .jsonl file, found .txt"),
+    ],
+)
+def test_lists_that_are_none(capsys, model, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = run(capsys, "finetune", tmp_path / name, "-m", model, "-o", tmp_path / "o", *QUICK)
+    assert code == 1 and sentence in err and f"{name}" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("--lr", "0"), "--lr: expected a learning rate above 0, found 0.0"),
@@ -310,3 +332,20 @@ def test_the_status_line_is_overwritten_on_a_terminal_only(monkeypatch):
     with StatusLine(quiet=False) as line:
         line.show("step 1"), line.show("step 2")
     assert sys.stderr.getvalue().count("step 1") == 1 and "step 2" not in sys.stderr.getvalue()
+
+
+def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
+    text = (Path(HOME) / "docs" / "finetune.md").read_text(encoding="utf-8")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    class_folders(tmp_path / "flowers", 4)
+    (tmp_path / "checkpoint").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace("epochs=10", "epochs=1").replace("batch_size=32", "batch_size=4"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1 and (tmp_path / "flowers-beit" / "model.safetensors").is_file()
+
+
+def test_the_options_that_the_guide_names_exist():
+    text = (Path(HOME) / "docs" / "finetune.md").read_text(encoding="utf-8")
+    known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
+             for option in action.option_strings}  # fmt: skip
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known

@@ -155,7 +155,10 @@ def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
 def _listed(path: Path) -> tuple[str, list[Example]]:
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
-    rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    try:
+        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    except (csv.Error, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
     if not rows:
         raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
     keys = [key for key in KINDS if key in rows[0][1]]
@@ -186,7 +189,10 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if line.strip():
-            row = parse_json(line)
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: expected a JSON object: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number}: expected a JSON object, found {brief(row)}")
             rows.append((f"{path} line {number}", row))

@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
         epochs=50, batch_size=1024, lr=1e-3, warmup=5, layer_decay=0.75, drop_path=0.2, **_DIRECT
     ),
     "tiny": Recipe(
-        epochs=30, batch_size=32, lr=2e-3, floor=0.0, warmup=3, layer_decay=1.0, decay_tables=False, table_rate=10.0,
+        epochs=20, batch_size=32, lr=2e-3, floor=0.0, warmup=3, layer_decay=1.0, decay_tables=False, table_rate=10.0,
         clip=1.0, crop=None, flip=0.0, moves=(12.0, 0.1, 0.11), rand_augment=None, erasing=0.0,
         source="weights/train_digits.py: a small model from random weights, on signs that no mirror keeps",
     ),
