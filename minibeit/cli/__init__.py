@@ -23,6 +23,7 @@ from .terminal import OutputError, UsageError, flush, give_up_output, note, out,
 # The modules of this folder that are commands, in the order of the help.
 COMMANDS = (
     "classify",
+    "finetune",
     "segment",
     "features",
     "mask",

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shutil
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -102,6 +104,45 @@ class _Lines:
 
     def flush(self) -> None:
         with suppress(OSError):
+            sys.stderr.flush()
+
+
+class StatusLine:
+    """A line on stderr that is overwritten; where no line can be, as in a log, a new one every ten seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet or sys.stderr is None
+        self.live = not self.quiet and sys.stderr.isatty()
+        self.last, self.width = 0.0, 0
+
+    def __enter__(self) -> StatusLine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def show(self, text: str) -> None:
+        """Shows `text`, unless something was shown a moment ago."""
+        now = time.monotonic()
+        if self.quiet or now - self.last < (0.1 if self.live else 10.0):
+            return
+        self.last = now
+        if self.live:
+            text = one_line(text)[: shutil.get_terminal_size().columns - 1]
+            self._write("\r" + text.ljust(self.width))
+            self.width = len(text)
+        else:
+            note(text)
+
+    def close(self) -> None:
+        """Clears the line."""
+        if self.width:
+            self._write("\r" + " " * self.width + "\r")
+            self.width = 0
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
             sys.stderr.flush()
 
 

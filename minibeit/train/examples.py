@@ -1,0 +1,313 @@
+"""What a user's folder or list of pictures holds: paths with labels, class names, and a split into two."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ImageError
+from ..image_loading import read_picture
+from ..strict_json import brief, parse_json
+from ..text import shown_name
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".jp2", ".avif")
+TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+KINDS = {"label": SINGLE, "labels": MULTI, "value": REGRESSION, "values": REGRESSION}  # column or key -> problem type
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and what it shows: a class name, class names, or numbers; `held_out` None where nobody has said."""
+
+    path: str
+    label: Any
+    held_out: bool | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures to learn from and pictures to be judged by, with labels as `problem` needs them.
+
+    `targets` gives an array: class numbers (B,), 0 and 1 for each class (B, K), or numbers (B, K).
+    """
+
+    problem: str
+    names: tuple[str, ...]
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+    unreadable: tuple[str, ...] = field(default=())
+
+    def targets(self, examples: Sequence[Example]) -> np.ndarray:
+        """The labels of some examples as the losses take them."""
+        numbers = {name: i for i, name in enumerate(self.names)}
+        if self.problem == SINGLE:
+            return np.array([numbers[example.label] for example in examples], np.int64)
+        if self.problem == REGRESSION:
+            return np.array([example.label for example in examples], np.float32)
+        targets = np.zeros((len(examples), len(self.names)), np.float32)
+        for row, example in zip(targets, examples):
+            row[[numbers[name] for name in example.label]] = 1
+        return targets
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal pictures, labels and split, wherever they lie."""
+        rows = [[e.digest, e.label] for e in self.train], [[e.digest, e.label] for e in self.held_out]
+        return hashlib.sha256(json.dumps([self.problem, self.names, *rows]).encode()).hexdigest()
+
+
+def read_examples(
+    data: str | os.PathLike[str],
+    fraction: float = 0.1,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    workers: int = 2,
+) -> Examples:
+    """The examples of a folder of class folders, or of a CSV or JSON-lines file of paths and labels.
+
+    A folder may hold `train` and `val` with the class folders in them.  A list has `path` and one of `label`,
+    `labels` (separated by ; in CSV), `value` or `values`, and perhaps `split`; its paths are relative to it.  Where no
+    split is given, `fraction` of each class is held out, drawn by `seed`.  `names` are the classes of a model that is
+    to keep them.  Every picture is read once: those that cannot be are left out and named in `unreadable`.
+
+    Raises ValueError, one sentence, for data that nothing can be learned from; warns of pictures that are in both
+    parts.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+    path = Path(data)
+    if path.is_dir():
+        problem, found = SINGLE, _folder(path)
+    elif path.is_file():
+        problem, found = _listed(path)
+    else:
+        raise FileNotFoundError(f"{path}: there is no such folder or list of pictures")
+    classes = _classes(path, problem, found, names)
+    good, unreadable = _readable(found, workers)
+    _check_classes(path, problem, classes, found, good, fixed=names is not None)
+    if all(example.held_out is None for example in good):
+        good = _split(good, problem, fraction, seed)
+    train = tuple(example for example in good if not example.held_out)
+    held_out = tuple(example for example in good if example.held_out)
+    if not train:
+        raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
+    _warn_of_duplicates(train, held_out)
+    return Examples(problem, classes, train, held_out, tuple(unreadable))
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> list[Example]:
+    folders = _subfolders(path)
+    parts = {folder.name.lower(): folder for folder in folders}
+    train = next((parts[name] for name in TRAIN if name in parts), None)
+    held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
+    if {"images", "annotations"} <= set(parts):
+        raise ValueError(
+            f"{path}: images and annotations are pictures and label maps for segmentation; a classifier learns from "
+            "one folder a class"
+        )
+    if train is None or held_out is None:
+        return [*_class_folders(path, None)]
+    found = [*_class_folders(train, False), *_class_folders(held_out, True)]
+    if extra := {e.label for e in found if e.held_out} - {e.label for e in found if not e.held_out}:
+        raise ValueError(f"{held_out}: expected the classes of {train}, found {brief(sorted(extra))} beside them")
+    return found
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
+    folders = _subfolders(path)
+    if not folders:
+        raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
+    for folder in folders:
+        files = sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+        if not files and not held_out:
+            raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
+        yield from (Example(str(file), folder.name, held_out) for file in files)
+
+
+# Lists ----------------------------------------------------------------------------------------------------------------
+
+
+def _listed(path: Path) -> tuple[str, list[Example]]:
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
+    try:
+        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    except (csv.Error, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
+    if not rows:
+        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+    keys = [key for key in KINDS if key in rows[0][1]]
+    if "path" not in rows[0][1] or len(keys) != 1:
+        raise ValueError(
+            f"{path}: expected path and one of {', '.join(KINDS)} in each line, found {brief(sorted(rows[0][1]))}"
+        )
+    key, found = keys[0], []
+    for where, row in rows:
+        if not isinstance(row.get("path"), str) or not row["path"]:
+            raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
+        file = str(path.parent / row["path"])
+        found.append(Example(file, _label(where, key, row.get(key), path.parent), _part(where, row.get("split"))))
+    if len({example.held_out is None for example in found}) > 1:
+        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
+    if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
+        raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
+    return KINDS[key], found
+
+
+def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        return [(f"{path} line {reader.line_num}", row) for row in reader]
+
+
+def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if line.strip():
+            try:
+                row = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number}: expected a JSON object: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number}: expected a JSON object, found {brief(row)}")
+            rows.append((f"{path} line {number}", row))
+    return rows
+
+
+def _part(where: str, word: Any) -> bool | None:
+    if word in (None, ""):
+        return None
+    if str(word).lower() not in (*TRAIN, *HELD_OUT):
+        raise ValueError(f"{where}: expected split {TRAIN[0]} or {HELD_OUT[0]}, found {brief(word)}")
+    return str(word).lower() in HELD_OUT
+
+
+def _label(where: str, key: str, value: Any, folder: Path) -> Any:
+    if key == "label":
+        if isinstance(value, (list, dict)) or _is_picture(value, folder):
+            raise ValueError(
+                f"{where}: expected the name of one class, found {brief(value)}; label maps are for segmentation"
+            )
+        if value is None or str(value).strip() == "":
+            raise ValueError(f"{where}: expected the name of a class, found nothing")
+        return str(value)
+    several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
+    if key == "labels":
+        if not isinstance(several, list) or not all(isinstance(part, (str, int)) for part in several):
+            raise ValueError(f"{where}: expected the names of classes, found {brief(value)}")
+        return sorted({str(part) for part in several if str(part) != ""})
+    several = several if isinstance(several, list) else [several]
+    try:
+        numbers = [float(part) for part in several]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected {key} to be a number, found {brief(value)}") from None
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{where}: expected {key} to be finite, found {brief(value)}")
+    return numbers
+
+
+def _is_picture(value: Any, folder: Path) -> bool:
+    return isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES and (folder / value).is_file()
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _classes(path: Path, problem: str, found: list[Example], names: Sequence[str] | None) -> tuple[str, ...]:
+    if problem == REGRESSION:
+        count = len(found[0].label)
+        return ("value",) if count == 1 else tuple(f"value_{i}" for i in range(count))
+    used = {name for e in found for name in ([e.label] if problem == SINGLE else e.label)}
+    if names is None:
+        return tuple(sorted(used, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
+    if strays := sorted(used - set(names)):
+        raise ValueError(
+            f"{path}: expected the classes of the model's config, found {brief(strays[:SHOWN])}, which "
+            f"{'is' if len(strays) == 1 else 'are'} not among its {len(names)}"
+        )
+    return tuple(names)
+
+
+def _check_classes(
+    path: Path, problem: str, names: tuple[str, ...], found: list[Example], good: list[Example], fixed: bool
+) -> None:
+    if not good:
+        raise ValueError(f"{path}: none of the {len(found)} pictures can be read; the first is {found[0].path}")
+    if problem == SINGLE and not fixed:
+        if len(names) < 2:
+            raise ValueError(f"{path}: expected at least two classes to tell apart, found {brief(list(names))} alone")
+        left = {e.label for e in good if not e.held_out}
+        for name in names:
+            if name not in left:
+                raise ValueError(
+                    f"{path}: no picture of the class {brief(name)} to learn from can be read; mend its pictures or "
+                    "remove it"
+                )
+    if problem == MULTI and not names:
+        raise ValueError(f"{path}: expected at least one class, found no label in any line")
+
+
+def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[str]]:
+    """(examples whose pictures can be read, with the digest of their files; a sentence for each of the others)."""
+
+    def look(example: Example) -> Example | str:
+        try:
+            read_picture(example.path)
+            return replace(example, digest=hashlib.sha256(Path(example.path).read_bytes()).hexdigest())
+        except (ImageError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(workers) as pool:
+        looked = list(pool.map(look, found))
+    return [e for e in looked if isinstance(e, Example)], [text for text in looked if isinstance(text, str)]
+
+
+def _split(examples: list[Example], problem: str, fraction: float, seed: int) -> list[Example]:
+    """`fraction` of every class held out, at least one picture of each that has two, chosen by content and seed."""
+    rng = np.random.default_rng(seed)
+    groups: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.label if problem == SINGLE else "", []).append(i)
+    chosen: set[int] = set()
+    for name in sorted(groups):
+        count = round(fraction * len(groups[name]))
+        count = min(max(count, 1 if fraction else 0), len(groups[name]) - 1)
+        chosen.update(rng.permutation(groups[name])[:count].tolist())
+    return [replace(example, held_out=i in chosen) for i, example in enumerate(examples)]
+
+
+def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    learned = {example.digest: example.path for example in train}
+    twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
+    if twice:
+        first = f"{shown_name(twice[0][0])} and {shown_name(twice[0][1])}"
+        warnings.warn(
+            f"{len(twice)} held-out pictures are also learned from, which makes results look better than they are; "
+            f"the first are {first}",
+            stacklevel=3,
+        )

@@ -1,0 +1,104 @@
+"""How good predictions are, and the record of it: lines of JSON and a picture of the curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..files import atomic_write
+from ..text import json_text
+from .examples import MULTI, REGRESSION, SINGLE
+
+BEST = {SINGLE: ("top1", 1), MULTI: ("f1", 1), REGRESSION: ("rmse", -1)}  # what decides, and whether more is better
+
+
+def right_answers(logits: np.ndarray, targets: np.ndarray, problem: str) -> float:
+    """How many rows of a batch are right: the largest logit is the label's; all classes are on the right side of 0.
+
+    For regression there is no right and wrong: 0.
+    """
+    if problem == SINGLE:
+        return float((logits.argmax(1) == (targets if targets.ndim == 1 else targets.argmax(1))).sum())
+    return float(((logits > 0) == (targets > 0.5)).all(1).sum()) if problem == MULTI else 0.0
+
+
+def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, float]:
+    """The scores of all predictions (n, K), in float64.
+
+    Single label: top1, top5 and the cross-entropy.  Several labels: f1 over all classes (micro), exact (share of rows
+    with every class right) and the binary cross-entropy.  Regression: rmse and the mean squared error.
+    """
+    x = logits.astype(np.float64)
+    if problem == REGRESSION:
+        error = float(np.square(x - targets.reshape(x.shape)).mean())
+        return {"loss": error, "rmse": error**0.5}
+    if problem == MULTI:
+        loss = np.maximum(x, 0) - x * targets + np.log1p(np.exp(-np.abs(x)))
+        said, true = x > 0, targets > 0.5
+        both = float((said & true).sum())
+        f1 = 2 * both / max(float(said.sum() + true.sum()), 1.0)
+        return {"loss": float(loss.mean()), "f1": f1, "exact": right_answers(x, targets, problem) / len(x)}
+    shifted = x - x.max(1, keepdims=True)
+    own = shifted[np.arange(len(x)), targets]
+    better = (shifted > own[:, None]).sum(1)  # classes before the label's
+    loss = np.log(np.exp(shifted).sum(1)) - own
+    return {"loss": float(loss.mean()), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
+
+
+def better(row: dict[str, Any], best: dict[str, Any] | None, problem: str) -> bool:
+    """Whether an epoch is at least as good as the best so far: by held-out pictures, or without any the later one."""
+    name, sign = BEST[problem]
+    if best is None or f"held_out_{name}" not in row:
+        return True
+    return sign * row[f"held_out_{name}"] >= sign * best[f"held_out_{name}"]
+
+
+def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    with atomic_write(path) as file:
+        file.write("".join(json_text(row) + "\n" for row in rows).encode())
+
+
+# The picture of the curves --------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, MARGIN = 480, 320, 44
+COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
+
+
+def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
+    """A PNG: on the left the losses by epoch, on the right the scores."""
+    scores = [name for name in rows[0] if name.rpartition("_")[2] in ("top1", "top5", "f1", "exact", "rmse")]
+    scores = [name for name in ("train_accuracy",) if name in rows[0]] + scores
+    losses = [name for name in ("train_loss", "held_out_loss") if name in rows[0]]
+    picture = Image.new("RGB", (2 * WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    for left, names in ((0, losses), (WIDTH, scores)):
+        _panel(draw, left, names, rows)
+    with atomic_write(Path(path)) as file:
+        picture.save(file, "PNG")
+
+
+def _panel(draw: ImageDraw.ImageDraw, left: int, names: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    values = [float(row[name]) for name in names for row in rows]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    x0, x1, y0, y1 = left + MARGIN, left + WIDTH - 12, HEIGHT - 28, 16 + 12 * len(names)
+    draw.rectangle((x0, y1, x1, y0), outline=(120, 120, 120))
+    draw.text((left + 4, y1), f"{high:.4g}", fill="black")
+    draw.text((left + 4, y0 - 10), f"{low:.4g}", fill="black")
+    draw.text((x0, y0 + 6), "epoch 1", fill="black")
+    draw.text((x1 - 20, y0 + 6), str(len(rows)), fill="black")
+    for i, name in enumerate(names):
+        points = [
+            (x0 + (x1 - x0) * k / max(len(rows) - 1, 1), y0 - (y0 - y1) * (float(row[name]) - low) / span)
+            for k, row in enumerate(rows)
+        ]
+        draw.line(points if len(points) > 1 else points * 2, fill=COLORS[i % 4], width=2)
+        draw.text((x0, 4 + 12 * i), name.replace("_", " "), fill=COLORS[i % 4])

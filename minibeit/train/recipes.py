@@ -1,0 +1,108 @@
+"""The settings of a training run, and those that were published, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.  Raises ValueError, one sentence, for a number that makes no training.
+
+    `lr` is that of `batch_size`; `warmup` counts epochs; `mixup` and `cutmix` are the alphas of their beta
+    distributions, 0 for off; `clip` bounds the norm of the gradients and `average` is the decay of an average of the
+    weights, 0 for none.  `table_rate` multiplies the rate of position bias tables.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    lr: float = 2e-4
+    floor: float = 1e-6
+    warmup: float = 2
+    layer_decay: float = 0.65
+    weight_decay: float = 0.05
+    decay_tables: bool = True
+    table_rate: float = 1.0
+    drop_path: float = 0.1
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip: float = 0.0
+    average: float = 0.0
+    # Augmentation, in the order in which it acts.
+    crop: tuple[float, float] | None = (0.08, 1.0)  # share of the area that a random crop has; None: the whole picture
+    flip: float = 0.5
+    moves: tuple[float, float, float] | None = None  # degrees, part of the scale, part of the width
+    color: float = 0.0  # strength of colour jitter, which `rand_augment` replaces
+    rand_augment: tuple[int, float, float] | None = (2, 9.0, 0.5)  # operations, magnitude and its deviation
+    erasing: float = 0.25
+    source: str = "this program's own, for some hundreds to some ten thousands of pictures"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1, found {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr: expected a learning rate above 0, found {self.lr}; 2e-4 is usual for fine-tuning")
+        for name in ("warmup", "weight_decay", "mixup", "cutmix", "clip", "floor"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}: expected a number of at least 0, found {getattr(self, name)}")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay: expected a number above 0 and up to 1, found {self.layer_decay}")
+        for name in ("smoothing", "average", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a number from 0 up to but not 1, found {getattr(self, name)}")
+
+    def changed(self, **values: Any) -> Recipe:
+        """The recipe with those fields that are not None replaced.
+
+        With another batch size and no rate given, the rate changes by the same factor.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        if "batch_size" in given and "lr" not in given:
+            given["lr"] = self.lr * given["batch_size"] / self.batch_size
+        if given.get("lr", self.lr) < self.floor:
+            given["floor"] = 0.0
+        return dataclasses.replace(self, **given)
+
+
+_UNILM = "microsoft/unilm beit/get_started_for_image_classification.md"
+_INTERMEDIATE: dict[str, Any] = dict(epochs=90, warmup=5, drop_path=0.2, source=_UNILM)
+_AFTER_22K: dict[str, Any] = dict(epochs=30, batch_size=512, lr=2e-5, warmup=5, weight_decay=1e-8, source=_UNILM)
+_DIRECT: dict[str, Any] = dict(mixup=0.8, cutmix=1.0, source=_UNILM)
+
+RECIPES: dict[str, Recipe] = {
+    "own": Recipe(),
+    "base-22k": Recipe(batch_size=4096, lr=3e-3, layer_decay=0.65, clip=3.0, **_INTERMEDIATE),
+    "large-22k": Recipe(batch_size=2048, lr=2e-3, layer_decay=0.75, clip=1.0, **_INTERMEDIATE),
+    "base-22k-to-1k": Recipe(layer_decay=0.85, drop_path=0.1, **_AFTER_22K),
+    "large-22k-to-1k": Recipe(layer_decay=0.9, drop_path=0.4, **_AFTER_22K),
+    "base-1k": Recipe(epochs=100, batch_size=1024, lr=4e-3, warmup=20, layer_decay=0.65, **_DIRECT),
+    "large-1k": Recipe(
+        epochs=50, batch_size=1024, lr=1e-3, warmup=5, layer_decay=0.75, drop_path=0.2, **_DIRECT
+    ),
+    "tiny": Recipe(
+        epochs=20, batch_size=32, lr=2e-3, floor=0.0, warmup=3, layer_decay=1.0, decay_tables=False, table_rate=10.0,
+        clip=1.0, crop=None, flip=0.0, moves=(12.0, 0.1, 0.11), rand_augment=None, erasing=0.0,
+        source="weights/train_digits.py: a small model from random weights, on signs that no mirror keeps",
+    ),
+}  # fmt: skip
+
+# Configs of models to train from random weights, by name.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        image_size=16, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        use_relative_position_bias=True, layer_scale_init_value=1.0, initializer_range=0.1, layer_norm_eps=1e-6,
+    ),
+    "base": dict(use_relative_position_bias=True, layer_norm_eps=1e-6),
+}  # fmt: skip
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe of that name.  Raises ValueError, with the names there are, for another."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
+    return RECIPES[name]

@@ -1,0 +1,213 @@
+"""The model that a training starts from, and whether this machine has the memory for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.load import open_checkpoint
+from ..config import BeitConfig
+from ..image_processor import PROCESSOR_NAME, BeitImageProcessor
+from ..params import flatten, param_shapes
+from ..tasks.image_classification import BeitForImageClassification
+from .examples import Examples
+from .recipes import PRESETS
+
+HEAD_SCALE = 0.001  # of a new head's random weights, so that training begins at even odds (unilm's init_scale)
+BACKEND = "numpy"  # what has gradients
+KEPT_WIDE, KEPT_MLP = 8, 3  # arrays of (N, D) and (N, F) that a block keeps for its backward
+PASSING_MLP, PASSING_SCORES = 6, 2  # arrays of (N, F) and (H, N, N) that one block needs for a moment
+
+
+def from_checkpoint(
+    path: str | os.PathLike[str],
+    examples: Examples,
+    *,
+    drop_path: float | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    image_size: int | None = None,
+    keep_classes: bool = False,
+    num_threads: int | None = None,
+) -> BeitForImageClassification:
+    """A checkpoint as a classifier of the examples' classes.
+
+    The position bias table that a checkpoint of masked modelling shares is copied to every block, its mask token and
+    head are left out, and the pooling norm starts anew.  The head is new, near zero, unless `keep_classes`.
+    Source: run_class_finetuning.py in microsoft/unilm beit.
+    """
+    config = open_checkpoint(path).config
+    fields: dict[str, Any] = {"problem_type": examples.problem}
+    if not keep_classes:
+        fields.update(_labels(examples.names))
+    if config.use_shared_relative_position_bias:
+        fields.update(use_relative_position_bias=True, use_shared_relative_position_bias=False)
+    if drop_path is not None:
+        fields["drop_path_rate"] = drop_path
+    if image_size is not None and config.image_shape != (image_size, image_size):
+        fields["image_size"] = image_size
+    model = BeitForImageClassification.from_pretrained(
+        path, backend=backend or BACKEND, seed=seed, num_threads=num_threads, **fields
+    )
+    return for_classification(model, seed, new_head=not keep_classes)
+
+
+def from_scratch(
+    source: str,
+    examples: Examples,
+    *,
+    drop_path: float | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    image_size: int | None = None,
+    num_threads: int | None = None,
+) -> BeitForImageClassification:
+    """A model of random weights: a preset's name, or the `config.json` that says what it is made of."""
+    if source in PRESETS:
+        config = BeitConfig(**PRESETS[source])
+    elif Path(source).exists():
+        config = BeitConfig.from_pretrained(source)
+    else:
+        raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(PRESETS)}")
+    fields: dict[str, Any] = {"problem_type": examples.problem, **_labels(examples.names)}
+    if drop_path is not None:
+        fields["drop_path_rate"] = drop_path
+    if image_size is not None:
+        fields["image_size"] = image_size
+    config = config.replace(**fields)
+    return BeitForImageClassification(config, seed=seed, backend=backend or BACKEND, num_threads=num_threads)
+
+
+def for_classification(model: BeitForImageClassification, seed: int, new_head: bool) -> BeitForImageClassification:
+    """The model without a mask token and, where asked for, with a random head near zero in place of its own."""
+    arrays, config = dict(model.arrays), model.config.replace(use_mask_token=False)
+    arrays.pop("beit.embeddings.mask_token", None)
+    if new_head:
+        K, D = arrays["classifier.weight"].shape
+        scale = HEAD_SCALE * config.initializer_range
+        weight = scale * np.random.default_rng([seed, K]).standard_normal((K, D))
+        arrays["classifier.weight"] = weight.astype(model.dtype)
+        arrays["classifier.bias"] = np.zeros(K, model.dtype)
+    options: dict[str, Any] = dict(dtype=model.dtype, backend=model.ops.backend, num_threads=model.num_threads)
+    return BeitForImageClassification(config, arrays=arrays, **options)
+
+
+def processor_for(config: BeitConfig, checkpoint: str | os.PathLike[str] | None) -> BeitImageProcessor:
+    """The checkpoint's image processor at the size of the config; without one, straight to that size by bicubic."""
+    height, width = config.image_shape
+    size = {"height": height, "width": width}
+    folder = None if checkpoint is None else Path(checkpoint)
+    file = None if folder is None else (folder if folder.is_dir() else folder.parent) / PROCESSOR_NAME
+    if file is not None and not file.is_file() and not folder.exists():  # type: ignore[union-attr]
+        from ..checkpoint.hub import resolve
+
+        file = Path(resolve(checkpoint)) / PROCESSOR_NAME  # type: ignore[arg-type]
+    if file is None or not file.is_file():
+        half = [0.5] * config.num_channels
+        return BeitImageProcessor(size=size, image_mean=half, image_std=half)
+    processor = BeitImageProcessor.from_pretrained(file)
+    made = processor.crop_size if processor.do_center_crop else processor.size
+    if made != size:
+        changes: dict[str, Any] = {"crop_size": size} if processor.do_center_crop else {"size": size}
+        if processor.do_center_crop:
+            changes["size"] = size
+        processor = BeitImageProcessor.from_dict({**processor.to_dict(), **changes})
+    return processor
+
+
+def frozen_patterns(words: Sequence[str], config: BeitConfig) -> tuple[str, ...]:
+    """Patterns of parameter names: "encoder" is all but the pooling norm and the head, a number N the embeddings and
+    the first N blocks, anything else a pattern itself."""
+    found: list[str] = []
+    for word in words:
+        if word == "encoder":
+            found += ["beit.embeddings.*", "beit.encoder.*"]
+        elif word.isdecimal():
+            if int(word) > config.num_hidden_layers:
+                raise ValueError(f"freeze: the model has {config.num_hidden_layers} blocks, found {word}")
+            found += ["beit.embeddings.*", *(f"beit.encoder.{i}.*" for i in range(int(word)))]
+        else:
+            found.append(word)
+    return tuple(found)
+
+
+def _labels(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """The bytes that a training takes: what does not depend on the batch, and what each picture of a piece adds."""
+
+    fixed: int
+    per_picture: int
+
+    def total(self, pictures: int) -> int:
+        """All bytes for pieces of that many pictures."""
+        return self.fixed + pictures * self.per_picture
+
+
+def memory_needed(config: BeitConfig, average: bool = False, recompute: bool = False) -> Need:
+    """Weights, gradients, two moments, temporaries of a step, and the arrays that the backward needs, in float32.
+
+    The numbers of arrays that a block keeps and passes were measured on the NumPy backend, rounded up.  With
+    `recompute` one block keeps them at a time, and every block its input.
+    """
+    numbers = sum(int(np.prod(shape)) for shape in param_shapes(config, BeitForImageClassification.task).values())
+    gh, gw = config.grid
+    N, D, F, H = gh * gw + 1, config.hidden_size, config.intermediate_size, config.num_attention_heads
+    L = config.num_hidden_layers
+    block = 4 * (KEPT_WIDE * N * D + KEPT_MLP * N * F)
+    passing = 4 * (PASSING_MLP * N * F + PASSING_SCORES * H * N * N)
+    pixels = 3 * 4 * config.num_channels * config.image_shape[0] * config.image_shape[1]
+    kept = block + 4 * L * N * D if recompute else L * block
+    return Need(4 * numbers * (6 if average else 5), kept + passing + pixels)
+
+
+def available_memory() -> int | None:
+    """The bytes that can be had without swapping; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return None
+
+
+def check_memory(config: BeitConfig, batch_size: int, accumulate: int, average: bool, recompute: bool) -> str:
+    """A sentence about the memory that a training will take.
+
+    Raises ValueError, with what would fit, where it is more than there is.
+    """
+    need, there = memory_needed(config, average, recompute), available_memory()
+    piece = -(-batch_size // accumulate)
+    total = need.total(piece)
+    if there is None or total <= there:
+        return f"the training will take about {total / 1e9:.1f} GB of memory"
+    fits = (there - need.fixed) // need.per_picture
+    if fits >= 1:
+        advice = f"--accumulate {-(-batch_size // fits)} fits, which computes {fits} pictures at a time"
+    elif not recompute:
+        advice = "try --recompute, or a smaller model"
+    else:
+        advice = "the model is too large for this machine"
+    raise ValueError(
+        f"memory: pieces of {piece} pictures will take about {total / 1e9:.1f} GB, found {there / 1e9:.1f} GB; {advice}"
+    )
+
+
+def parameters_learned(model: Any, frozen: Sequence[str]) -> int:
+    """How many numbers a training changes."""
+    from .gradients import matching
+
+    named = flatten(model.params)
+    left_out = matching(named, frozen)
+    return sum(array.size for name, array in named.items() if name not in left_out)
