@@ -8,7 +8,7 @@ from conftest import make, tiny_config
 
 import minibeit
 from minibeit import BeitForImageClassification, BeitImageProcessor
-from minibeit.labels import weights_folder
+from minibeit.catalogue import weights_folder
 
 CONFIG = tiny_config()
 PIXELS = np.random.default_rng(0).standard_normal((1, 3, 12, 8))

@@ -15,7 +15,7 @@ from minibeit.checkpoint.load import load_checkpoint
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.cli import verify as command
 from minibeit.cli.terminal import UsageError
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 from minibeit.verify.informative import blind_spots, informative_weights, sentence
 from minibeit.verify.lockstep import Job, check, model_source
 from minibeit.verify.report_text import as_json, markdown, verdict

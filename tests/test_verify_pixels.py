@@ -13,7 +13,7 @@ from minibeit import BeitImageProcessor, Trace
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.cli import verify as command
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 from minibeit.verify.pixels import judge
 from minibeit.verify.trace_file import FORMAT
 

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..image_loading import load_image, read_picture
 from ..image_processor import BeitImageProcessor
-from ..image_transforms import to_pixel_values
+from ..images.loading import load_image, read_picture
+from ..images.transforms import to_pixel_values
 from .augment import augmented, erase
 from .examples import Example
 from .recipes import Recipe

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError
-from ..image_loading import read_picture
+from ..images.loading import read_picture
 from ..strict_json import brief, parse_json
 from ..text import shown_name
 

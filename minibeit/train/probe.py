@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.safetensors_file import write_safetensors
+from ..checkpoint.formats.safetensors_file import write_safetensors
 from ..files import atomic_write
 from ..image_processor import BeitImageProcessor
 from .batches import in_batches, judged_pixels

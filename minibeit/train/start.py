@@ -104,7 +104,7 @@ def processor_for(config: BeitConfig, checkpoint: str | os.PathLike[str] | None)
     folder = None if checkpoint is None else Path(checkpoint)
     file = None if folder is None else (folder if folder.is_dir() else folder.parent) / PROCESSOR_NAME
     if file is not None and not file.is_file() and not folder.exists():  # type: ignore[union-attr]
-        from ..checkpoint.hub import resolve
+        from ..hub import resolve
 
         file = Path(resolve(checkpoint)) / PROCESSOR_NAME  # type: ignore[arg-type]
     if file is None or not file.is_file():

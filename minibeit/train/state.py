@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.formats import load_file
-from ..checkpoint.safetensors_file import write_safetensors
+from ..checkpoint.formats.safetensors_file import write_safetensors
 from ..errors import CheckpointError
 
 STATE_NAME = "training_state.safetensors"
