@@ -11,6 +11,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .auto import (
+        AutoBackbone,
+        AutoConfig,
+        AutoFeatureExtractor,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForMaskedImageModeling,
+        AutoModelForSemanticSegmentation,
+        Data2VecVisionForImageClassification,
+        Data2VecVisionForSemanticSegmentation,
+        Data2VecVisionModel,
+    )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
@@ -56,6 +69,17 @@ _HOMES = {
     "SemanticSegmenterOutput": "outputs",
     "BackboneOutput": "outputs",
     "Trace": "trace",
+    "AutoBackbone": "auto",
+    "AutoConfig": "auto",
+    "AutoFeatureExtractor": "auto",
+    "AutoImageProcessor": "auto",
+    "AutoModel": "auto",
+    "AutoModelForImageClassification": "auto",
+    "AutoModelForMaskedImageModeling": "auto",
+    "AutoModelForSemanticSegmentation": "auto",
+    "Data2VecVisionForImageClassification": "auto",
+    "Data2VecVisionForSemanticSegmentation": "auto",
+    "Data2VecVisionModel": "auto",
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
@@ -64,6 +88,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoBackbone",
+    "AutoConfig",
+    "AutoFeatureExtractor",
+    "AutoImageProcessor",
+    "AutoModel",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedImageModeling",
+    "AutoModelForSemanticSegmentation",
     "BackboneOutput",
     "BeitBackbone",
     "BeitConfig",
@@ -75,6 +107,9 @@ __all__ = [
     "BeitModel",
     "BeitModelOutputWithPooling",
     "CheckpointError",
+    "Data2VecVisionForImageClassification",
+    "Data2VecVisionForSemanticSegmentation",
+    "Data2VecVisionModel",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",

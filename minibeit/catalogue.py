@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 from pathlib import Path
@@ -22,7 +21,9 @@ def nearest(id: str, most: int = 3) -> list[str]:
     """The ids of published checkpoints that look most like `id`, the nearest first; none if nothing is near."""
     known = {known.lower(): known for known in _manifest()}
     known |= {key.rpartition("/")[2]: value for key, value in known.items()}
-    found = [known[key] for key in difflib.get_close_matches(id.lower(), known, 2 * most, 0.6)]
+    from difflib import get_close_matches  # rarely needed
+
+    found = [known[key] for key in get_close_matches(id.lower(), known, 2 * most, 0.6)]
     return list(dict.fromkeys(found))[:most]
 
 

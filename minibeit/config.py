@@ -1,4 +1,4 @@
-"""BeitConfig: the fields of a Hub `config.json` for BEiT, DiT and Data2Vec-Vision, checked when made."""
+"""BeitConfig: the fields of a Hub `config.json` for BEiT, DiT and Data2Vec-Vision, checked on construction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from .config_checks import (
     pair_or_int,
     stage_indices,
 )
-from .errors import CheckpointError, unknown_keywords
+from .errors import CheckpointError, nearest, unknown_keywords
 from .file_names import CONFIG_NAME
 from .files import atomic_write
 from .hub import resolve_settings
@@ -43,11 +42,11 @@ OLD_WORDS = ("num_labels", "segmentation_indices")  # keywords that stand for fi
 
 @dataclass(frozen=True, init=False)
 class BeitConfig:
-    """What a BEiT is made of: every field of the Hub's `config.json`, under the name it has there.
+    """The configuration of a BEiT: every field of the Hub's `config.json`, under the name it has there.
 
-    `image_size` and `patch_size` are pixels, an int or a (height, width) pair.  `hidden_dropout_prob`,
-    `attention_probs_dropout_prob` and `drop_path_rate` act only when a model is called with `rng=`.
-    Keys that minibeit has no use for are kept in `extra` and written back by `save_pretrained`.
+    `image_size` and `patch_size` are in pixels, an int or a (height, width) pair.  `hidden_dropout_prob`,
+    `attention_probs_dropout_prob` and `drop_path_rate` are used only if a model is called with `rng=`.
+    Keys that minibeit does not use are kept in `extra` and written back by `save_pretrained`.
 
     Two fields are minibeit's own.  `compat="transformers"` reproduces what transformers computes for non-square
     `image_size` (it reads the position bias table with height and width swapped).  `feature_convention` says which
@@ -99,12 +98,12 @@ class BeitConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
-        """Fields by name, and what `from_dict` takes: `num_labels`, `segmentation_indices`, keys to keep in `extra`.
+        """Fields by name, also `num_labels` and `segmentation_indices` (see `from_dict`); other keys go to `extra`.
 
-        Raises TypeError for a key that is nearly the name of a field.
+        Raises TypeError for a key that looks like a misspelt field.
         """
         known = _known(type(self))
-        if near := [name for name in values if name not in known and get_close_matches(name, known, 1, 0.85)]:
+        if near := [name for name in values if name not in known and nearest(name, known, 0.85)]:
             raise unknown_keywords("BeitConfig", near, known)
         values = _normalised(values)
         for f in dataclasses.fields(self):
@@ -177,7 +176,7 @@ class BeitConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(gh, gw): patches per column and per row of an image of the native size."""
+        """(gh, gw): how many patches high and wide an image of the native size is."""
         (height, width), (patch_height, patch_width) = self.image_shape, self.patch_shape
         return height // patch_height, width // patch_width
 
@@ -200,13 +199,14 @@ class BeitConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitConfig:
-        """The config of a dictionary as it stands in `config.json`, from transformers of any age.
+        """The config of a dictionary read from a `config.json` of any transformers version.
 
-        `num_labels=K` stands for K labels named LABEL_0 ...; `segmentation_indices` is the old name of `out_indices`.
+        `num_labels=K` means K labels named LABEL_0, LABEL_1, ...; `segmentation_indices` is the old name of
+        `out_indices`.
         """
         if not isinstance(values, dict):
             raise ValueError(f"config: expected a mapping of settings, found {type(values).__name__}")
-        for names in ("out_features", "out_indices"):  # the two say the same: overriding one replaces both
+        for names in ("out_features", "out_indices"):  # both name the same stages: overriding one replaces both
             if names in overrides:
                 values = {k: v for k, v in values.items() if k not in ("out_features", "out_indices")}
         known = _known(cls)
@@ -223,9 +223,9 @@ class BeitConfig:
     def from_pretrained(cls, path: str | os.PathLike[str], **keywords: Any) -> BeitConfig:
         """Reads `config.json`, given the file, its folder, or an id on the Hub.
 
-        `keywords` are fields to replace, and the words of `loading_options.Where` that say where files lie.
-        Raises TypeError for any other keyword, FileNotFoundError when there is none and CheckpointError, naming the
-        file, when it cannot be used.
+        `keywords` are fields to replace, and those of `loading_options.Where`, which say where the files are.
+        Raises TypeError for any other keyword, FileNotFoundError if there is no such file and CheckpointError, naming
+        the file, if it cannot be used.
         """
         file, overrides = resolve_settings(path, keywords, _known(cls))
         if file.is_dir():
@@ -255,7 +255,7 @@ class BeitConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` into `folder`, making the folder if need be."""
+        """Writes `config.json` into `folder`, which is created if necessary."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / CONFIG_NAME) as file:
@@ -268,7 +268,7 @@ class BeitConfig:
     # Checks --------------------------------------------------------------------------------------------------------
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone but its own checks
+        object.__setattr__(self, name, value)  # frozen, except for its own checks
 
     def _check_labels(self) -> None:
         check_count("num_labels", len(self.id2label), least=0)
@@ -280,7 +280,7 @@ class BeitConfig:
             self._set("label2id", {label: i for i, label in self.id2label.items()})
 
     def _align_stages(self) -> None:
-        """`out_features` and `out_indices` name the same hidden states; each absent one follows from the other."""
+        """Derives `out_features` from `out_indices` or the reverse: both name the same hidden states."""
         names = self.stage_names
         if tuple(self.out_indices or ()) == FILLER_INDICES and FILLER_INDICES[-1] >= len(names):
             self._set("out_indices", None)
@@ -319,7 +319,7 @@ CONFIG_FIELDS = _known(BeitConfig)  # what `from_pretrained` of configs and mode
 
 
 def _normalised(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` under today's names and types, however old the file is that they come from."""
+    """`values` with current names and types, whatever version wrote them."""
     values = dict(values)
     if "segmentation_indices" in values:
         old = values.pop("segmentation_indices")

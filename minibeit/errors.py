@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,13 +27,20 @@ class DeviceError(Shown, OSError):
     """A GPU, its driver or its libraries are missing."""
 
 
+def nearest(name: str, known: Iterable[str], likeness: float = 0.6) -> list[str]:
+    """The one of `known` that is most like `name`, in a list; an empty list where none is like it."""
+    from difflib import get_close_matches  # rarely needed
+
+    return get_close_matches(name, known, 1, likeness)
+
+
 def unknown_keywords(
     function: str, unknown: Iterable[str], known: Iterable[str], hints: Mapping[str, str] | None = None
 ) -> TypeError:
     """The error for keywords that a function does not have; each is told with the nearest one that it has."""
     known, told = list(known), []
     for name in unknown:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = nearest(name, known)
         hint = (hints or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
         told.append(f"{name!r}" + (f" ({hint})" if hint else ""))
     alone = "" if all("(" in text for text in told) else f"; it takes {', '.join(sorted(known))}"

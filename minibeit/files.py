@@ -1,8 +1,8 @@
-"""Files are written beside their place and renamed into it, so that nobody ever sees half of one.
+"""Atomic writes: a file is written under a temporary name in its folder, then renamed, so it is never seen half done.
 
-A process that is killed while it writes leaves its temporary file behind.  Such files are called
-`.minibeit-HOST-PID-RANDOM.tmp` and are locked by whoever writes them; the next process that writes into the folder
-removes those that nobody holds.
+A process that is killed while writing leaves its temporary file behind.  Such files are called
+`.minibeit-HOST-PID-RANDOM.tmp` and are locked while they are written; the next process that writes into the folder
+removes those that are not locked.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import errno
 import mmap
 import os
 import platform
-import secrets
 import shutil
 import stat
-import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -28,20 +26,20 @@ except ImportError:  # Windows, where a file that someone has open cannot be rem
     fcntl = None  # type: ignore[assignment]
 
 MARK, END = ".minibeit-", ".tmp"
-STALE = 24 * 3600  # seconds after which a temporary of another host, whose locks may not be seen here, is given up
-# Errors of writing, which come without the name of the file.
+STALE = 24 * 3600  # seconds until another host's temporary, whose lock may be invisible here, counts as abandoned
+# Errors of writing, which the system reports without a file name.
 _NAMELESS = (errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EPIPE, getattr(errno, "EDQUOT", errno.ENOSPC))
 _MOST_LINKS, _MOST_FOLDERS = 40, 1000
-_cleaned: set[Path] = set()  # folders this process has looked through
+_cleaned: set[Path] = set()  # folders that this process has cleaned
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Yields a binary file that becomes `path` when the block ends well, and vanishes when it raises.
+    """Yields a binary file that becomes `path` if the block succeeds, and is removed if it raises.
 
-    The temporary file stands in the same folder, since a rename is atomic only within one file system.  A symbolic link
-    stays one, its target is replaced; a file that is replaced hands its permissions on.  A pipe or a device gets the
-    bytes when they are complete.
+    The temporary file is in the same folder, since a rename is atomic only within one file system.  A symbolic link
+    is kept and its target replaced; the new file inherits the permissions of the one it replaces.  A pipe or a device
+    gets the bytes once they are complete.
     Raises OSError that names `path`, never the temporary file.
     """
     target = _target(path)
@@ -52,7 +50,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with _naming(path), _temporary_file(target.parent, path) as (temporary, file):
         yield file
         file.flush()
-        with suppress(OSError):  # the file that was there may belong to somebody else
+        with suppress(OSError):  # the replaced file may belong to another user
             os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode) & 0o777)
         os.fsync(file.fileno())
         if fcntl is None:
@@ -62,7 +60,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder beside `path`, in the same file system, for what is to become `path`; removed at the end.
+    """A temporary folder beside `path`, in the same file system, for what will become `path`; removed at the end.
 
     Raises OSError that names `path`.
     """
@@ -85,9 +83,9 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises OSError, naming `path`, where `atomic_write(path)` would fail: no folder, no permission, no space.
+    """Raises OSError, naming `path`, if `atomic_write(path)` would fail: no folder, no permission, no space.
 
-    Of folders that are yet to be made the nearest one that exists is tried.  Nothing is left behind.
+    If folders have yet to be created, the nearest existing one is tried.  Leaves nothing behind.
     """
     target = _target(path)
     if target is None:
@@ -103,7 +101,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def identity(path: str | os.PathLike[str]) -> Any:
-    """Equal for two paths that lead to one file, also by links and on file systems that ignore case."""
+    """A value that is equal for two paths to the same file, also through links or with case ignored."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -112,9 +110,9 @@ def identity(path: str | os.PathLike[str]) -> Any:
 
 
 def mapped_file(array: Any) -> mmap.mmap | None:
-    """The file that an array is a read-only view of; None for any other array.
+    """The memory map that an array is a read-only view of; None for any other array.
 
-    Pages of such a file may be dropped, they are read again when needed; a private copy would lose what was written.
+    Pages of such a map may be dropped: they are read from the file again.  In a writable map that would lose changes.
     """
     base = array
     while hasattr(base, "flags") or isinstance(base, memoryview):
@@ -125,7 +123,7 @@ def mapped_file(array: Any) -> mmap.mmap | None:
 
 
 def _target(path: str | os.PathLike[str]) -> Path | None:
-    """The file that a rename may replace; None for a pipe, a device, and what the system shows under /dev or /proc."""
+    """The file that a rename may replace; None for a pipe, a device, and anything under /dev or /proc."""
     place = Path(os.path.abspath(path))
     for _ in range(_MOST_LINKS):
         real = Path(os.path.realpath(place.parent)) / place.name
@@ -142,7 +140,9 @@ def _target(path: str | os.PathLike[str]) -> Path | None:
 
 @contextmanager
 def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A temporary file whose bytes go to a pipe or a device at the end."""
+    """A temporary file whose content is copied to a pipe or a device at the end."""
+    import tempfile  # rarely needed
+
     with tempfile.TemporaryFile() as file:
         yield file  # type: ignore[misc]
         file.seek(0)
@@ -152,7 +152,7 @@ def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tuple[Path, BinaryIO]]:
-    """(path, open file) of a new file with the permissions of any new file; removed at the end if it is still there."""
+    """(path, open file) of a new file with default permissions; removed at the end if it still exists."""
     _clean(folder)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     while True:
@@ -175,7 +175,7 @@ def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tupl
 
 @contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors about temporary files become errors about `path`, which the user knows."""
+    """Turns errors about temporary files into errors about `path`, which the user knows."""
     try:
         yield
     except OSError as error:
@@ -187,7 +187,7 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _name() -> str:
-    return f"{MARK}{_host()}-{os.getpid()}-{secrets.token_hex(6)}{END}"
+    return f"{MARK}{_host()}-{os.getpid()}-{os.urandom(6).hex()}{END}"
 
 
 def _host() -> str:
@@ -195,13 +195,13 @@ def _host() -> str:
 
 
 def _mine(descriptor: int, path: Path) -> bool:
-    """Locks a new temporary until it is closed or the process ends, however it ends.
+    """Locks a new temporary file until it is closed or the process ends, even if killed.
 
-    False, and closed, where somebody who cleans up came between its creation and the lock.
+    Closes it and returns False if another process cleaned it away before it was locked.
     """
     if fcntl is None:
         return True
-    with suppress(OSError):  # a file system without locks, on which nobody cleans up either
+    with suppress(OSError):  # a file system without locks; there nothing is cleaned up either
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     with suppress(OSError):
         if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
@@ -211,7 +211,7 @@ def _mine(descriptor: int, path: Path) -> bool:
 
 
 def _held(descriptor: int) -> bool:
-    """Whether somebody holds an open temporary; if not, we do from now on."""
+    """Whether another process has locked an open temporary file; if not, locks it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # or the file system has no locks
@@ -220,7 +220,7 @@ def _held(descriptor: int) -> bool:
 
 
 def _clean(folder: Path) -> None:
-    """Removes what killed processes left in `folder`, once for each folder; never what somebody is writing."""
+    """Removes what killed processes left in `folder`, once per folder; never a file that is being written."""
     if folder in _cleaned:
         return
     if len(_cleaned) >= _MOST_FOLDERS:

@@ -1,8 +1,8 @@
 """The calling convention of transformers' Flax classes, which transformers 5 dropped: weights as an argument.
 
-Each class is a thin adapter: `params`, a nested dictionary in Flax's names and layouts (`kernel` (in, out) for linear
-layers, (kh, kw, in, out) for the patches, `scale` for norms), becomes the weights of the model in `tasks/`, which does
-the work.  NumPy arrays in, NumPy arrays out; no JAX.
+Each class is a thin adapter around the model in `tasks/`, which does the work.  `params` is a nested dictionary with
+Flax's names and layouts: `kernel` (in, out) for linear layers, (kh, kw, in, out) for the patches, `scale` for norms.
+NumPy arrays in, NumPy arrays out; no JAX.
 
 Source: modeling_flax_beit.py of transformers 4.
 """
@@ -28,15 +28,15 @@ Params = Mapping[str, Any]  # nested: {"beit": {"embeddings": {"cls_token": arra
 
 
 class FlaxBeitPreTrainedModel:
-    """What the three classes share; `model_class` does the work, `output_class` names its result.
+    """What the three classes share: `model_class` does the work, `output_class` is the type of its result.
 
-    `input_shape` is accepted for the sake of old code and has no effect: weights do not depend on it.  With
-    `_do_init=False` there are no weights until a call brings `params`.
+    `input_shape` is accepted for old code and ignored: weights do not depend on it.  With `_do_init=False` the model
+    has no weights; give `params` with each call, or set them.
     """
 
     model_class: type[BeitPreTrainedModel]
     output_class: type[ModelOutput]
-    fields: tuple[str, ...]  # what `return_dict=False` gives, in order
+    fields: tuple[str, ...]  # what `return_dict=False` returns, in order
     naming = Naming(DIALECTS["flax"], "beit/")
 
     def __init__(
@@ -53,7 +53,7 @@ class FlaxBeitPreTrainedModel:
         self.backend = backend
         self._params: Params | None = None
         self._model: BeitPreTrainedModel | None = None
-        self._of: Params | None = None  # the params that `_model` was made of
+        self._of: Params | None = None  # the params that `_model` was made from
         if _do_init:
             model = self.model_class(config, seed=seed, dtype=self.dtype, backend=backend)
             self._params = self._of = flax_params(model.arrays, self.naming)
@@ -71,12 +71,12 @@ class FlaxBeitPreTrainedModel:
         return adapter
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` under the Hub's names, which the other classes read too."""
+        """Writes `config.json` and `model.safetensors` with the Hub's names, which the other classes read too."""
         self._model_of(self.params).save_pretrained(folder)
 
     @property
     def params(self) -> Params:
-        """The weights that a call uses when it is given none.  Raises ValueError when there are none."""
+        """The weights of a call without `params`.  Raises ValueError if there are none."""
         if self._params is None:
             raise ValueError(
                 "params: this model was made with _do_init=False; give params= with the call or set params"
@@ -100,9 +100,9 @@ class FlaxBeitPreTrainedModel:
     ) -> Any:
         """Runs the model on `pixel_values` (B, C, height, width).
 
-        `params` replace the model's own weights; the same dictionary given again is not converted again, so do not
-        change its arrays in place.  `train=True` drops at the config's rates and needs `dropout_rng`: a seed, a NumPy
-        generator or a JAX key (which numbers are drawn differs from JAX).  `return_dict=False` gives a tuple, which,
+        `params` replace the model's own weights.  The same dictionary is converted only once, so do not change its
+        arrays in place.  `train=True` applies dropout at the config's rates and needs `dropout_rng`: a seed, a NumPy
+        generator or a JAX key (the numbers drawn differ from JAX's).  `return_dict=False` returns a tuple, which,
         as in transformers, never has hidden states or attentions.  Raises ValueError for input that does not fit.
         """
         model = self._model_of(self.params if params is None else params)
@@ -111,7 +111,7 @@ class FlaxBeitPreTrainedModel:
             "output_attentions": bool(output_attentions),
             "rng": _generator(dropout_rng, self.config) if train else None,
         }
-        if not isinstance(model, BeitForImageClassification):  # which ignores the mask, as transformers' does
+        if not isinstance(model, BeitForImageClassification):  # it ignores the mask, as in transformers
             options["bool_masked_pos"] = bool_masked_pos
         result = model(pixel_values, **options)  # type: ignore[operator]
         if return_dict is False:
@@ -127,7 +127,7 @@ class FlaxBeitPreTrainedModel:
 
 
 class FlaxBeitModel(FlaxBeitPreTrainedModel):
-    """The encoder without a head; its `params` have no "beit" level."""
+    """The encoder without a head; its `params` lack the outer "beit" level."""
 
     model_class = BeitModel
     output_class = FlaxBeitModelOutputWithPooling
@@ -152,7 +152,7 @@ class FlaxBeitForImageClassification(FlaxBeitPreTrainedModel):
 
 
 def flax_params(arrays: Mapping[str, np.ndarray], naming: Naming) -> dict[str, Any]:
-    """{canonical name: array} as a nested dictionary in Flax's names and layouts; the arrays are views."""
+    """{canonical name: array} as a nested dictionary with Flax's names and layouts; the arrays are views."""
     nested: dict[str, Any] = {}
     for name, array in arrays.items():
         place = naming.place(name)
@@ -165,7 +165,7 @@ def flax_params(arrays: Mapping[str, np.ndarray], naming: Naming) -> dict[str, A
 
 
 def arrays_of(params: Params, config: BeitConfig, task: str, naming: Naming, dtype: str) -> dict[str, np.ndarray]:
-    """The reverse of `flax_params`.  Raises ValueError that names what is missing, left over or of another shape."""
+    """The reverse of `flax_params`.  Raises ValueError naming missing, unexpected or misshapen arrays."""
     if not isinstance(params, Mapping):
         raise ValueError(f"params: expected a nested dictionary of arrays, found {type(params).__name__}")
     flat = _flat(params)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries as NumPy arrays, told by what they can do; none of those libraries is imported."""
+"""Arrays of other libraries as NumPy arrays, told by what they can do, without importing one; and one way back."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def _part(x: Any) -> Any:
 def _plain(x: np.ndarray) -> np.ndarray:
     """bfloat16 of ml_dtypes, as jax has it, is no number to NumPy."""
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+
+
+def as_torch(x: np.ndarray) -> Any:
+    """`x` as a tensor of PyTorch that shares its memory.  Raises ImportError where PyTorch is missing."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("return_tensors='pt' needs PyTorch: pip install torch; 'np' needs nothing") from None
+    return torch.from_numpy(x)

@@ -22,15 +22,15 @@ FILE_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".np
 SETTINGS = (CONFIG_NAME, PROCESSOR_NAME)
 TRUE = ("1", "on", "true", "yes")
 HUB = "https://huggingface.co"
-PATIENCE = 6.0  # seconds for the first answer; huggingface_hub by itself tries for half a minute
+PATIENCE = 6.0  # seconds to wait for a connection; huggingface_hub itself retries for half a minute
 
 
 def resolve(path_or_id: str | os.PathLike[str], where: Where | None = None, weights: bool = True) -> Path:
     """The local path of a checkpoint: `path_or_id` itself if it exists, else the folder its files were downloaded to.
 
-    `where` says which of its files are meant, `weights=False` that only the config and the settings of the image
-    processor are.  Environment: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
-    Raises FileNotFoundError for what is neither here nor there and CheckpointError when a download fails.
+    `where` selects the files; with `weights=False` only the config and the image processor's settings are fetched.
+    Environment: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
+    Raises FileNotFoundError if it is neither local nor on the Hub and CheckpointError if a download fails.
     """
     where = where or Where()
     if os.path.exists(path_or_id):
@@ -57,9 +57,9 @@ def not_here(id: str) -> FileNotFoundError:
 def resolve_settings(
     path_or_id: str | os.PathLike[str], keywords: Mapping[str, Any], known: Iterable[str]
 ) -> tuple[Path, dict[str, Any]]:
-    """Where config and processor settings lie, and which settings (of those `known`) the keywords replace.
+    """The path of config or processor settings, and the settings (among `known`) that the keywords replace.
 
-    Raises TypeError for a keyword that neither says where files lie nor is known, beside what `resolve` raises.
+    Raises TypeError for a keyword that is neither in `known` nor a field of `Where`, and what `resolve` raises.
     """
     where, settings = split_keywords(keywords, known)
     return resolve(path_or_id, where, weights=False), settings
@@ -74,7 +74,7 @@ def _within(path: Path, subfolder: str) -> Path:
 
 
 def is_hub_id(path: Any) -> bool:
-    """Whether a text looks like owner/name rather than like the path of a file."""
+    """Whether a string looks like owner/name rather than like a file path."""
     return isinstance(path, str) and ID.fullmatch(path) is not None and not path.lower().endswith(FILE_ENDINGS)
 
 
@@ -86,12 +86,11 @@ def download(
     weights: bool = True,
     where: Where | None = None,
 ) -> Path:
-    """Fetches config, processor settings and weights of `id`, with a progress bar; gives the folder they are in.
+    """Fetches config, processor settings and weights of `id`, with a progress bar; returns their folder.
 
-    Of the weights the first kind that the repository has is taken: safetensors, PyTorch's .bin, Flax; an adapter comes
-    too.  What is there already is not fetched again; a broken download goes on where it stopped.  `output` is a folder
-    to use instead of the cache; `where` says what `revision` and `token` say, and more.  Raises FileNotFoundError or
-    CheckpointError.
+    Of the weights the first format that the repository has is fetched (safetensors, PyTorch's .bin, Flax), and also an
+    adapter.  Files already present are not fetched again; an interrupted download resumes.  `output` is a folder to use
+    instead of the cache; `where` holds `revision`, `token` and more.  Raises FileNotFoundError or CheckpointError.
     """
     fetch = _Fetch(id, where or Where(revision=revision, token=token), output)
     found = [fetch(name) for name in SETTINGS]
@@ -104,7 +103,7 @@ def download(
 
 
 def _fetch_weights(fetch: _Fetch) -> list[Path]:
-    """The weights that `fetch` finds, with all their shards, and an adapter.  Raises FileNotFoundError for none."""
+    """The weights that `fetch` finds, with all shards, and an adapter.  Raises FileNotFoundError if there are none."""
     loading = fetch.where if isinstance(fetch.where, Loading) else Loading()
     names = folder_files(loading.variant, loading.use_safetensors)
     main = next((file for file in map(fetch, names) if file is not None), None)
@@ -149,7 +148,7 @@ class _Fetch:
         return f", and {why}; {_by_hand(self.id)}"
 
     def __call__(self, name: str) -> Path | None:
-        """The local path of a file; None when the repository (or, without a network, the cache) does not have it."""
+        """The local path of a file; None if the repository (or, without a network, the cache) lacks it."""
         try:
             file = Path(
                 self.hub.hf_hub_download(
@@ -183,19 +182,19 @@ class _Fetch:
                 f"{self.id}: is no file or folder here and no repository on the Hub; if it is private, "
                 "give token= or set HF_TOKEN"
             ) from None
-        except Exception as error:  # huggingface_hub lets those of its HTTP library through, which differ by version
+        except Exception as error:  # its HTTP library's errors come through, and differ by version
             raise CheckpointError(
                 f"{self.id}: the download of {name} failed ({_sentence(error)}); run again to go on where it stopped, "
                 f"or {_by_hand(self.id)}"
             ) from error
         commit = file.parents[len(Path(self.where.subfolder or "").parts)].name
         if self.output is None and re.fullmatch(r"[0-9a-f]{40}", commit):
-            self.revision = commit  # the other files of the same commit, even if the branch moves meanwhile
+            self.revision = commit  # all further files from the same commit, even if the branch moves
         return file
 
 
 def _library(id: str) -> tuple[Any, Any]:
-    """huggingface_hub, and the module that has had its errors in every version."""
+    """huggingface_hub, and the module that defines its errors in every version."""
     try:
         import huggingface_hub
         import huggingface_hub.utils as errors
@@ -208,9 +207,9 @@ def _library(id: str) -> tuple[Any, Any]:
 
 
 def _silence(endpoint: str) -> str | None:
-    """Why no connection to a server comes about within PATIENCE seconds; None where one does, or a proxy is between.
+    """Why a server cannot be reached within PATIENCE seconds; None if it can, or if a proxy is used.
 
-    In a thread of its own, since a look-up of the name has no limit that could be set.
+    Runs in a separate thread, since name resolution has no timeout.
     """
     import socket  # imported here, since together they take longer than `import minibeit`
     import threading
@@ -258,6 +257,6 @@ def _shards(main: Path) -> list[str]:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of an error's message, with its type where it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".:")[:200] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Pictures in, `pixel_values` (B, C, H, W) out; label maps to `labels`; segmentation logits back to label maps."""
+"""Converts images to `pixel_values` (B, C, H, W), label maps to `labels`, and segmentation logits to label maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .file_names import PROCESSOR_NAME
 from .files import atomic_write
-from .foreign import as_numpy
+from .foreign import as_numpy, as_torch
 from .hub import resolve_settings
 from .images.loading import flatten_images, load_image, load_label_map
 from .images.settings import SETTINGS, ImageSettings
@@ -36,7 +36,7 @@ _TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
 
 
 class BatchFeature(dict[str, Any]):
-    """A dictionary whose entries are attributes as well: `batch["pixel_values"]` is `batch.pixel_values`."""
+    """A dictionary whose entries are also attributes: `batch["pixel_values"]` is `batch.pixel_values`."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -44,30 +44,35 @@ class BatchFeature(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has {', '.join(self)}, but no {name!r}") from None
 
+    def to(self, *_: Any, **__: Any) -> BatchFeature:
+        """The batch itself: a model takes arrays to the device it is on."""
+        return self
+
 
 class SemanticSegmentationPostProcessorOutput(BatchFeature):
-    """`segmentation` (H, W) class ids and `segmentation_scores` (K, H, W) the resized logits of one picture."""
+    """One image's class ids, `segmentation` (H, W), and resized logits, `segmentation_scores` (K, H, W)."""
 
 
 class BeitImageProcessor:
-    """Turns pictures into the `pixel_values` of a BEiT, as `preprocessor_config.json` says.
+    """Converts images to the `pixel_values` of a BEiT, as set in `preprocessor_config.json`.
 
-    Each picture is made upright (`apply_exif_orientation`) and converted to the channels of `image_mean`
-    (`do_convert_rgb`: three by default; transparency is laid on white), then resized with Pillow to `size`, cropped
-    around the centre to `crop_size` (zeros where the picture is smaller), multiplied by `rescale_factor` and
-    normalised: (x - image_mean) / image_std.  On RGB pictures every value equals that of BeitImageProcessorPil of
-    transformers 5 with the same Pillow (version 13 resizes some shapes otherwise than 12, by a few levels of 255).
+    Each image is rotated upright (`apply_exif_orientation`) and converted to the channels of `image_mean`
+    (`do_convert_rgb`: three by default; transparent images are composited on white), then resized with Pillow to
+    `size`, cropped around the centre to `crop_size` (padded with zeros if the image is smaller), multiplied by
+    `rescale_factor` and normalised: (x - image_mean) / image_std.  For RGB images every value equals that of
+    BeitImageProcessorPil of transformers 5 with the same Pillow (for some shapes the results of Pillow 13 and 12 differ
+    by a few levels of 255).
 
     `size` is an int (square), a (height, width) pair, or a dictionary with height and width, or shortest_edge (and
     longest_edge), or max_height and max_width, which keep the proportions; `crop_size` has height and width.
     `resample` is Pillow's number of a filter (0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming).
-    `value_range` is the value of white in pictures and integer arrays of more than 8 bits: 4095 for 12 bits stored in
-    16; without it that of a 16-bit picture is 65535.
+    `value_range` is the value of white in images and integer arrays of more than 8 bits: 4095 for 12 bits stored in
+    16; the default for a 16-bit image is 65535.
     `do_reduce_labels` turns class 0 of label maps into 255, which losses ignore, and every other class k into k - 1.
 
     Label maps are resized by nearest neighbour and padded with 255.  `compat="transformers"` resizes them with the
-    filter of the pictures, which invents class ids at borders, and pads with 0, as the originals do.
-    Raises ValueError, naming the argument, for settings that cannot be.
+    images' filter, which produces wrong class ids at borders, and pads with 0, as transformers does.
+    Raises ValueError, naming the argument, for invalid settings.
     Source: BeitImageProcessorPil of transformers 5; Bao et al. 2021, appendix for the 0.5 means.
     """
 
@@ -107,19 +112,17 @@ class BeitImageProcessor:
         input_data_format: str | None = None,
         **overrides: Any,
     ) -> BatchFeature:
-        """`pixel_values` (B, C, H, W), float32, and with maps `labels` (B, H, W), int64, of pictures and label maps.
+        """`pixel_values` (B, C, H, W), float32, and if `segmentation_maps` are given, `labels` (B, H, W), int64.
 
         A picture is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
         of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
         settles arrays that can be read both ways.  `overrides` replace settings for this call.
-        The result is always one array per entry (the originals give lists unless `return_tensors` is set).
+        The result is always one array per entry (the originals give lists unless `return_tensors` is set), of PyTorch
+        with `return_tensors="pt"`, else of NumPy.
         Raises ImageError, naming file or argument, for pictures that cannot be read or do not fit together.
         """
-        if return_tensors not in (None, "np"):
-            raise ValueError(
-                f"return_tensors: minibeit gives NumPy arrays, expected 'np' or None, found {return_tensors!r}"
-                + ("; use torch.from_numpy on the result" if return_tensors == "pt" else "")
-            )
+        if return_tensors not in (None, "np", "pt"):
+            raise ValueError(f"return_tensors: expected 'np', 'pt' or None, found {return_tensors!r}")
         settings = _settings({name: getattr(self, name) for name in SETTINGS}, overrides)
         pictures = flatten_images(images, "images", ndim=3)
         batch = BatchFeature()
@@ -131,12 +134,12 @@ class BeitImageProcessor:
                 raise ImageError(f"segmentation_maps: expected {len(pictures)}, one per picture, found {len(maps)}")
             labels = [_labels(item, name, settings) for name, item in maps]
             batch["labels"] = _stacked(labels, [name for name, _ in maps])
-        return batch
+        return BatchFeature({k: as_torch(v) for k, v in batch.items()}) if return_tensors == "pt" else batch
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: Any = None, return_segmentation_scores: bool = False
     ) -> list[Any]:
-        """The class ids (height, width), int64, of each picture: the largest of `outputs.logits` (B, K, h, w).
+        """The class ids (height, width), int64, of each image: the argmax of `outputs.logits` (B, K, h, w).
 
         `target_sizes`, B pairs (height, width), first resizes the logits bilinearly (align_corners False, no
         antialiasing).  With `return_segmentation_scores` each item has `segmentation` and `segmentation_scores`, the
@@ -157,7 +160,7 @@ class BeitImageProcessor:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitImageProcessor:
-        """The processor of a dictionary as it stands in `preprocessor_config.json`, of any age.
+        """The processor of a dictionary read from a `preprocessor_config.json` of any transformers version.
 
         A dictionary that names its `feature_extractor_type` is read as at its time: of a BeitFeatureExtractor, absent
         keys mean a size of 256 and a centre crop of 224, and pairs are (width, height).  For other types absent keys
@@ -217,7 +220,7 @@ class BeitImageProcessor:
             file.write(self.to_json_string().encode())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `preprocessor_config.json` into `folder`, making the folder if need be."""
+        """Writes `preprocessor_config.json` into `folder`, which is created if necessary."""
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder}: expected a folder to save into, found a file")
@@ -229,10 +232,10 @@ class BeitImageProcessor:
 
 
 class BeitFeatureExtractor(BeitImageProcessor):
-    """The name and the calling convention of BeitImageProcessor before transformers 4.26.
+    """The name and calling convention of BeitImageProcessor before transformers 4.26.
 
-    Defaults are those of its time, a size of 256 and a centre crop of 224; pairs are (width, height); `reduce_labels`
-    is the old name of `do_reduce_labels`.  What it saves is a BeitImageProcessor.
+    It has the old defaults, a size of 256 and a centre crop of 224; pairs are (width, height); `reduce_labels` is the
+    old name of `do_reduce_labels`.  It is saved as a BeitImageProcessor.
     """
 
     def __init__(
@@ -342,5 +345,5 @@ def _resized_logits(logits: np.ndarray, target_sizes: Any) -> list[np.ndarray]:
             f"target_sizes: expected {len(logits)} pairs (height, width) of positive whole numbers, one per picture, "
             f"found {target_sizes!r}"
         )
-    with np.errstate(under="ignore"):  # means of tiny logits may be zero
+    with np.errstate(under="ignore"):  # means of tiny logits may underflow to zero
         return [resize_bilinear(logit[None], (int(h), int(w)))[0] for logit, (h, w) in zip(logits, sizes)]

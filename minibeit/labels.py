@@ -12,7 +12,7 @@ from .catalogue import weights_folder
 
 SOURCES = ("imagenet-1k", "imagenet-22k", "ade20k", "rvl-cdip")
 
-# (task, number of outputs) -> the data set that published checkpoints of that kind were trained on.
+# (task, number of outputs) -> the data set that such published checkpoints were trained on.
 KNOWN_HEADS = {
     ("image_classification", 1000): "imagenet-1k",
     ("image_classification", 21841): "imagenet-22k",
@@ -20,7 +20,7 @@ KNOWN_HEADS = {
     ("semantic_segmentation", 150): "ade20k",
 }
 
-# The two synsets that Google's list of 21,843 classes has and the training data, with 21,841, does not.
+# Two synsets of Google's list of 21,843 classes that the training data, with 21,841, lacks.
 REMOVED_FROM_22K = (9205, 15027)
 
 
@@ -43,12 +43,12 @@ def source_of(task: str, count: int) -> str | None:
 
 
 def renumbered(values: Any) -> Any:
-    """The content of a config.json whose 21,841 ImageNet-22k names are numbered 0, 1, ... without gaps.
+    """The content of a config.json with its 21,841 ImageNet-22k names renumbered 0, 1, ... without gaps.
 
     Published files took Google's list of 21,843 classes and deleted keys 9205 (n03931044) and 15027 (n09859684), which
-    the training data lacks, but left the other numbers as they were: from output 9205 on, every name stood one or two
-    outputs too high.  In order and without the gaps the list is that of the training data's 21,841 classes (checked
-    against timm's imagenet22k_synsets.txt: equal).
+    the training data lacks, but did not renumber the others: from output 9205 on, every name is one or two outputs too
+    high.  Once the gaps are closed, the list is that of the training data's 21,841 classes (equal to timm's
+    imagenet22k_synsets.txt).
     """
     if not isinstance(values, Mapping) or not isinstance(values.get("id2label"), Mapping):
         return values
@@ -66,10 +66,10 @@ def renumbered(values: Any) -> Any:
 
 
 def numbered(labels: dict[int, str]) -> dict[int, str]:
-    """Names for the outputs 0 to K - 1 of a head, K as many as there are names; the same object where it is so already.
+    """Names for the outputs 0 to K - 1 of a head, where K is the number of names, as in transformers.
 
-    transformers takes K likewise.  A name whose number is no output's is left out and an output without one is called
-    LABEL_i, with a warning that lists both.
+    A name whose number is outside that range is left out, and an output without a name is called LABEL_i, with a
+    warning that lists both.  Returns `labels` itself if they are numbered so already.
     """
     count = len(labels)
     if set(labels) == set(range(count)):

@@ -1,4 +1,4 @@
-"""The keywords that say where a checkpoint lies and how it is read, the same for models, configs and processors."""
+"""The keywords that say where a checkpoint is and how to read it, shared by models, configs and processors."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Where:
-    """Which files are meant.
+    """Which files to read.
 
     `revision` (branch, tag or commit), `token`, `cache_dir`, `local_files_only` and `force_download` are for the Hub.
-    `subfolder` is a folder within the folder or repository, for all its files.
+    `subfolder` is the folder, within the given folder or repository, that holds all the files.
     """
 
     revision: str | None = None
@@ -88,7 +88,7 @@ LOADING = tuple(field.name for field in dataclasses.fields(Loading))
 def split_model_keywords(keywords: Mapping[str, Any], config_fields: Iterable[str]) -> tuple[Loading, dict[str, Any]]:
     """How to load, and the fields of the config (of those named) to replace.
 
-    Raises TypeError, naming the nearest keyword, for one that is neither, and ValueError for a value that cannot be.
+    Raises TypeError, suggesting the nearest keyword, for one that is neither, and ValueError for an invalid value.
     """
     config_fields = tuple(config_fields)
     loading = {name: value for name, value in keywords.items() if name in LOADING}
@@ -98,7 +98,7 @@ def split_model_keywords(keywords: Mapping[str, Any], config_fields: Iterable[st
 
 
 def split_keywords(keywords: Mapping[str, Any], known: Iterable[str]) -> tuple[Where, dict[str, Any]]:
-    """Which files are meant, and the settings among `known` to replace; `variant` is understood and is for weights."""
+    """Which files to read, and the settings among `known` to replace; `variant` is accepted but has no effect."""
     known = tuple(known)
     where = {name: value for name, value in keywords.items() if name in WHERE and value is not None}
     _refuse(keywords, (*WHERE, *known, "variant", "use_fast"), (*WHERE, *known))

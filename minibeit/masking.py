@@ -1,4 +1,4 @@
-"""Block-wise masking: which patches a BEiT does not see in pre-training."""
+"""Block-wise masking: which patches are hidden from a BEiT in pre-training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 TRIES = 10
-PAPER_PATCHES, PAPER_LEAST = 14 * 14, 16  # the smallest block of the paper and the grid it was chosen for
+PAPER_PATCHES, PAPER_LEAST = 14 * 14, 16  # the paper's grid, and its smallest block there
 
 
 def block_mask(
@@ -17,14 +17,14 @@ def block_mask(
     least: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> np.ndarray:
-    """A mask (gh, gw), bool, of at most `count` patches that lie in rectangular blocks.
+    """A boolean mask (gh, gw) of at most `count` patches, made of rectangular blocks.
 
-    Until `count` are masked, a block is drawn: its area uniform between `least` and what is still wanted, its
-    height / width log-uniform in `aspect`, its place uniform.  It is taken if it is smaller than the grid on both
-    sides and masks at least one more patch and not too many; ten that are not taken in a row end it, so some masks
-    have a few patches less (of 75 on 14x14 a third of the masks, 74.5 on average).
-    `least` is 16 for the 14x14 patches of the paper and in proportion for other grids.
-    Raises ValueError for a count that the grid does not have.
+    Until `count` patches are masked, a block is drawn: its area uniform between `least` and the number still to mask,
+    its height / width log-uniform in `aspect`, its position uniform.  It is accepted if both sides are shorter than the
+    grid's, it masks at least one new patch, and the total does not exceed `count`.  After ten rejections in a row the
+    mask is left as it is, so some have a few patches fewer (with 75 on 14x14 a third of the masks; 74.5 on average).
+    `least` defaults to 16 for the 14x14 patches of the paper and is scaled with the number of patches.
+    Raises ValueError for a count that exceeds the grid.
     Source: BEiT section 2.3, algorithm 1, as its published code draws it (unilm beit/masking_generator).
     """
     gh, gw = grid
@@ -39,7 +39,7 @@ def block_mask(
 
 
 def _add_block(mask: np.ndarray, most: int, rng: np.random.Generator, least: int, aspect: tuple[float, float]) -> bool:
-    """Masks one more block of at most `most` new patches; False when no try did."""
+    """Masks one more block of at most `most` new patches; False if every try was rejected."""
     gh, gw = mask.shape
     for _ in range(TRIES):
         area = rng.uniform(min(least, most), max(least, most))

@@ -1,7 +1,7 @@
-"""What a model returns: one dataclass per task, with the names of the originals.
+"""What a model returns: one dataclass per task, named as in transformers.
 
-Fields that were not asked for are None.  Like the originals an output is also a mapping of what is there:
-`out["logits"]`, `out.keys()`, `out[0]`, `out.to_tuple()`.
+Fields that were not asked for are None.  As in transformers, an output is also a mapping of the fields that are not
+None: `out["logits"]`, `out.keys()`, `out[0]`, `out.to_tuple()`.
 
 Letters: B batch, N tokens, D width, H heads, P patches, L blocks, K classes, V visual tokens, h x w map.
 """
@@ -19,23 +19,23 @@ class ModelOutput:
     """Attributes, keys and positions for the fields that are not None."""
 
     def keys(self) -> list[str]:
-        """Names of the fields that are there, in order."""
+        """Names of the fields that are not None, in order."""
         return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
 
     def values(self) -> list[Any]:
-        """Values of the fields that are there."""
+        """Values of the fields that are not None, in order."""
         return [getattr(self, name) for name in self.keys()]
 
     def items(self) -> list[tuple[str, Any]]:
-        """(name, value) of the fields that are there."""
+        """(name, value) of the fields that are not None, in order."""
         return [(name, getattr(self, name)) for name in self.keys()]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values of the fields that are there."""
+        """The values of the fields that are not None, in order."""
         return tuple(self.values())
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a field, or `default` if it is not there."""
+        """The value of a field, or `default` if it is None or unknown."""
         return getattr(self, name) if name in self.keys() else default
 
     def __getitem__(self, key: Any) -> Any:
@@ -57,7 +57,7 @@ class ModelOutput:
 
 @dataclass
 class BeitModelOutputWithPooling(ModelOutput):
-    last_hidden_state: Array | None = None  # (B, N, D); un-normalised with mean pooling
+    last_hidden_state: Array | None = None  # (B, N, D); not normalised with mean pooling
     pooler_output: Array | None = None  # (B, D)
     hidden_states: tuple[Array, ...] | None = None  # L + 1 of (B, N, D)
     attentions: tuple[Array, ...] | None = None  # L of (B, H, N, N)
@@ -102,9 +102,9 @@ class FlaxBeitModelOutputWithPooling(BeitModelOutputWithPooling):
 
 @dataclass
 class FlaxMaskedLMOutput(MaskedLMOutput):
-    """The output of FlaxBeitForMaskedImageModeling; never a loss."""
+    """The output of FlaxBeitForMaskedImageModeling; `loss` is always None."""
 
 
 @dataclass
 class FlaxSequenceClassifierOutput(ImageClassifierOutput):
-    """The output of FlaxBeitForImageClassification; never a loss."""
+    """The output of FlaxBeitForImageClassification; `loss` is always None."""

@@ -1,7 +1,7 @@
 """The weights of every task as frozen dataclasses, and the one list of their names and shapes.
 
-One tree type has three lives.  `shapes(config, task)` fills it with shape tuples; `unflatten` puts arrays in their
-place; a backend's `prepare` may replace leaves by packed ones.  The canonical name of an array is its attribute path,
+The same tree type serves three times.  `shapes(config, task)` fills it with shape tuples; `unflatten` replaces those by
+arrays; a backend's `prepare` may replace arrays by packed ones.  The canonical name of an array is its attribute path,
 for example `beit.encoder.3.attention.query.weight`.
 
 Letters: D width, F mlp width, H heads, P patches, R rows of the bias table, K classes, V visual tokens, C channels.
@@ -21,7 +21,7 @@ import numpy as np
 from .config import BeitConfig
 
 BATCH_NORM_EPS = 1e-5  # PyTorch's default; no BEiT config has a key for it
-Leaf = Any  # a shape tuple, an array, or what a backend's `prepare` made of one
+Leaf = Any  # a shape tuple, an array, or an array packed by a backend's `prepare`
 Tree = TypeVar("Tree")
 
 
@@ -74,7 +74,7 @@ class Embeddings:
 @dataclass(frozen=True)
 class Attention:
     query: Linear  # (D, D)
-    key: Linear  # (D, D), the only one without a bias: softmax does not see a term common to all keys
+    key: Linear  # (D, D), the only one without a bias: softmax cancels a term common to all keys
     value: Linear  # (D, D)
     output: Linear  # (D, D)
 
@@ -96,8 +96,8 @@ class Beit:
     embeddings: Embeddings
     shared_bias_table: Leaf | None  # (R, H)
     encoder: tuple[Block, ...]  # L blocks
-    norm: LayerNorm | None  # over the whole sequence; only without mean pooling
-    pooler: LayerNorm | None  # over the mean of the patch tokens; only with mean pooling
+    norm: LayerNorm | None  # of every token; only without mean pooling
+    pooler: LayerNorm | None  # of the mean of the patch tokens; only with mean pooling
 
 
 @dataclass(frozen=True)
@@ -161,17 +161,17 @@ class Backbone:
 
 
 def shapes(config: BeitConfig, task: str) -> Any:
-    """The parameter tree of `task` with shape tuples for leaves; `task` is a key of `task_table.TASKS`."""
+    """The parameter tree of `task` (a key of `task_table.TASKS`) with shape tuples as leaves."""
     return _SHAPES[task](config)
 
 
 def param_shapes(config: BeitConfig, task: str) -> dict[str, tuple[int, ...]]:
-    """{canonical name: shape} of every parameter of `task`, in reading order."""
+    """{canonical name: shape} of every parameter of `task`, in the order of the tree's fields."""
     return flatten(shapes(config, task))
 
 
 def count_parameters(config: BeitConfig, task: str) -> int:
-    """How many numbers a model learns; the running statistics of batch norms are not learned."""
+    """The number of learned parameters; the running statistics of batch norms do not count."""
     return sum(math.prod(shape) for name, shape in param_shapes(config, task).items() if ".running_" not in name)
 
 
@@ -284,7 +284,7 @@ _SHAPES: dict[str, Callable[[BeitConfig], Any]] = {
 
 
 def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(canonical name, leaf) of every leaf that is there, in the order of the fields."""
+    """(canonical name, leaf) of every leaf that is not None, in the order of the fields."""
     for name, child in _children(tree):
         path = f"{prefix}{name}"
         if _is_node(child):
@@ -299,7 +299,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def unflatten(tree: Tree, named: Mapping[str, Any], prefix: str = "") -> Tree:
-    """A tree like `tree` whose leaves are `named[canonical name]`.  Raises KeyError for a name that `named` lacks."""
+    """A copy of `tree` with leaves `named[canonical name]`.  Raises KeyError for a name that `named` lacks."""
 
     def put(name: str, child: Any) -> Any:
         path = f"{prefix}{name}"
@@ -330,12 +330,12 @@ def _is_node(child: Any) -> bool:
 def random_arrays(
     config: BeitConfig, shapes: Mapping[str, tuple[int, ...]], seed: int | None, dtype: str
 ) -> dict[str, np.ndarray]:
-    """Fresh arrays for `shapes` ({canonical name: shape}), as transformers initialises a new model.
+    """Random arrays for `shapes` ({canonical name: shape}), drawn as transformers initialises a new model.
 
-    Normal(0, initializer_range) for the weights of linear layers and convolutions, the layer scale's start value for
+    Normal(0, initializer_range) for the weights of linear layers and convolutions, `layer_scale_init_value` for
     lambda_1 and lambda_2, ones for the scales and variances of norms, zeros for everything else (tokens, position
-    embeddings, bias tables and biases).  Raises ValueError, before anything is allocated, for more than the machine's
-    memory.
+    embeddings, bias tables and biases).  Raises ValueError, before anything is allocated, if the arrays would take more
+    than the machine's memory.
     """
     needed, memory = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values())), _memory_bytes()
     if needed > memory:
@@ -348,7 +348,7 @@ def random_arrays(
 
 
 def _memory_bytes() -> float:
-    """All the memory of the machine; infinite where the system does not tell."""
+    """The machine's main memory in bytes; infinite if the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

@@ -1,7 +1,7 @@
-"""The one optional trace: a sink that keeps intermediate arrays under their canonical names.
+"""The trace: optionally keeps the intermediate arrays of a call under their canonical names.
 
 Hidden states, attention maps and the verifier all read from it.  Names are paths such as
-`encoder.3.attention.probs`; which of them are kept is chosen by glob patterns when the trace is made.
+`encoder.3.attention.probs`; the glob patterns given when the trace is made choose which are kept.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 
 class Trace(Mapping[str, Any]):
-    """An ordered mapping from canonical names to the arrays one forward pass produced.
+    """An ordered mapping from canonical names to the intermediate arrays of one forward pass.
 
-    `select` is a glob pattern or several of them; only names that match one are kept.
+    `select` is one glob pattern or several; only names that match one of them are kept.
     """
 
     def __init__(self, select: str | Iterable[str] = "*") -> None:
@@ -22,13 +22,13 @@ class Trace(Mapping[str, Any]):
         self._arrays: dict[str, Any] = {}
 
     def wants(self, name: str) -> bool:
-        """Whether an array of that name would be kept, so that fused code knows what it may leave out."""
+        """Whether an array of that name would be kept; if not, fused code need not compute it."""
         return any(fnmatchcase(name, pattern) for pattern in self.select)
 
     def record(self, name: str, array: Any) -> Any:
-        """Keeps `array` if its name is wanted; gives back what the pass is to go on with, here `array` itself.
+        """Keeps `array` if its name is wanted; returns the array to continue with, here `array` itself.
 
-        The verifier's traces give back another array: that of the implementation under test.
+        The verifier's traces return another array: that of the implementation under test.
         """
         if self.wants(name):
             self._arrays[name] = array
@@ -64,7 +64,7 @@ class Scope:
         return any(sink.wants(self._prefix + name) for sink in self._sinks)
 
     def record(self, name: str, array: Any) -> Any:
-        """Hands `array` to every sink; gives back what the pass is to go on with."""
+        """Passes `array` to every sink; returns the array to continue with."""
         for sink in self._sinks:
             array = sink.record(self._prefix + name, array)
         return array

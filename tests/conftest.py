@@ -1,4 +1,4 @@
-"""What the tests share: the backends at hand, random configs and weights, and how far an array is from the truth."""
+"""What the tests share: the available backends, random configs and weights, and an array's distance from the truth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from minibeit.params import param_shapes
 
 
 def gpu_missing() -> str | None:
-    """Why backend cupy cannot run here, or None where it can."""
+    """Why backend cupy cannot run here, or None if it can."""
     try:
         get_ops("cupy")
     except (ImportError, OSError) as error:
@@ -29,9 +29,9 @@ def gpu_missing() -> str | None:
 
 
 def available_backends() -> list[Any]:
-    """Every backend, for `parametrize`; without a GPU the one for GPUs is a skip that says so.
+    """Every backend, for `parametrize`; without a GPU, cupy is skipped with that reason.
 
-    One whose library is installed and does not import is an error, not a skip.
+    A backend whose library is installed but fails to import is an error, not a skip.
     """
     names: list[Any] = [name for name in BACKENDS if name == "numpy" or importlib.util.find_spec(name) is not None]
     reason = gpu_missing()
@@ -41,7 +41,7 @@ def available_backends() -> list[Any]:
 
 
 def on_host(ops: Any) -> SimpleNamespace:
-    """`ops` of a GPU for tests: takes arrays of NumPy, leaves whole, and gives arrays of NumPy back."""
+    """`ops` of a GPU for tests: they take NumPy arrays and unprepared leaves, and return NumPy arrays."""
 
     def up(x: Any) -> Any:
         if isinstance(x, (np.ndarray, np.generic)):
@@ -76,7 +76,7 @@ def rng():
 
 
 def tiny_config(**changes) -> BeitConfig:
-    """A BEiT small enough for loops: 2 blocks, width 12, 3 heads, 3x2 patches."""
+    """A BEiT small enough for plain loops: 2 blocks, width 12, 3 heads, 3x2 patches."""
     settings = dict(
         hidden_size=12,
         num_hidden_layers=2,

@@ -1,7 +1,7 @@
 """BEiT as plain loops over Python floats: the first tier of truth, written from the formulas, never fast.
 
-Nothing here comes from `minibeit.ops`: sums are `math.fsum`, GELU is `math.erfc`, maps are walked pixel by pixel.
-Arrays go in and come out; in between there are only scalars.  Parameters are a dictionary of canonical names.
+Nothing here comes from `minibeit.ops`: sums use `math.fsum`, GELU `math.erfc`, and maps are processed pixel by pixel.
+Arguments and results are arrays; in between there are only scalars.  Parameters are a dictionary by canonical name.
 
 Letters: B batch, N tokens, P patches, D width, H heads, d head size, C channels, K classes, (gh, gw) patch grid.
 """
@@ -256,7 +256,7 @@ def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _interpolate(x, size, weight, reach: int, clamp_position: bool) -> np.ndarray:
-    """Every target pixel as a weighted sum over its neighbourhood in the source; the edge is repeated."""
+    """Every target pixel as a weighted sum over its neighbourhood in the source; edge pixels are repeated."""
     B, C, h, w = x.shape
     y = np.empty((B, C, *size))
 

@@ -52,14 +52,14 @@ def forget_owners(run):
     return careless
 def change(module, name, made):
     setattr(module, name, made(getattr(module, name)))
-def numbers_changed(module, place, by, name="run"):
+def number_changed(module, field, by):
     def made(run):
         def wrong(kernel, tasks, operands, numbers, *rest, **more):
             numbers = list(numbers)
-            numbers[place] += by
+            numbers[kernel.arguments.number_names.index(field)] += by
             return run(kernel, tasks, operands, numbers, *rest, **more)
         return wrong
-    change(module, name, made)
+    change(module, "run", made)
 """
 
 LONG_SUM = """
@@ -114,11 +114,11 @@ OPS.linear(x, layer)
 """,
         "does not point at",
     ),
-    "one row too many": ("numbers_changed(norm, 1, 1)\nOPS.layer_norm(x, norm_, 1e-6)", SEGMENTATION_FAULT),
-    "one column too many": ("numbers_changed(norm, 2, 1)\nOPS.layer_norm(x, norm_, 1e-6)", SEGMENTATION_FAULT),
-    "one step of the sum too many": ("numbers_changed(gemm, 2, 1)\nOPS.linear(x, layer)", SEGMENTATION_FAULT),
+    "one row too many": ("number_changed(norm, 'count', 1)\nOPS.layer_norm(x, norm_, 1e-6)", SEGMENTATION_FAULT),
+    "one column too many": ("number_changed(norm, 'width', 1)\nOPS.layer_norm(x, norm_, 1e-6)", SEGMENTATION_FAULT),
+    "one step of the sum too many": ("number_changed(gemm, 'steps', 1)\nOPS.linear(x, layer)", SEGMENTATION_FAULT),
     "rows too far apart": (
-        "numbers_changed(gemm, 4, 64)\nnumbers_changed(gemm, 11, 64 * gemm.MR)\nOPS.linear(x, layer)",
+        "number_changed(gemm, 'y_bytes', 64)\nnumber_changed(gemm, 'y_unit_bytes', 64 * gemm.MR)\nOPS.linear(x, layer)",
         SEGMENTATION_FAULT,
     ),
     "too little scratch memory": (

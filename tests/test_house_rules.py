@@ -33,7 +33,7 @@ LAYERS = [
     {"tape"},
     {"model", "image_processor"},
     {"tasks"},
-    {"flax", "train"},
+    {"auto", "flax", "train"},
     {"verify", "bench"},
     {"cli"},
     {"__main__", "__init__"},
@@ -115,7 +115,7 @@ def test_checkpoints_know_nothing_of_models():
 
 def test_torch_is_imported_by_the_verifier_and_the_benchmark_only():
     places = {relative(path) for path in FILES for module, _ in imports(path) if module.split(".")[0] == "torch"}
-    assert places <= {"minibeit/verify/torch_runner.py", "minibeit/bench/contestants.py"}
+    assert places <= {"minibeit/foreign.py", "minibeit/verify/torch_runner.py", "minibeit/bench/contestants.py"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -217,8 +217,8 @@ def test_unknown_setting_and_other_frameworks(rng):
         BeitImageProcessor(do_resise=False)
     with pytest.raises(TypeError, match="unknown keyword 'do_resise'"):
         BeitImageProcessor()(picture(rng), do_resise=False)
-    with pytest.raises(ValueError, match=r"expected 'np' or None, found 'pt'; use torch.from_numpy"):
-        BeitImageProcessor()(picture(rng), return_tensors="pt")
+    with pytest.raises(ValueError, match=r"expected 'np', 'pt' or None, found 'tf'"):
+        BeitImageProcessor()(picture(rng), return_tensors="tf")
 
 
 def test_overrides_last_one_call(rng):

@@ -17,6 +17,7 @@ from python_threads import call_in_threads
 
 from minibeit.ops import get_ops, numba_cpu
 from minibeit.ops.numba_cpu import cpus, gemm, machine_code, memory, pool, queue
+from minibeit.ops.numba_cpu.arguments import SHARES
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
 
@@ -49,7 +50,7 @@ def test_the_same_bits_at_any_number_of_threads(many_cpus):
 def test_more_threads_than_a_job_has_shares_or_tasks(many_cpus):
     layer, x = layer_and_rows(400, 96, 400)
     expected = OPS.linear(x, layer).copy()
-    with numba_cpu.num_threads(pool.SHARES + 3):
+    with numba_cpu.num_threads(SHARES + 3):
         for _ in range(3):
             assert np.array_equal(OPS.linear(x, layer), expected)
 

@@ -75,7 +75,7 @@ def test_weights_are_one_vector(dtype):
     named = flatten(model.params)
     assert all(np.array_equal(named[name], array) for name, array in before.items())
     assert all(np.shares_memory(array, optimizer.weights) for array in named.values())
-    assert optimizer.weights.size == model.num_parameters
+    assert optimizer.weights.size == model.num_parameters()
     assert all(np.shares_memory(array, named[name]) for name, array in model.arrays.items())
 
 

@@ -122,7 +122,7 @@ def test_random_models_work_and_describe_themselves(model_class):
     assert np.array_equal(first, again)
     text = f"{model_class.__name__}({model.config.num_hidden_layers} blocks, width 12, 3 heads, "
     assert repr(model).startswith(text)
-    assert f"{model.num_parameters:,} parameters, float32, backend numpy" in repr(model)
+    assert f"{model.num_parameters():,} parameters, float32, backend numpy" in repr(model)
 
 
 @pytest.mark.parametrize("model_class", TASKS)

@@ -278,7 +278,7 @@ for name in trace:
     if not name.startswith(("encoder", "embeddings")):
         print(f"{name:32} {trace[name].shape}")
 encoder_size = sum(upernet.arrays[name].size for name in taken)
-print(f"parameters: encoder {encoder_size:,}, both heads {upernet.num_parameters - encoder_size:,}")
+print(f"parameters: encoder {encoder_size:,}, both heads {upernet.num_parameters() - encoder_size:,}")
 assert out.logits.shape == (1, 11, 16, 16)
 
 # %% [markdown]

@@ -1,8 +1,8 @@
-"""The contestants behind one interface: a folder with a checkpoint in, a function from pixels to an output array out.
+"""The contestants behind one interface: each turns a checkpoint folder into a function from pixels to an output array.
 
-Each gets the same weights, float32 (see `gpu` for others), the same number of threads, and its usual way of being used:
-transformers' classes under `inference_mode`, ONNX Runtime and OpenVINO with a model exported once from them at a fixed
-shape.
+All get the same weights, in float32 (see `gpu` for other dtypes), and the same number of threads, and are used as
+usual: transformers' classes under `inference_mode`, ONNX Runtime and OpenVINO with a model exported from them once, at
+a fixed shape.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .workloads import TASKS, Workload, model_class, pixels
 
 Forward = Callable[[np.ndarray], np.ndarray]
 BACKENDS = ("numba", "numpy", "cupy")
-PEERS = {  # name -> what must be importable, the first one being that whose version counts
+PEERS = {  # name -> packages that must be importable; the version of the first is shown
     "torch": ("torch", "transformers"),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript", "torch", "transformers"),
     "openvino": ("openvino", "torch", "transformers"),
@@ -36,7 +36,7 @@ def missing(name: str) -> list[str]:
 
 
 def version(name: str) -> str:
-    """Versions of what computes, as they stand beside the results."""
+    """Versions of the computing packages, for the report."""
     packages = {name: ("minibeit", name) for name in BACKENDS}
     packages |= {name: ("torch", "transformers") for name in ("torch", *gpu.PEERS["torch"])}
     return ", ".join(f"{package} {_version(package)}" for package in packages.get(name, (name,)))
@@ -66,7 +66,7 @@ _OFFICIAL = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
-    """Writes the file that a peer runs, if it runs one, into `exports`."""
+    """Writes the exported model that a peer runs, if it needs one, into `exports`."""
     if name not in EXPORTED:
         return
     import torch
@@ -97,7 +97,7 @@ def load(
 ) -> Forward:
     """The contestant, ready to be called.
 
-    minibeit's and NumPy's threads are set by the environment of the process (see `measure`); the peers' here.
+    The threads of minibeit and NumPy are set by the environment of the process (see `measure`), the peers' here.
     """
     if name in BACKENDS:
         model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
@@ -111,7 +111,7 @@ def load(
 
 
 def _output(result: Any) -> Any:
-    """The logits; of a backbone the last map."""
+    """The logits; for a backbone the last map."""
     logits = getattr(result, "logits", None)
     return result.feature_maps[-1] if logits is None else logits
 
@@ -123,7 +123,7 @@ def _transformers_model(workload: Workload, folder: Path) -> Any:
 
 
 def _first_output(model: Any) -> Any:
-    """The model as a module of one tensor to one tensor, which exporters want."""
+    """The model as a module from one tensor to one tensor, which exporters need."""
     import torch
 
     class FirstOutput(torch.nn.Module):
@@ -166,7 +166,7 @@ def _load_openvino(workload: Workload, folder: Path, exports: Path, threads: int
     openvino = import_module("openvino")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # on a CPU with bfloat16 the default would be that
+        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on CPUs that have it
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
     }

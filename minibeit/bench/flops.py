@@ -1,7 +1,7 @@
 """Floating-point operations of a forward pass, from the config alone: a multiplication and an addition count as two.
 
-Only products are counted (linear layers, attention, convolutions), in their direct form: what a fast algorithm saves
-(Winograd, convolving before enlarging) shows as a higher rate, so a rate of the segmentation head may pass the roof.
+Only products are counted (linear layers, attention, convolutions), in their direct form.  What a fast algorithm saves
+(Winograd, convolving before enlarging) shows as a higher rate, so the segmentation head's rate may exceed the roof.
 
 Letters: B batch, N tokens, P patches, D width, F mlp width, K classes, V visual tokens, A auxiliary channels.
 """
@@ -15,8 +15,8 @@ from ..model.segmentation import feature_states
 def count(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, int] | None = None) -> dict[str, int]:
     """{part: operations} of `task` for B images of `grid` patches, the native one by default.
 
-    Counts what the result depends on: a head that reads the 10th block's output needs no 11th block, and the auxiliary
-    head is for training.
+    Counts only what the result depends on: no blocks after the last one that the head reads, and no auxiliary head,
+    which is for training.
     """
     gh, gw = config.grid if grid is None else grid
     P, D, F = gh * gw, config.hidden_size, config.intermediate_size
@@ -45,7 +45,7 @@ def total(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, i
 
 
 def _depth(config: BeitConfig, task: str) -> int:
-    """Blocks whose output is read."""
+    """How many blocks the result depends on."""
     L = config.num_hidden_layers
     if task == "backbone":
         return max(i % (L + 1) for i in config.out_indices or ())

@@ -1,6 +1,6 @@
 """The contestants on a GPU: minibeit with CuPy, PyTorch eager and compiled, timed by events of the device.
 
-Each gets pixels in main memory and gives its output back there, so both ways of the data are part of every time.
+Each takes pixels from main memory and returns its output there, so every time includes upload and download.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ import numpy as np
 from ..ops import get_ops, tf32_allowed
 
 CONTESTANTS = {"cupy": "minibeit cupy", "torch-cuda": "PyTorch eager", "torch-compiled": "PyTorch compiled"}
-PEERS = {"torch": ("torch-cuda", "torch-compiled")}  # what `--against` says -> who that is on a GPU
-# Relative RMS by which outputs may differ: what rounding to the dtype, or to TF32, costs a dozen blocks.
+PEERS = {"torch": ("torch-cuda", "torch-compiled")}  # name in `--against` -> contestants on a GPU
+# Relative RMS by which outputs may differ: the effect of rounding to the dtype, or to TF32, over a dozen blocks.
 AGREE = {"float32": 1e-4, "float64": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 AGREE_TF32 = 1e-2
 
 
 class GpuForward:
-    """One contestant: a call computes, `seconds` measures one call, `peak_bytes` asks for the memory reserved."""
+    """One contestant: calling it computes, `seconds` times one call, `peak_bytes` gives the memory reserved."""
 
     def __init__(
         self, run: Callable[[np.ndarray], Any], event: Callable[[], Any], peak_bytes: Callable[[], int]
     ) -> None:
         self._run = run
-        self._event = event  # makes an event that has been recorded
+        self._event = event  # creates and records an event
         self.peak_bytes = peak_bytes
 
     def __call__(self, x: np.ndarray) -> Any:
         return self._run(x)
 
     def seconds(self, x: np.ndarray) -> float:
-        """Seconds of the device between the start and the end of one call."""
+        """Seconds on the device's clock between the start and the end of one call."""
         start = self._event()
         self._run(x)
         return self._event().since(start)
 
 
 def allowed_difference(dtype: str) -> float:
-    """How far outputs of a dtype may be apart, as relative RMS."""
+    """How far outputs of a dtype may differ, as relative RMS."""
     return AGREE_TF32 if dtype == "float32" and tf32_allowed() else AGREE[dtype]
 
 
 def check(dtype: str, device: int | None) -> str:
-    """The device in words.  Raises ImportError, DeviceError or ValueError where it cannot be measured on."""
+    """A description of the device.  Raises ImportError, DeviceError or ValueError if it cannot be measured."""
     get_ops("cupy", dtype=dtype, device=device)
     from ..ops.cupy_gpu.device import describe
 

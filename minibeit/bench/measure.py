@@ -1,4 +1,4 @@
-"""Which processes run, in what order: exports, then all contestants in turns, then each in processes of its own."""
+"""Starts the processes: exports, then all contestants in turns, then each in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .profile import Entry
 from .workloads import TASKS, Workload, write_checkpoint
 
 AGREE = 1e-4  # relative RMS; float32 engines differ by some 1e-6 (segmentation 1e-5), bfloat16 by 1e-2
-SECONDS = 20.0  # of taking turns, where the number of rounds is not given
+SECONDS = 20.0  # of rounds, if their number is not given
 Say = Callable[[str], None]
 
 
@@ -33,9 +33,9 @@ class Plan:
     threads: int
     repeats: int | None = None
     starts: int = 1
-    explicit: bool = False  # peers that the user named: a failing one is an error
+    explicit: bool = False  # the user named the peers: if one fails, that is an error
     seconds: float = SECONDS
-    dtype: str = "float32"  # another one on a GPU only
+    dtype: str = "float32"  # others on a GPU only
     device: int | None = None
 
     @property
@@ -75,7 +75,7 @@ class Table:
 
     @property
     def roof(self) -> float | None:
-        """Median of the roofs, which were measured between the contestants' turns."""
+        """Median of the roofs measured between the contestants' turns."""
         return statistics.median(self.roofs) if self.roofs else None
 
     def rate(self, result: Result) -> float:
@@ -116,7 +116,7 @@ class Table:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """A description of the machine, for the report."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -126,12 +126,12 @@ def machine() -> dict[str, Any]:
 
 
 def load_average() -> float | str:
-    """Processes that wanted to run during the last minute, on average; "?" where the system does not say."""
+    """The load average of the last minute; "?" if the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else "?"
 
 
 def cpu_name() -> str:
-    """The name of the CPU and, where numba runs, the LLVM name of its kind and the vectors that minibeit uses."""
+    """The name of the CPU and, if numba is there, its LLVM name and the vector width that minibeit uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -152,7 +152,7 @@ def cpu_name() -> str:
 
 
 def choose_peers(names: Sequence[str] | None, say: Say, on_gpu: bool = False) -> tuple[str, ...]:
-    """The peers to race: those named, or all that are installed.  Raises ValueError or ImportError for named ones."""
+    """The peers to measure: those named, or all installed.  Raises ValueError or ImportError for named ones."""
     chosen: list[str] = []
     known = tuple(gpu.PEERS) if on_gpu else tuple(PEERS)
     for name in known if names is None else names:
@@ -172,7 +172,7 @@ def choose_peers(names: Sequence[str] | None, say: Say, on_gpu: bool = False) ->
 def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
     """Measures one workload; `folder` keeps checkpoints and exports.
 
-    Raises ValueError when outputs disagree or a contestant that must run does not.
+    Raises ValueError if outputs disagree or a required contestant fails.
     """
     checkpoint = folder / workload.model
     if not (checkpoint / "config.json").exists():
@@ -226,7 +226,7 @@ def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: l
 
 
 def _start(result: Result, job: dict[str, Any], threads: int) -> None:
-    """One fresh process of a contestant: time from its start to its first output, and its peak memory."""
+    """Runs a contestant in a fresh process: time from its start to the first output, and peak memory."""
     start = time.perf_counter()
     arrivals: list[float] = []
     lines = _lines(dict(job, job="once", name=result.name, threads=threads), threads, arrivals)
@@ -240,7 +240,7 @@ def _start(result: Result, job: dict[str, Any], threads: int) -> None:
 
 
 def profile(name: str, workload: Workload, plan: Plan, folder: Path) -> tuple[dict[str, Entry], float]:
-    """({op: cost}, seconds) of one forward pass of a backend, in a process of its own (see `profile.profile`)."""
+    """({op: cost}, seconds) of one forward pass of a backend, in a separate process (see `profile.profile`)."""
     job: dict[str, Any] = dict(
         job="profile", name=name, workload=workload.to_dict(), folder=str(folder / workload.model)
     )
@@ -252,7 +252,7 @@ def profile(name: str, workload: Workload, plan: Plan, folder: Path) -> tuple[di
 
 
 def _lines(job: dict[str, Any], threads: int, arrivals: list[float] | None = None) -> list[dict[str, Any]]:
-    """The answer of a worker; `arrivals` takes the time at which each line came."""
+    """The lines that a worker prints; `arrivals` collects the time at which each arrived."""
     command = [sys.executable, "-m", f"{__package__}.worker", json.dumps(job)]
     lines = []
     with tempfile.TemporaryFile("w+", errors="replace") as chatter:

@@ -1,4 +1,4 @@
-"""Time per op: the model's ops, wrapped in clocks and counters."""
+"""Time per op: the model's ops, wrapped with timers and counters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Entry:
 def profile(model: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry], float]:
     """({op: cost of one forward pass}, seconds of one pass), means over `runs` passes after a first one.
 
-    What the ops leave over is work of the model itself: means, additions, changes of layout.
+    The time not in ops is spent in the model's own Python code: changes of layout and the like.
     """
     model(x)
     original, finish = model.ops, _finisher(model)
@@ -48,7 +48,7 @@ def profile(model: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry],
 
 
 def _finisher(model: Any) -> Callable[[], None]:
-    """What waits until a GPU has done what it was told; a clock would see the telling alone."""
+    """A function that waits for a GPU to finish; otherwise only the launches would be timed."""
     if model.ops.backend != "cupy":
         return lambda: None
     from ..ops.cupy_gpu.device import cupy
@@ -57,7 +57,7 @@ def _finisher(model: Any) -> Callable[[], None]:
 
 
 def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = lambda: None) -> SimpleNamespace:
-    """The same ops; each call is added to `entries`, with the time until `finish` returns."""
+    """The same ops, each call of which adds to `entries` the time until `finish` returns."""
     table = dict(vars(ops), queued=reference.queued)
     for name in names_of(ARITHMETIC, ARRAYS):
         table[name] = _watch(name, table[name], entries, ops.origin[name], finish)

@@ -27,7 +27,7 @@ def heading(table: Table) -> str:
 
 
 def rows(table: Table) -> list[tuple[str, ...]]:
-    """The table's cells, without the columns' names."""
+    """The table's cells, without the header."""
     return [_row(table, result) for result in table.results]
 
 
@@ -47,7 +47,7 @@ def _row(table: Table, result: Result) -> tuple[str, ...]:
 
 
 def _megabytes(result: Result) -> str:
-    """Memory of the device where a GPU computes, else of the process."""
+    """Memory of the device if a GPU computes, else of the process."""
     peak = result.peak_rss_bytes if result.peak_device_bytes is None else result.peak_device_bytes
     return "" if peak is None else f"{peak / 1e6:.0f}"
 
@@ -84,7 +84,7 @@ def _range(values: Sequence[Any]) -> str:
 
 
 def markdown(machine: dict[str, Any], tables: Sequence[Table]) -> str:
-    """One table of all workloads, as it stands in the README."""
+    """One table of all workloads, as in the README."""
     lines = ["| work | contestant | " + " | ".join(COLUMNS[1:]) + " |", "|---|---" + "|--:" * (len(COLUMNS) - 1) + "|"]
     for table in tables:
         for i, row in enumerate(rows(table)):
@@ -94,7 +94,7 @@ def markdown(machine: dict[str, Any], tables: Sequence[Table]) -> str:
 
 
 def to_dict(machine: dict[str, Any], tables: Sequence[Table]) -> dict[str, Any]:
-    """Everything that was measured, with every single time."""
+    """All results, with every single time."""
     return {"minibeit_bench": FORMAT, "machine": machine, "workloads": [table.to_dict() for table in tables]}
 
 
@@ -105,7 +105,7 @@ def write_json(path: str | os.PathLike[str], machine: dict[str, Any], tables: Se
 
 
 def profile_rows(entries: dict[str, Entry], seconds: float) -> list[tuple[str, ...]]:
-    """The cells of a profile, the columns' names first."""
+    """The cells of a profile, the header first."""
     lines = [("op", "served by", "calls", "ms", "share", "GFLOP/s")]
     rest = seconds - sum(entry.seconds for entry in entries.values())
     for name, e in entries.items():
@@ -117,7 +117,7 @@ def profile_rows(entries: dict[str, Entry], seconds: float) -> list[tuple[str, .
 
 
 def check_plot() -> None:
-    """Raises ImportError, naming the extra, where no chart can be drawn."""
+    """Raises ImportError, naming the extra, if no chart can be drawn."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -125,7 +125,7 @@ def check_plot() -> None:
 
 
 def write_plot(path: str | os.PathLike[str], machine: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Draws milliseconds per image as bars, one panel per workload, shorter being better."""
+    """Draws milliseconds per image as bars, one panel per workload; shorter is better."""
     check_plot()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

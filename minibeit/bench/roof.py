@@ -1,4 +1,4 @@
-"""The roof: the fastest that all threads together multiply and add float32 numbers, from registers."""
+"""The roof: the peak rate of float32 multiply-adds of all threads together, with operands in registers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 CHAINS = 12  # independent sums: more than latency x units of any CPU (4 x 2 on x86), and they fit 16 registers
-_STEPS = 1 << 15  # with eight rounds about a millisecond: a longer run would rarely be left in peace
+_STEPS = 1 << 15  # with eight rounds about a millisecond: a longer run would rarely be undisturbed
 _ROUNDS_PER_THREAD = 8
 
 
@@ -22,22 +22,24 @@ def available() -> bool:
 
 
 def measure(threads: int) -> float:
-    """Operations per second of about a millisecond on `threads` threads; a multiplication and an addition are two."""
+    """Operations per second on `threads` threads, measured for about a millisecond; a multiply-add counts as two."""
+    from ..ops.numba_cpu.arguments import FMA_CHAINS
     from ..ops.numba_cpu.pool import num_threads
     from ..ops.numba_cpu.queue import run
     from ..ops.numba_cpu.target import LANES
 
     tasks = threads * _ROUNDS_PER_THREAD
     with num_threads(threads):
-        run(_kernel(), threads, (), (64,), 64)  # wakes the threads
+        run(_kernel(), threads, FMA_CHAINS.operands(), FMA_CHAINS.numbers(steps=64), 64)  # wakes the threads
         start = time.perf_counter()
-        run(_kernel(), tasks, (), (_STEPS,), 64)
+        run(_kernel(), tasks, FMA_CHAINS.operands(), FMA_CHAINS.numbers(steps=_STEPS), 64)
         seconds = time.perf_counter() - start
     return 2 * LANES * CHAINS * _STEPS * tasks / seconds
 
 
 @lru_cache(maxsize=1)
 def _kernel() -> Any:
+    from ..ops.numba_cpu.arguments import FMA_CHAINS
     from ..ops.numba_cpu.machine_code import Kernel
 
-    return Kernel("minibeit.bench.roof_kernel", "fma_chains")
+    return Kernel("minibeit.bench.roof_kernel", "fma_chains", arguments=FMA_CHAINS)

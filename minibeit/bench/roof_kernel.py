@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ops.numba_cpu.kernels.vector import arguments, fma, splat, store
+from ..ops.numba_cpu.arguments import FMA_CHAINS
+from ..ops.numba_cpu.kernels.vector import fma, reader, splat, store
+
+_read = reader(FMA_CHAINS)
 
 
 def fma_chains(args, task, thread):
-    """Twelve sums x = x * factor + shift, none waiting for another; the result is stored, so none is left out."""
-    scratch, scratch_bytes, steps = arguments(args, 3)
+    """Twelve independent sums x = x * factor + shift; the result is stored so that none is optimised away."""
+    p = _read(args, thread)
     factor, shift = splat(np.float32(0.999)), splat(np.float32(0.001))  # x stays near 1
     a = b = c = d = e = f = g = h = i = j = k = m = shift
     a, b, c, d = fma(a, a, shift), fma(b, factor, a), fma(c, a, b), fma(d, b, c)  # all different
     e, f, g, h = fma(e, c, d), fma(f, d, e), fma(g, e, f), fma(h, f, g)
     i, j, k, m = fma(i, g, h), fma(j, h, i), fma(k, i, j), fma(m, j, k)
-    for _ in range(steps):
+    for _ in range(p.steps):
         a = fma(a, factor, shift)
         b = fma(b, factor, shift)
         c = fma(c, factor, shift)
@@ -28,4 +31,4 @@ def fma_chains(args, task, thread):
         j = fma(j, factor, shift)
         k = fma(k, factor, shift)
         m = fma(m, factor, shift)
-    store(scratch + thread * scratch_bytes, ((a + b) + (c + d)) + ((e + f) + (g + h)) + ((i + j) + (k + m)))
+    store(p.scratch, ((a + b) + (c + d)) + ((e + f) + (g + h)) + ((i + j) + (k + m)))

@@ -1,7 +1,7 @@
 """The process that measures: `python -m minibeit.bench.worker JOB`, JOB being JSON; answers with lines of JSON.
 
-Everything that a library prints goes to stderr: the lines on stdout are the answer, and the time at which one arrives
-is a measurement.
+Everything that a library prints goes to stderr: the lines on stdout are the answer, and their arrival times are
+measurements.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .contestants import export, load
 from .profile import profile
 from .workloads import Workload, model_class, pixels
 
-PAUSE = 0.05  # seconds in which the threads of one contestant stop waiting for work before the next one starts
-ROOF = "roof"  # takes its turns too
-ONE_RUN = 3.0  # seconds; a second run would tell nothing new about memory
+PAUSE = 0.05  # seconds for the threads of one contestant to stop spinning before the next one starts
+ROOF = "roof"  # measured in turns like a contestant
+ONE_RUN = 3.0  # seconds; a slower contestant runs once, since memory would be the same in a second run
 
 Runner = Callable[[Any], Any]
 
@@ -36,7 +36,7 @@ def main() -> int:
     try:
         for line in JOBS[job.pop("job")](**job):
             print(json.dumps(line), file=answer, flush=True)
-    except Exception as error:  # a peer may raise anything; the parent says it in one sentence
+    except Exception as error:  # a peer may raise anything; the parent reports it in one sentence
         text = str(error).strip().splitlines() or [""]
         print(json.dumps({"error": f"{type(error).__name__}: {text[0][:300]}"}), file=answer, flush=True)
         return 1
@@ -58,7 +58,7 @@ def run_once(
     dtype: str = "float32",
     device: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Loads one contestant and runs it: a line when the first output is there, a line with the peak memory."""
+    """Loads and runs one contestant: a line as soon as it has an output, then a line with the peak memory."""
     shape = Workload(**workload)
     x = pixels(shape)
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def run_interleaved(
     yield {"differences": differences(outputs)}
     outputs.clear()
     for name, forward in contestants.items():
-        if warm[name] < ONE_RUN:  # the first run also reserved memory and made plans
+        if warm[name] < ONE_RUN:  # the first run also allocated memory and chose algorithms
             warm[name] = timed(forward, x)
     rounds = repeats or max(3, min(25, round(seconds / sum(warm.values()))))
     roofs: list[float] = []
@@ -134,7 +134,7 @@ def differences(outputs: dict[str, Any]) -> dict[str, float]:
 
 
 def take_turns(contestants: dict[str, Runner], x: Any, rounds: int) -> dict[str, list[float]]:
-    """{name: seconds per round}; every round begins with another contestant."""
+    """{name: seconds in each round}; every round starts with a different contestant."""
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
@@ -158,9 +158,9 @@ def timed(forward: Runner, x: Any) -> float:
 
 
 def peak_rss() -> int | None:
-    """The most memory that this process held, in bytes; None where the system does not say.
+    """The peak memory of this process in bytes; None if the system does not tell.
 
-    Linux counts in getrusage what the parent held before the child began, so its own counter is read instead.
+    Linux's getrusage includes the parent's memory from before the child started, so /proc is read instead.
     """
     status = Path("/proc/self/status")
     if status.exists():

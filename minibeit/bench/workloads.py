@@ -1,4 +1,4 @@
-"""What is measured: tasks in the shapes of the published models, with random weights in a file as the Hub has it."""
+"""What is measured: tasks in the shapes of the published models, with random weights in a file in the Hub's layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 OUT_INDICES = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23), "digits": (1, 2, 3, 4)}
 
-# what people say -> (name in `task_table`, classes, image size)
+# name of the task -> (name in `task_table`, classes, image size)
 TASKS: dict[str, tuple[str, int, int]] = {
     "classification": ("image_classification", 1000, 224),
     "mim": ("masked_image_modeling", 2, 224),
@@ -70,7 +70,7 @@ class Workload:
 
 
 def make(task: str, size: str, image_size: int | None, batch_size: int) -> Workload:
-    """The workload with the task's usual image size where none is given.  Raises ValueError for one that cannot be."""
+    """The workload, with the task's usual image size if none is given.  Raises ValueError if it is impossible."""
     usual = DIGITS_IMAGE if size == "digits" else TASKS[task][2]
     workload = Workload(task, size, image_size or usual, batch_size)
     ph, pw = workload.config.patch_shape
@@ -89,7 +89,7 @@ def model_class(task: str) -> Any:
 def write_checkpoint(workload: Workload, folder: Path, seed: int = 0) -> Path:
     """Writes `config.json` and `model.safetensors` with random weights; returns the folder.
 
-    No zeros and no ones: an engine must not be able to leave anything out, and no number is denormal.
+    No zeros and no ones, so that no engine can skip anything, and no denormal numbers.
     """
     name = TASKS[workload.task][0]
     config = workload.config.replace(architectures=(CLASSES[name],))
@@ -102,7 +102,7 @@ def write_checkpoint(workload: Workload, folder: Path, seed: int = 0) -> Path:
 def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal(shape, dtype=np.float32)
     last = name.rsplit(".", 1)[-1]
-    if last == "weight" and len(shape) > 1:  # keeps the size of what passes through, also by 27,648 inputs
+    if last == "weight" and len(shape) > 1:  # keeps activations at their magnitude, even with 27,648 inputs
         fan_in = shape[0] if "deconv" in name else int(np.prod(shape[1:]))
         return noise * np.float32(fan_in**-0.5)
     if last.startswith("lambda"):
@@ -113,7 +113,7 @@ def _random(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.n
 
 
 def pixels(workload: Workload, seed: int = 1) -> np.ndarray:  # -> (B, C, height, width)
-    """Random pixel values of the size that normalised pictures have."""
+    """Random pixel values of the magnitude of normalised images."""
     c = workload.config
     shape = (workload.batch_size, c.num_channels, *c.image_shape)
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: a folder's small tensors, added to the weights of the model that they were trained on."""
+"""LoRA adapters of PEFT: small tensors in a folder, merged into the weights of the model they were trained on."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .names import Naming
 
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(weight|bias))?")
-# Ways of starting that change the base model's weights too, so that adding to the published ones would be wrong.
+# Initialisations that change the base model's weights too, so merging into the published weights would be wrong.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one tensor of the base model gets: W + scaling * B @ A, and with a magnitude each row scaled to it."""
+    """The update of one tensor of the base model: W + scaling * B @ A, with rows rescaled to `magnitude`, if any."""
 
     A: np.ndarray  # (r, in) or (r, in, kh, kw)
     B: np.ndarray  # (out, r) or (out, r, 1, 1)
@@ -47,17 +47,17 @@ class Update:
         new = weight.astype(np.float64) + self.scaling * delta
         if self.magnitude is None:
             return new
-        norms = np.sqrt((new.reshape(len(new), -1) ** 2).sum(axis=1))  # DoRA: a length and a direction per output
+        norms = np.sqrt((new.reshape(len(new), -1) ** 2).sum(axis=1))  # DoRA: the length of each output's row
         return new * (self.magnitude.reshape(-1) / norms).reshape(-1, *(1,) * (new.ndim - 1))
 
 
 class Merged(Tensors):
-    """The tensors of the base model with an adapter in them: some updated, some replaced, some new."""
+    """The tensors of the base model with an adapter merged in: some updated, some replaced, some new."""
 
     def __init__(self, base: Tensors, updates: Mapping[str, Update], added: Tensors, names: Mapping[str, str]) -> None:
         super().__init__(base.stored())
         self._base, self._updates, self._added = base, dict(updates), added
-        self._names = dict(names)  # name of a replaced or new tensor in the base's words -> in the adapter's
+        self._names = dict(names)  # base file's name of a replaced or new tensor -> the adapter's name
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.read(name, "float32")
@@ -88,7 +88,7 @@ class Merged(Tensors):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its folder holds it."""
+    """An adapter as read from its folder."""
 
     folder: Path
     settings: dict[str, Any]
@@ -100,7 +100,7 @@ class Adapter:
         return self.settings.get("base_model_name_or_path")
 
     def merged(self, base: Tensors, naming: Naming, config: BeitConfig) -> Merged:
-        """The base model's tensors with this adapter in them.  Raises CheckpointError if it cannot be merged."""
+        """The base model's tensors with this adapter merged in.  Raises CheckpointError if that is impossible."""
         names = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in self.tensors}
         parts: dict[str, dict[str, str]] = {}
         whole = []
@@ -135,7 +135,7 @@ class Adapter:
         )
 
     def _places(self, wanted: list[str], naming: Naming, config: BeitConfig) -> dict[str, str]:
-        """{the adapter's name of a tensor: the base file's}, through the names that both have here."""
+        """{the adapter's name of a tensor: the base file's name}, matched by canonical name."""
         both = (config, config.replace(use_mean_pooling=not config.use_mean_pooling))
         ours = {name for variant in both for task in TASKS for name in param_shapes(variant, task)}
         best: dict[str, str] = {}
@@ -161,9 +161,9 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter | None:
-    """The adapter in a folder, None without one.
+    """The adapter in a folder; None if there is none.
 
-    Raises CheckpointError for one that is not LoRA, lacks a part, or started by changing its base model's weights.
+    Raises CheckpointError for one that is not LoRA, is incomplete, or whose initialisation changed the base weights.
     """
     present = [name for name in ADAPTER_FILES if (folder / name).is_file()]
     file = folder / ADAPTER_CONFIG
@@ -198,7 +198,7 @@ def read_adapter(folder: Path) -> Adapter | None:
 
 
 def base_of(adapter: Adapter) -> str:
-    """Path or id of the adapter's base model; a relative path counts from here or from the adapter's folder.
+    """Path or id of the adapter's base model; a relative path starts at the working directory or the adapter's folder.
 
     Raises CheckpointError if the adapter names none.
     """
@@ -210,7 +210,7 @@ def base_of(adapter: Adapter) -> str:
 
 
 def saved_classes(adapter: Adapter) -> int | None:
-    """K of a classification head that the adapter holds whole; None without one."""
+    """The number of classes of a complete classification head in the adapter; None if it has none."""
     for name in adapter.tensors:
         if name.removeprefix(PREFIX) in ("classifier.weight", "head.weight"):
             info = adapter.tensors.info(name)
@@ -219,14 +219,14 @@ def saved_classes(adapter: Adapter) -> int | None:
 
 
 def _alike(one: Place, other: Place) -> bool:
-    """Whether a tensor has one layout in two files, so that an update of one is that of the other."""
+    """Whether a tensor has the same layout in two files, so that an update for one suits the other."""
     return one.how == other.how
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that is the module's name or its end; others than plain names are refused."""
+    """The value of the first pattern that equals the module's name or its end; only plain names are accepted."""
     for pattern, value in patterns.items():
-        if re.search(r"[^\w.]", pattern):  # a stranger's regular expression may take for ever
+        if re.search(r"[^\w.]", pattern):  # an untrusted regular expression may run for ever
             raise CheckpointError(f"{ADAPTER_CONFIG}: alpha_pattern has {pattern!r}; plain names of modules are read")
         if module == pattern or module.endswith(f".{pattern}"):
             return value

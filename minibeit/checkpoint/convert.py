@@ -1,4 +1,4 @@
-"""Any checkpoint becomes a folder in the Hub's layout, which minibeit and transformers read."""
+"""Converts any checkpoint to a folder in the Hub's layout, which minibeit and transformers read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .save import FILE_DTYPES, save_checkpoint
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written and what had to be decided on the way."""
+    """What was written, and the decisions made."""
 
     folder: Path
     config: BeitConfig
@@ -54,11 +54,11 @@ def convert(
 ) -> Conversion:
     """Writes the checkpoint `source` (file, folder or Hub id) to the folder `destination`: config, weights, processor.
 
-    `task` defaults to the one the checkpoint was made for, and what that lacks is left out; for another one the
-    missing head is drawn from `seed`, and a bias table shared by all blocks is copied to each, as fine-tuning starts.
+    `task` defaults to the one the checkpoint was made for, without parts that it lacks.  For another task the missing
+    head is drawn from `seed`, and a bias table shared by all blocks is copied to each, as at the start of fine-tuning.
     `image_size` resizes position bias tables and position embeddings (see `resize.resize_arrays`).  `finish` is called
-    with the written folder and its task before it takes its place, and may change it.  The folder appears only when it
-    is complete.
+    with the written folder and its task, and may change it, before it is moved into place.  The folder appears only
+    when it is complete.
     Raises FileExistsError for a destination that is not empty unless `force`, FileNotFoundError, CheckpointError and
     ValueError.
     """
@@ -126,7 +126,7 @@ def _found(checkpoint: Checkpoint) -> list[str]:
 
 
 def _match(checkpoint: Checkpoint, task: str, notes: list[str]) -> Match:
-    """The match with `task`, checked; what is unused or new is noted instead of warned about."""
+    """The checked match with `task`; unused and new tensors become notes instead of warnings."""
     match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -155,7 +155,7 @@ def _counters(checkpoint: Checkpoint, match: Match) -> dict[str, np.ndarray]:
 def _processor(
     checkpoint: Checkpoint, source: str, old: tuple[int, int], new: tuple[int, int], notes: list[str]
 ) -> dict[str, Any] | None:
-    """The image processor's settings, for the new image size: of the source's folder, else of the manifest."""
+    """The image processor's settings for the new image size, from the source's folder or else the manifest."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     file = folder / PROCESSOR_NAME
     known = manifest()
@@ -184,7 +184,7 @@ def _processor(
 
 
 def _scaled(size: Any, old: tuple[int, int], new: tuple[int, int]) -> Any:
-    """A size of the image processor, larger by as much as the model's images are."""
+    """A size of the image processor, scaled like the model's image size."""
     if isinstance(size, Mapping) and {"height", "width"} <= set(size):
         return {"height": round(size["height"] * new[0] / old[0]), "width": round(size["width"] * new[1] / old[1])}
     if isinstance(size, Mapping) and "shortest_edge" in size:
@@ -204,7 +204,7 @@ def _write(
     processor: dict[str, Any] | None,
     finish: Callable[[Path, str], None] | None,
 ) -> None:
-    """Fills a folder beside `destination` and moves it, or for an existing one its files, into place."""
+    """Fills a folder beside `destination` and moves it into place, or only its files if `destination` exists."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(destination) as temporary:
         made = temporary / "made"

@@ -1,7 +1,7 @@
-"""What the tensors of a checkpoint are called: one table per dialect, from our canonical names to the file's.
+"""The names of tensors in checkpoints: one table per dialect, from our canonical names to the file's.
 
-`{e}` stands for the prefix of the encoder, `{i}` for a number and `{leaf}` for the last word.  Every canonical name
-that a model needs is translated and looked up, so nothing is guessed from the names that happen to be in a file.
+`{e}` stands for the prefix of the encoder, `{i}` for a number and `{leaf}` for the last part of a name.  Every
+canonical name that a model needs is translated and looked up; nothing is guessed from the names found in a file.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies in a file: the tensor's name and how it is laid out there.
+    """Where a parameter is in a file: the tensor's name, and its layout there.
 
-    `how` is "same", "transpose" (in, out), "hwio" (kh, kw, in, out), or "0/3", "1/3", "2/3": that third of the rows.
+    `how` is "same", "transpose" (in, out), "hwio" (kh, kw, in, out), or "0/3", "1/3", "2/3" for a third of the rows.
     """
 
     name: str
     how: str = "same"
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the file of a parameter that has `shape` here."""
+        """The shape in the file of a parameter whose shape in our layout is `shape`."""
         if self.how == "transpose":
             return shape[::-1]
         if self.how == "hwio":
@@ -30,17 +30,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way of naming the tensors of a BEiT.  `encoders` are the usual prefixes of the encoder, the first written."""
+    """One way of naming the tensors of a BEiT.  `encoders` are the encoder's usual prefixes; writing uses the first."""
 
     name: str
     software: str
     rules: dict[str, str | Place]
     encoders: tuple[str, ...]
-    layer_norm_eps: float  # of the software's models; no file says it
-    mark: str = ""  # a tensor that tells the dialect from another with the same encoder
+    layer_norm_eps: float  # default of that software; no file states it
+    mark: str = ""  # a tensor that distinguishes the dialect from another with the same encoder names
 
 
-# Names in files on the Hub: those of transformers 4, under which transformers 5 saves too.
+# Names in files on the Hub: those of transformers 4, which transformers 5 writes too.
 HUB: dict[str, str | Place] = {
     "beit.embeddings.cls_token": "{e}embeddings.cls_token",
     "beit.embeddings.mask_token": "{e}embeddings.mask_token",

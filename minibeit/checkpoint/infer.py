@@ -1,4 +1,4 @@
-"""The config of a checkpoint that has none (unilm, timm, a plain state dict), read off the shapes of its tensors."""
+"""Infers the config of a checkpoint without one (unilm, timm, a plain state dict) from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POOL_SCALES = (1, 2, 3, 6)
 
 @dataclass(frozen=True)
 class Inferred:
-    """A config and a task read off a file, and one sentence for everything that the shapes alone do not say."""
+    """An inferred config and task, with one sentence for every setting that the shapes do not determine."""
 
     config: BeitConfig
     task: str
@@ -26,16 +26,16 @@ class Inferred:
 
 
 def infer_config(tensors: Any, naming: Naming, said: dict[str, Any] | None = None, **overrides: Any) -> Inferred:
-    """The config that the shapes in `tensors` belong to; `overrides` are fields that the caller knows better.
+    """The config that matches the shapes in `tensors`; `overrides` are fields that the caller sets.
 
-    `said` is what a timm config.json says (see `timm_settings`), used for what the shapes do not show.
-    Raises CheckpointError when the shapes are not a BEiT's, or the grid cannot be told (give `image_size`).
+    `said` holds settings from timm's config.json (see `timm_settings`), used where the shapes do not determine them.
+    Raises CheckpointError if the shapes are not a BEiT's, or the grid is undetermined (give `image_size`).
     """
     return _Reader(tensors, naming, said or {}).read(overrides)
 
 
 def timm_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """What timm's config.json says of a BEiT: `num_attention_heads`, `image_size`, `label_names`, where it does."""
+    """The settings in timm's config.json, if present: `num_attention_heads`, `image_size`, `label_names`."""
     more = values.get("model_args")
     more = more if isinstance(more, dict) else {}
     pretrained = values.get("pretrained_cfg")
@@ -64,7 +64,7 @@ class _Reader:
         self.assumed: list[str] = []
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape in the file of the parameter with a canonical name; None where there is none."""
+        """The shape in the file of the parameter with a canonical name; None if it is absent."""
         try:
             place = self.naming.places([name], self.tensors)[name]
         except KeyError:
@@ -81,7 +81,7 @@ class _Reader:
         return shape
 
     def count(self, template: str) -> int:
-        """How many numbers from 0 upwards the template has."""
+        """How many tensors the file has for the template's number 0, 1, ... without a gap."""
         i = 0
         while self.shape(template.format(i)) is not None:
             i += 1
@@ -133,7 +133,7 @@ class _Reader:
         return max(1, width // HEAD_SIZE)
 
     def image_size(self, patch_height: int, patch_width: int) -> int | tuple[int, int]:
-        """Pixels of the grid that the bias table or the position embeddings are made for, taken to be square."""
+        """The image size in pixels that fits the bias table or the position embeddings, assuming a square grid."""
         table, positions = self.table(), self.shape("beit.embeddings.position_embeddings")
         if table is None and positions is None and "image_size" in self.said:
             return self.said["image_size"]
@@ -160,7 +160,7 @@ class _Reader:
         return next(shown, "model")
 
     def head(self, task: str, layers: int, overrides: dict[str, Any]) -> dict[str, Any]:
-        """The settings that the head shows."""
+        """The settings that follow from the head's shapes."""
         has_norm = self.shape("beit.norm.weight") is not None
         settings: dict[str, Any] = {"use_mean_pooling": task == "masked_image_modeling" or not has_norm}
         if task == "masked_image_modeling":
@@ -198,5 +198,5 @@ class _Reader:
 
 
 def _stages(layers: int, first: int) -> tuple[int, ...]:
-    """The four blocks that feed a pyramid: a third, half, two thirds and all of them, counted from `first`."""
+    """The four blocks that feed a pyramid, at 1/3, 1/2, 2/3 and the end of the depth, counted from `first`."""
     return tuple(max(layers * part // 6, i + 1) - 1 + first for i, part in enumerate((2, 3, 4, 6)))

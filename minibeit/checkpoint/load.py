@@ -1,4 +1,4 @@
-"""A checkpoint becomes a config and named arrays, every one of them accounted for."""
+"""Loads a checkpoint as a config and named arrays; every tensor must be accounted for."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from .travel import LoadedArrays, origin
 
 __all__ = ["Checkpoint", "Match", "check_match", "listed", "load_checkpoint", "match_names", "open_checkpoint"]
 
-GRID_TENSORS = ("bias_table", "position_embeddings")  # endings of those whose shape follows from the image size
+GRID_TENSORS = ("bias_table", "position_embeddings")  # last parts of names whose shapes depend on the image size
 OUTPUTS = ("classifier.", "lm_head.", "decode_head.classifier.", "auxiliary_head.classifier.")
-OUTPUT_WORDS = {"num_labels", "id2label", "vocab_size"}  # fields that say how many outputs those have
+OUTPUT_WORDS = {"num_labels", "id2label", "vocab_size"}  # fields that set the number of outputs
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: its tensors, how they are named, its config, and what of that was assumed."""
+    """An opened checkpoint: its tensors, their naming, its config, and which settings were assumed."""
 
     path: Path
     loaded: Loaded
     naming: Naming
     config: BeitConfig
-    task: str | None  # what it was made for, as far as config and tensors tell
-    assumed: list[str] = field(default_factory=list)  # one entry per setting that neither config nor shapes say
+    task: str | None  # what it was made for, if config or tensors show it
+    assumed: list[str] = field(default_factory=list)  # one entry per setting that neither config nor shapes determine
     others: tuple[str, ...] = ()  # keys or prefixes of other weights of such a model in the file
-    adapter: Adapter | None = None  # what is merged into the tensors
+    adapter: Adapter | None = None  # merged into the tensors
 
     @property
     def tensors(self) -> Any:
@@ -98,23 +98,22 @@ def load_checkpoint(
 ) -> tuple[BeitConfig, dict[str, np.ndarray]]:
     """The config of a checkpoint and {canonical name: array of `dtype`} for `task`.
 
-    `path` is a folder, a file (with `config.json` beside it or none) or an id on the Hub such as
-    "microsoft/beit-base-patch16-224".  `config_overrides` takes fields of the config and the fields of
-    `loading_options.Loading`.  Three fields change tensors, each with a warning: another `image_size` resizes position
-    bias tables and position embeddings, another number of outputs (`num_labels`, `vocab_size`) draws their head anew,
-    and `use_relative_position_bias=True` with `use_shared_relative_position_bias=False` copies a shared table to each
-    block.
-    A head that the checkpoint does not have is drawn from `seed`, one that the model does not have and what a larger
-    model has beside it is left out, both with a warning that lists the tensors; anything else that is missing, left
-    over within the encoder or of another shape raises CheckpointError.  float32 tensors of mapped files are views of
-    the file, not copies.
+    `path` is a folder, a file (with or without a `config.json` beside it) or an id on the Hub such as
+    "microsoft/beit-base-patch16-224".  `config_overrides` takes fields of the config and of `loading_options.Loading`.
+
+    Three overrides change tensors, each with a warning: another `image_size` resizes position bias tables and position
+    embeddings; another number of outputs (`num_labels`, `vocab_size`) draws the last layer at random;
+    `use_relative_position_bias=True` with `use_shared_relative_position_bias=False` copies a shared table to every
+    block.  A head that the checkpoint lacks is drawn from `seed`; tensors outside the encoder and the task's head are
+    not used; both with a warning that lists the tensors.  Any other tensor that is missing, unexpected or of another
+    shape raises CheckpointError.  float32 tensors of mapped files are views of the file, not copies.
     """
     loading, overrides = split_model_keywords(config_overrides or {}, CONFIG_FIELDS)
     checkpoint = open_checkpoint(path, overrides, loading=loading)
     match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
     size = overrides.pop("image_size", None)
     if size is not None and any(name.endswith(GRID_TENSORS) for name in match.mismatched):
-        native = open_checkpoint(path, overrides, loading=loading)  # the size that the tensors are of
+        native = open_checkpoint(path, overrides, loading=loading)  # with the image size of its tensors
         native_match = match_names(native.tensors, native.config, task, native.naming)
         if not any(name.endswith(GRID_TENSORS) for name in native_match.mismatched):
             checkpoint, match = native, native_match
@@ -147,7 +146,7 @@ def _arrays_again(*arguments: Any) -> dict[str, np.ndarray]:
 
 
 def _load_file(source: Path, loading: Loading) -> Loaded:
-    """The file, its tensors under their names without the words of wrappers."""
+    """The opened file, with wrappers' prefixes removed from the tensors' names."""
     loaded = load_file(
         source, variant=loading.variant, use_safetensors=loading.use_safetensors, weights=loading.weights
     )
@@ -158,7 +157,7 @@ def _load_file(source: Path, loading: Loading) -> Loaded:
 
 
 def _is_whole(folder: Path, loading: Loading) -> bool:
-    """Whether a folder with an adapter holds its base model too."""
+    """Whether a folder with an adapter also contains its base model."""
     weights = folder_files(loading.variant, loading.use_safetensors)
     return (folder / CONFIG_NAME).is_file() and any((folder / name).is_file() for name in weights)
 
@@ -176,7 +175,7 @@ def _opened(
         task, assumed = inferred.task, [*inferred.assumed, *named]
     else:
         config = with_names(_config(file, values, overrides), name)
-        if config.num_hidden_layers > len(loaded.tensors):  # before lists are made as long as a stranger says
+        if config.num_hidden_layers > len(loaded.tensors):  # before lists of that length are made
             raise CheckpointError(
                 f"num_hidden_layers is {config.num_hidden_layers} in {CONFIG_NAME}, but the file has only "
                 f"{len(loaded.tensors)} tensors"
@@ -185,7 +184,7 @@ def _opened(
         loaded = replace(loaded, tensors=adapter.merged(loaded.tensors, naming, config))
         classes = saved_classes(adapter)
         if classes is not None:
-            config = config.replace(architectures=None)  # of the base model, which may have had another head
+            config = config.replace(architectures=None)  # those of the base model, which may have had another head
             if classes != config.num_labels and not OUTPUT_WORDS & set(overrides):
                 config = config.replace(num_labels=classes)
             task = None
@@ -212,14 +211,14 @@ def _say_what_was_assumed(checkpoint: Checkpoint) -> None:
 
 
 def _outputs_alone(match: Match, overrides: Mapping[str, Any]) -> bool:
-    """Whether nothing but the last layer has another shape, and another number of outputs was asked for."""
+    """Whether only the last layer differs in shape, and another number of outputs was asked for."""
     return bool(OUTPUT_WORDS & set(overrides)) and all(name.startswith(OUTPUTS) for name in match.mismatched)
 
 
 def _resized(
     config: BeitConfig, arrays: dict[str, np.ndarray], size: Any, method: str | None, path: Path
 ) -> tuple[BeitConfig, dict[str, np.ndarray]]:
-    """Config and arrays for another image size, with a warning that says how; as they are where nothing changes."""
+    """Config and arrays for another image size, with a warning that says how; unchanged if the size is the same."""
     try:
         new = config.replace(image_size=size)
         if new.grid == config.grid:
@@ -239,18 +238,18 @@ def _resized(
 
 
 def read_arrays(checkpoint: Checkpoint, places: Mapping[str, Place], dtype: str = "float32") -> dict[str, np.ndarray]:
-    """{canonical name: array of `dtype`}; parts and transposes of a tensor are views of it."""
+    """{canonical name: array of `dtype`}; slices and transposes of a tensor are views of it."""
     arrays = {}
     last, array = "", np.zeros(0)
     for name, place in places.items():
-        if place.name != last:  # query, key and value of unilm lie in one tensor, which is read once
+        if place.name != last:  # query, key and value of unilm are one tensor, which is read once
             last, array = place.name, _array(checkpoint, place.name, dtype)
         arrays[name] = _laid_out(array, place.how)
     return arrays
 
 
 def task_of(config: BeitConfig, tensors: Any, naming: Naming) -> str | None:
-    """The task a checkpoint was made for: that of its architecture if the config names one, else that of its head."""
+    """The task a checkpoint was made for, according to the config's `architectures` or else to its head."""
     for architecture in config.architectures or ():
         if architecture in OF_ARCHITECTURE:
             return OF_ARCHITECTURE[architecture]
@@ -271,7 +270,7 @@ def _config_values(file: Path) -> Any:
 
 
 def _is_timm(values: Any) -> bool:
-    """Whether a config.json is timm's, which says little of the model, and not one of transformers."""
+    """Whether a config.json is timm's, which says little about the model, rather than transformers'."""
     return isinstance(values, dict) and "architecture" in values and "hidden_size" not in values
 
 
@@ -283,7 +282,7 @@ def _config(file: Path, values: dict[str, Any], overrides: Mapping[str, Any]) ->
 
 
 def _give_up_mismatched(match: Match, path: Path) -> tuple[Match, dict[str, str]]:
-    """The match without its mismatched tensors, and all parameters that start anew."""
+    """The match without its mismatched tensors, and all parameters to draw at random."""
     if match.mismatched:
         warnings.warn(
             f"{path}: {len(match.mismatched)} tensors of another shape are not used, their parameters start with "
@@ -304,7 +303,7 @@ def _array(checkpoint: Checkpoint, name: str, dtype: str) -> np.ndarray:
 
 
 def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
-    """The parameter in our layout: a view."""
+    """The parameter in our layout, as a view."""
     if how == "same":
         return array
     if how == "transpose":
@@ -316,7 +315,7 @@ def _laid_out(array: np.ndarray, how: str) -> np.ndarray:
 
 
 def _check_new(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where a config asks for random weights out of all proportion to those of the file."""
+    """Raises CheckpointError if a config asks for far more random weights than the file has weights."""
     needed, found = 4 * sum(map(math.prod, shapes.values())), checkpoint.tensors.nbytes
     if needed > 16 * found + (64 << 20):  # a segmentation head on a single block has eleven times its weights
         raise CheckpointError(

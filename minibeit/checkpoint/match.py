@@ -1,4 +1,4 @@
-"""What a model needs held against what a file has: found, missing, of another shape, and left over."""
+"""Matches the tensors that a model needs with those of a file: found, missing, of another shape, unexpected."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ QUANTISED = (".absmax", ".quant_map", ".SCB", ".weight_format", ".qweight", ".qz
 
 @dataclass(frozen=True)
 class Match:
-    """What a model needs held against what a file has."""
+    """The tensors that a model needs, matched with those of a file."""
 
-    found: dict[str, Place]  # canonical name -> where it lies in the file
+    found: dict[str, Place]  # canonical name -> where it is in the file
     missing: dict[str, str]  # canonical name -> name it would have in the file
     mismatched: dict[str, str]  # canonical name -> "name: expected shape (2, 3), found (3, 2)"
     unexpected: list[str]  # names in the file that this model has no place for
@@ -49,7 +49,7 @@ class Match:
 
 
 def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | None = None) -> Match:
-    """Finds the tensor of every parameter of `task`; `naming` defaults to what the tensors' names show."""
+    """Finds the tensor of every parameter of `task`; `naming` is by default recognised from the tensors' names."""
     naming = naming or recognise(tensors)
     shapes = param_shapes(config, task)
     found, missing, mismatched, used = {}, {}, {}, set()
@@ -68,7 +68,7 @@ def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | No
 
 
 def shares_table(match: Match) -> bool:
-    """Whether the blocks take one table, which the file's blocks share, as tables of their own."""
+    """Whether every block uses a copy of the one bias table that the file's blocks share."""
     tables = [place.name for name, place in match.found.items() if name.endswith(".bias_table")]
     return len(tables) > len(set(tables))
 
@@ -76,7 +76,7 @@ def shares_table(match: Match) -> bool:
 def _with_shared_table(
     places: dict[str, Place | None], config: BeitConfig, naming: Naming, tensors: Collection[str]
 ) -> dict[str, Place | None]:
-    """The places, those of the blocks' tables at the shared one where the file has that alone and the model none."""
+    """`places`, with the blocks' tables at the shared table if the file has only that and the model lacks it."""
     own = {name: place for name, place in places.items() if name.endswith(".bias_table") and place}
     present = any(place.name in tensors for place in own.values())
     if not own or present or config.use_shared_relative_position_bias:
@@ -90,7 +90,7 @@ def _with_shared_table(
 def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -> None:
     """Raises CheckpointError for a checkpoint that is damaged or of another architecture.
 
-    Warns about heads that were made for another task, and about what a larger model has beside encoder and head.
+    Warns about heads of other tasks, and about tensors of a larger model outside encoder and head.
     """
     path = checkpoint.path
     _refuse_what_is_no_plain_weight(match, checkpoint)
@@ -106,7 +106,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -
             f"{listed(lost or match.missing.values())}; `minibeit inspect` shows what is there"
         )
     heads, beside = _unused(match, checkpoint, task)
-    # A backbone gives states from before the final norm, and transformers 4 has none in its backbones.
+    # A backbone returns states from before the final norm, and transformers 4 saves none for its backbones.
     new = [place for name, place in match.missing.items() if not (task == "backbone" and name.startswith("beit.norm."))]
     if new:
         warnings.warn(
@@ -125,7 +125,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -
 
 
 def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[list[str], list[str]]:
-    """Left-over names of other tasks' heads, and those beside the model.
+    """Unexpected names that belong to other tasks' heads, and those outside the model.
 
     Raises CheckpointError for names within the encoder or the task's head: they mean another architecture.
     """
@@ -163,13 +163,13 @@ def _refuse_what_is_no_plain_weight(match: Match, checkpoint: Checkpoint) -> Non
 
 
 def _group_found(name: str, match: Match) -> bool:
-    """Whether other tensors of the same head are there, so that this one is lost rather than never made."""
+    """Whether other tensors of the same head exist, so that this one was lost rather than never saved."""
     head = next(head for head in HEADS if name.startswith(head))
     return any(found.startswith(head + ".") for found in match.found)
 
 
 def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> set[str]:
-    """Names in the file of everything any task may have beside the encoder's blocks."""
+    """Names in the file of everything that any task may have outside the encoder's blocks."""
     changed = config.replace(use_mean_pooling=not config.use_mean_pooling)
     names: set[str] = set()
     for variant in (config, changed):
@@ -180,7 +180,7 @@ def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> s
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of `names` and how many more there are."""
+    """The first few of `names`, and how many more there are."""
     names = [shown_name(name) for name in names]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""How one file names its tensors: the dialect it speaks, its prefixes, and where each parameter lies."""
+"""How one file names its tensors: its dialect, its prefixes, and the place of each parameter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..errors import CheckpointError
 from .dialects import ALIASES, DIALECTS, Dialect, Place
 
-# Buffers that carry no learned number: index tables that follow from the grid, a counter of training steps, and timm's
-# zeros beside the biases of query and value (softmax would not see a bias of the keys either).
+# Buffers without learned values: index tables that follow from the grid, a counter of training steps, and timm's zeros
+# beside the biases of query and value (softmax would cancel a bias of the keys).
 IGNORED = re.compile(r".*(relative_position_index|num_batches_tracked|attn\.k_bias)$")
 EMA = re.compile(r"(^|[._/])ema([._/]|$)", re.IGNORECASE)
 # torch.compile, (Distributed)DataParallel, FSDP, activation checkpointing, Lightning Fabric.
@@ -19,22 +19,22 @@ WRAPPER_WORDS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wra
 
 @dataclass(frozen=True)
 class Naming:
-    """A dialect as one file speaks it: `encoder` is what stands before the encoder's names, `outer` before all."""
+    """A dialect plus the prefixes found in one file: `encoder` of the encoder's names, `outer` of all names."""
 
     dialect: Dialect
     encoder: str
     outer: str = ""
 
     def place(self, name: str) -> Place:
-        """Where the parameter with a canonical name lies.  Raises KeyError for one that the dialect cannot hold."""
+        """The place of the parameter with a canonical name.  Raises KeyError if the dialect has no name for it."""
         found = translate(name, self.dialect.rules, self.encoder)
         return Place(self.outer + found.name, found.how)
 
     def places(self, names: Iterable[str], present: Collection[str]) -> dict[str, Place | None]:
-        """The place of each of `names` in a file that has the tensors `present`; None where there cannot be one.
+        """The place of each of `names` in a file with the tensors `present`; None if the dialect has no name for it.
 
-        `norm` (of masked image modelling) and `beit.norm` share one name in files of unilm and in files without the
-        prefix of the encoder.  In the latter it is the encoder's, unless the head of masked image modelling is there.
+        `norm` (of masked image modeling) and `beit.norm` share one name in files of unilm and in files without the
+        prefix of the encoder.  In the latter it is the encoder's, unless the masked image modeling head is present.
         """
         places: dict[str, Place | None] = {}
         for name in names:
@@ -54,9 +54,9 @@ class Naming:
         return places
 
     def _elsewhere(self, name: str, present: Collection[str], taken: Collection[str]) -> Place | None:
-        """Where a parameter of the encoder lies under another of the dialect's prefixes.
+        """The place of an encoder parameter under another of the dialect's prefixes, if it is there.
 
-        transformers 5 saves a backbone's shared table and final norm with a prefix that all its other tensors lack.
+        transformers 5 saves a backbone's shared table and final norm with a prefix that its other tensors lack.
         """
         for encoder in self.dialect.encoders:
             other = Naming(self.dialect, encoder, self.outer).place(name)
@@ -65,10 +65,10 @@ class Naming:
         return None
 
     def within(self, names: Iterable[str], heads: Iterable[str] = ()) -> list[str]:
-        """Those of a file's `names` that stand inside the encoder, or inside one of the `heads` (canonical names).
+        """Those of a file's `names` that belong to the encoder, or to one of the `heads` (canonical names).
 
-        A part of the encoder is told by the first word after its prefix, so that what a larger model has beside its
-        parts is none of them.
+        Only names whose first word after the prefix is a known part of the encoder count, so that the other tensors of
+        a larger model are left out.
         """
         parts = {self._part(rule) for rule in self.dialect.rules if rule.startswith("beit.")}
         parts |= {self._part(rule) for rule in self.dialect.rules if rule.startswith(tuple(f"{h}." for h in heads))}
@@ -87,7 +87,7 @@ class Naming:
 
 
 def translate(name: str, rules: dict[str, str | Place], encoder: str) -> Place:
-    """`name` in the words of the table's right side.  Raises KeyError for a name that no rule knows."""
+    """The place of `name` according to `rules`.  Raises KeyError for a name that no rule matches."""
     words = name.split(".")
     number = next((word for word in words if word.isdigit()), "")
     key = ".".join("{i}" if word.isdigit() else word for word in words)
@@ -97,11 +97,11 @@ def translate(name: str, rules: dict[str, str | Place], encoder: str) -> Place:
 
 
 def recognise(names: Collection[str], dialect: str | None = None, weights: str | None = None) -> Naming:
-    """The naming of a file that holds tensors `names`; `dialect` (a key of DIALECTS or ALIASES) overrides the guess.
+    """The naming of a file with the tensors `names`; `dialect` (a key of DIALECTS or ALIASES) overrides detection.
 
-    Where several encoders are there, as in files with an average of the weights, `weights` says which is meant: "model"
-    (the default: one that is no average), "ema", or a prefix.
-    Raises CheckpointError when the tensors are not a BEiT's, ValueError for a dialect that does not exist.
+    If there are several encoders, as in files with an average of the weights, `weights` chooses one: "model" (the
+    default: one that is no average), "ema", or a prefix.
+    Raises CheckpointError if the tensors are not a BEiT's, ValueError for an unknown dialect.
     """
     found = namings(names, dialect)
     meant = [naming for naming in found if weights is not None and means(weights, naming.outer + naming.encoder)]
@@ -142,17 +142,17 @@ def namings(names: Collection[str], dialect: str | None = None) -> list[Naming]:
 
 
 def names_encoder(names: Collection[str]) -> bool:
-    """Whether tensors of these names are, or hold, an encoder."""
+    """Whether tensors of these names include an encoder."""
     return bool(namings(set(names)))
 
 
 def is_average(key: str) -> bool:
-    """Whether a key or prefix is that of an exponential moving average of weights."""
+    """Whether a key or prefix denotes an exponential moving average of weights."""
     return EMA.search(key) is not None
 
 
 def means(weights: str, key: str) -> bool:
-    """Whether `weights=` asks for the state dict under `key`: "model", "ema", or the key itself or its end."""
+    """Whether `weights` ("model", "ema", a key or the end of one) selects the state dict under `key`."""
     key = key.strip("./")
     if weights in ("model", "ema") and key != weights:
         return is_average(key) == (weights == "ema")
@@ -160,9 +160,9 @@ def means(weights: str, key: str) -> bool:
 
 
 def unwrapped_names(names: Collection[str]) -> dict[str, str]:
-    """{name: the same without the words that compilers and wrappers of modules put in}; {} where nothing changes.
+    """{name: name without the parts that compilers and module wrappers insert}; {} if nothing changes.
 
-    Names that would fall together stay as they are.
+    Names that would become equal are left unchanged.
     """
     changed = {name: ".".join(word for word in name.split(".") if word not in WRAPPER_WORDS) for name in names}
     if all(name == plain for name, plain in changed.items()) or len(set(changed.values())) < len(changed):
@@ -180,7 +180,7 @@ def _candidates(dialect: str | None) -> list[Dialect]:
 
 
 def hub_naming(model_type: str = "beit", bare: bool = False) -> Naming:
-    """How transformers names a model's tensors in files it writes; `bare` for the encoder alone and for backbones."""
+    """The names that transformers gives a model's tensors in files; `bare` for the encoder alone and for backbones."""
     dialect = DIALECTS["data2vec5" if model_type == "data2vec-vision" else "hub"]  # differ in segmentation heads only
     return Naming(dialect, "" if bare else model_type.replace("-", "_") + ".")
 
@@ -188,8 +188,8 @@ def hub_naming(model_type: str = "beit", bare: bool = False) -> Naming:
 def hub_names(names: Iterable[str], model_type: str = "beit", bare: bool = False) -> dict[str, str]:
     """{canonical name: name in a Hub file}.
 
-    `bare` files, those of the encoder alone and of backbones, have no `beit.` in front; Data2Vec-Vision writes
-    `data2vec_vision.` instead.
+    Names in `bare` files (the encoder alone, backbones) have no `beit.` prefix; that of Data2Vec-Vision is
+    `data2vec_vision.`.
     """
     naming = hub_naming(model_type, bare)
     return {name: naming.place(name).name for name in names}

@@ -1,6 +1,6 @@
-"""Prepared files: a model's weights as one backend packed them for one kind of CPU, to be mapped and used at once.
+"""Prepared files: a model's weights as one backend packed them for one kind of CPU, ready to be mapped and used.
 
-They hold nothing that another program could read, so the checkpoint that they were made from is to be kept.
+No other program can read them, so keep the checkpoint that they were made from.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared file holds: `layout` says who can read the arrays, `task` what the model does."""
+    """The content of a prepared file: `layout` identifies the backend and CPU that can use the arrays."""
 
     path: Path
     config: BeitConfig
@@ -50,7 +50,7 @@ def write_prepared(
 
 
 def prepared_file(path: str | os.PathLike[str]) -> Path | None:
-    """The prepared file that `path` names: itself, or the one in a folder without another checkpoint; else None."""
+    """The prepared file at `path`, or in the folder `path` if it has no other checkpoint; else None."""
     path = Path(path)
     if path.name == PREPARED_NAME and path.is_file():
         return path

@@ -1,6 +1,6 @@
-"""A checkpoint for another image size: its position bias tables and position embeddings, resized once and for all.
+"""Adapts a checkpoint to another image size: resizes its position bias tables and position embeddings, once.
 
-Every method is linear and separable, so it is one matrix per axis: new = rows @ old @ columns^T, in float64.
+Every method is linear and separable, that is one matrix per axis: new = rows @ old @ columns^T, in float64.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def resize_arrays(
 ) -> tuple[BeitConfig, dict[str, np.ndarray]]:
     """The config for `image_size` pixels and {canonical name: array} with every table and position embedding resized.
 
-    `method` "unilm" is what the authors do before they fine-tune: tables by a cubic spline on geometric positions
-    (square grids only), position embeddings bicubic.  "timm": linear on the same positions, bicubic with antialiasing.
-    "transformers": bilinear and bicubic, what its models do on the fly.
+    `method` "unilm" is what the authors do before fine-tuning: tables by a cubic spline on geometric positions (square
+    grids only), position embeddings bicubic.  "timm": tables linear on the same positions, embeddings bicubic with
+    antialiasing.  "transformers": tables bilinear, embeddings bicubic, as its models do in every call.
     """
     changed = config.replace(image_size=image_size)
     old, new = config.grid, changed.grid
@@ -37,7 +37,7 @@ def resize_arrays(
 
 
 def share_to_blocks(arrays: Mapping[str, np.ndarray], config: BeitConfig) -> tuple[BeitConfig, dict[str, np.ndarray]]:
-    """A pre-trained model's one bias table, copied to every block, as fine-tuning starts.
+    """Copies a pre-trained model's shared bias table to every block, as at the start of fine-tuning.
 
     Source: microsoft/unilm beit/run_class_finetuning.py.
     """
@@ -53,7 +53,7 @@ def share_to_blocks(arrays: Mapping[str, np.ndarray], config: BeitConfig) -> tup
 
 
 def usual_method(old: Grid, new: Grid) -> str:
-    """The authors' method where it is defined, else timm's."""
+    """The authors' method if it is defined for these grids, else timm's."""
     square = old[0] == old[1] and new[0] == new[1]
     return "unilm" if square and old[0] >= 3 else "timm"
 
@@ -63,8 +63,8 @@ def resize_stored_table(
 ) -> np.ndarray:  # (R, H) -> (R', H)
     """The bias table of grid `old` for grid `new`; its last three rows, those of the CLS token, stay as they are.
 
-    The result is the input itself where nothing changes.  Raises ValueError for an unknown method, or for a grid that
-    is not square with "unilm".
+    Returns `table` itself if the grids are equal.  Raises ValueError for an unknown method, or with "unilm" for a grid
+    that is not square.
     """
     _check_method(method)
     if old == new:
@@ -82,9 +82,9 @@ def resize_stored_table(
 def resize_stored_positions(
     positions: np.ndarray, old: Grid, new: Grid, method: str = "unilm"
 ) -> np.ndarray:  # (1, P + 1, D) -> (1, P' + 1, D)
-    """The position embeddings of grid `old` for grid `new`, bicubic; that of the CLS token stays as it is.
+    """The position embeddings of grid `old` for grid `new`, bicubic; that of the CLS token is unchanged.
 
-    "timm" filters when it shrinks (antialiasing, with Pillow's kernel); the others do not (PyTorch's kernel).
+    "timm" applies antialiasing when shrinking (with Pillow's kernel); the others do not (PyTorch's kernel).
     """
     _check_method(method)
     if old == new:
@@ -105,10 +105,10 @@ def _resize_maps(maps: np.ndarray, target: Grid, maker: Callable[[int, int], np.
 
 
 def geometric_positions(source: int, target: int) -> np.ndarray:  # -> (source,)
-    """Where the `source` offsets of an old table lie among the -t ... t of a table of `target` rows, t = target // 2.
+    """Positions of the `source` offsets of an old table on the axis -t ... t of a new one, t = target // 2.
 
-    Near offsets keep their distance of about 1, far ones are spread: 0, 1, 1 + q, 1 + q + q^2, ... and their negatives,
-    with q such that the last meets t.  q is the last middle of a bisection of [1.01, 1.5] to 1e-6, never its end.
+    Near offsets stay about 1 apart, far ones move further apart: 0, 1, 1 + q, 1 + q + q^2, ... and their negatives,
+    with q such that the last equals t.  q is the last midpoint of a bisection of [1.01, 1.5] to 1e-6.
     Source: run_class_finetuning.py of microsoft/unilm.
     """
     n, t = source // 2, target // 2
@@ -128,9 +128,10 @@ def _offset_targets(target: int) -> np.ndarray:
 
 
 def spline_matrix(source: int, target: int) -> np.ndarray:  # -> (target, source)
-    """Values of the interpolating cubic spline on geometric positions, with clamped ends of the range.
+    """Values of the interpolating cubic spline on geometric positions; targets beyond the ends are clamped.
 
-    Beyond four points the spline is "not-a-knot": the second and the last but one position are no knots, as in FITPACK.
+    With more than four points the spline is "not-a-knot", as in FITPACK: the second and the second to last position are
+    no knots.
     """
     if source == target:
         return np.eye(source)
@@ -142,10 +143,10 @@ def spline_matrix(source: int, target: int) -> np.ndarray:  # -> (target, source
 
 
 def not_a_knot_matrix(x: np.ndarray, targets: np.ndarray) -> np.ndarray:  # -> (len(targets), len(x))
-    """M such that M @ y are the values at `targets` of the not-a-knot cubic spline through (x, y); x rises, n >= 4.
+    """M such that M @ y are the values at `targets` of the not-a-knot cubic spline through (x, y); x rising, n >= 4.
 
     Solves for the second derivatives m at x: h[i-1] m[i-1] + 2 (h[i-1] + h[i]) m[i] + h[i] m[i+1] = 6 (slope
-    difference), and at both ends that the third derivative does not jump at the second point.
+    difference); the end conditions are a continuous third derivative at the second and the second to last point.
     """
     n, h = len(x), np.diff(x)
     system, slopes = np.zeros((n, n)), np.zeros((n, n))
@@ -155,7 +156,7 @@ def not_a_knot_matrix(x: np.ndarray, targets: np.ndarray) -> np.ndarray:  # -> (
     system[0, :3] = h[1], -(h[0] + h[1]), h[0]
     system[-1, -3:] = h[-1], -(h[-2] + h[-1]), h[-2]
     second = np.linalg.solve(system, slopes)  # (n, n): m = second @ y
-    left = np.clip(np.searchsorted(x, targets, side="right") - 1, 0, n - 2)  # the interval that each target is in
+    left = np.clip(np.searchsorted(x, targets, side="right") - 1, 0, n - 2)  # each target's interval
     right, step = left + 1, h[left][:, None]
     a, b = (x[right] - targets)[:, None] / step, (targets - x[left])[:, None] / step
     bend = step**2 / 6 * ((a**3 - a) * second[left] + (b**3 - b) * second[right])
@@ -163,7 +164,7 @@ def not_a_knot_matrix(x: np.ndarray, targets: np.ndarray) -> np.ndarray:  # -> (
 
 
 def linear_matrix(source: int, target: int) -> np.ndarray:  # -> (target, source)
-    """Straight lines between geometric positions; beyond the last one, its value."""
+    """Linear interpolation between geometric positions; beyond the last one, its value."""
     if source == target:
         return np.eye(source)
     x = geometric_positions(source, target)
@@ -184,14 +185,14 @@ def bicubic_matrix(source: int, target: int) -> np.ndarray:  # -> (target, sourc
 
 
 def antialiased_bicubic_matrix(source: int, target: int) -> np.ndarray:  # -> (target, source)
-    """PyTorch's bicubic interpolation with antialias=True: A = -0.5, as Pillow, and no pixels beyond the edge."""
+    """PyTorch's bicubic interpolation with antialias=True: A = -0.5, as in Pillow, and no pixels beyond the edge."""
     return _kernel_matrix(source, target, lambda d: _cubic(d, -0.5), 2, antialias=True)
 
 
 def _kernel_matrix(
     source: int, target: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int, antialias: bool
 ) -> np.ndarray:
-    """Weights of every old pixel in every new one; the kernel is stretched by the shrinking factor for antialiasing."""
+    """Weights of the old pixels for every new one; for antialiasing the kernel is widened by the scale factor."""
     scale = source / target
     stretch = max(scale, 1.0) if antialias else 1.0
     centres = (np.arange(target) + 0.5) * scale - 0.5

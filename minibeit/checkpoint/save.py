@@ -1,4 +1,4 @@
-"""Writes a model as the Hub has it: `config.json` and `model.safetensors` under transformers' names."""
+"""Writes a model in the Hub's layout: `config.json` and `model.safetensors` with transformers' names."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def save_checkpoint(
 ) -> None:
     """Writes `arrays` ({canonical name: array}) and `config` into `folder`; each file appears only when complete.
 
-    `dtype` of the file: "float32", "float16" or "bfloat16".  PyTorch's batch norms count the steps they were trained
-    for, which no computation of BEiT reads: the counters are 0 unless `counters` has them ({canonical name of a
-    running variance: counter}).
+    `dtype` of the file: "float32", "float16" or "bfloat16".  PyTorch's batch norms have a counter of training steps,
+    which BEiT never uses: it is 0 unless given in `counters` ({canonical name of the running variance: counter}).
     """
     if dtype not in FILE_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(FILE_DTYPES)}, found {dtype!r}")

@@ -1,4 +1,4 @@
-"""How loaded weights cross to another process: by the file that both can map, or as arrays."""
+"""How loaded weights are sent to another process: as the name of a file that both can map, or as arrays."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import numpy as np
 from ..errors import CheckpointError
 from ..files import mapped_file
 
-LEAST = 1 << 20  # bytes in mapped files below which the arrays themselves travel
+LEAST = 1 << 20  # bytes; views of files smaller than that are sent as arrays
 Stamp = tuple[tuple[str, int, int], ...]  # (path, size, time of change in nanoseconds) of every file
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The files that something was loaded from, as they were then, and what loads it again."""
+    """The files that something was loaded from, with size and time, and the call that loads it again."""
 
     stamp: Stamp
     load: Callable[[], Any]
 
     def again(self) -> Any:
-        """The same once more.  Raises CheckpointError if a file is not here, or is not as it was."""
+        """Loads it again.  Raises CheckpointError if a file is missing or has changed."""
         for path, size, time in self.stamp:
             if _stamp(path) != (path, size, time):
                 raise CheckpointError(
@@ -35,12 +35,12 @@ class Origin:
                     "changed; put it back, or load the model where it is used"
                 )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they were given where the model was first loaded
+            warnings.simplefilter("ignore")  # they were shown when the model was first loaded
             return self.load()
 
 
 def origin(files: Iterable[str | os.PathLike[str]], load: Callable[..., Any], *arguments: Any) -> Origin:
-    """The origin of what `load(*arguments)` gives, which reads `files`."""
+    """The origin of the result of `load(*arguments)`, which reads `files`."""
     return Origin(tuple(_stamp(os.path.abspath(file)) for file in files), functools.partial(load, *arguments))
 
 
@@ -53,7 +53,7 @@ def _stamp(path: str) -> tuple[str, int, int]:
 
 
 class LoadedArrays(dict[str, np.ndarray]):
-    """{canonical name: array}, of which the views of a file travel as the file's name and all others as they are."""
+    """{canonical name: array}; when pickled, views of a file become the file's name, other arrays are copied."""
 
     def __init__(self, arrays: dict[str, np.ndarray], origin: Origin | None = None) -> None:
         super().__init__(arrays)

@@ -1,7 +1,7 @@
 """The command line: one module per command, each with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args)`.
 
-A command module imports what it computes with inside its functions, so that `minibeit --help` is quick.
-Exit codes: 0 all is well, 1 an input could not be used, 2 the command was called wrongly, 130 interrupted.
+A command module imports what it needs to compute inside its functions, so that `minibeit --help` is quick.
+Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; no error of a user's making shows a traceback without --debug."""
+    """Runs one command and returns its exit code; errors caused by the user show a traceback only with --debug."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with _environment():
@@ -82,7 +82,7 @@ def _main(words: list[str]) -> int:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What the command line changes of its process, and undoes for a program that calls `main`."""
+    """Changes to the process for the command line, undone at the end for programs that call `main`."""
     before = os.environ.get("HF_HUB_VERBOSITY")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # one line for an unreachable Hub instead of all its retries
     streams = [(s, s.errors) for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
@@ -99,18 +99,18 @@ def _environment() -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints quote no control characters."""
+    """An argument parser whose error messages contain no control characters."""
 
     def error(self, message: str) -> NoReturn:
         super().error(one_line(message))
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser of `command` alone, or where it is none, one with what the help lists of them all."""
+    """The parser with `command` alone, or if that is no command, with the help of all of them."""
     parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
-        epilog=EPILOG.format(digits=_shipped_images()),
+        epilog=None if command in COMMANDS else EPILOG.format(digits=_shipped_images()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
@@ -135,7 +135,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def _shipped_images() -> str:
-    """The folder of the shipped pictures as one would type it here."""
+    """The folder of the shipped images, relative to the working directory if possible."""
     import shlex
 
     from ..catalogue import weights_folder
@@ -195,7 +195,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 
 
 def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error, which Python (before 3.12, while it makes a class) put in its place."""
+    """Whether an error was caused by Ctrl-C: Python before 3.12 replaces the interrupt while it creates a class."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""What the report of a bug should say: `minibeit --version --verbose`."""
+"""What a bug report should contain: `minibeit --version --verbose`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS = ("MINIBEIT_", "NUMBA_", "OMP_", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOI
 
 
 def about() -> Iterator[str]:
-    """One fact a line; what cannot be found out says why."""
+    """One fact per line, or the reason why it cannot be determined."""
     from .. import __version__
 
     yield f"minibeit {__version__} in {Path(__file__).resolve().parents[1]}"
@@ -32,7 +32,7 @@ def about() -> Iterator[str]:
 def _said(fact: Callable[[], str]) -> str:
     try:
         return fact()
-    except Exception as error:  # a machine on which something is broken is what such reports are about
+    except Exception as error:  # bug reports come from machines on which something is broken
         return f"cannot be told ({type(error).__name__}: {error})"
 
 

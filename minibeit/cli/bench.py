@@ -1,4 +1,4 @@
-"""`minibeit bench`: time, memory and cold start of minibeit beside the engines that people would pick instead."""
+"""`minibeit bench`: time, memory and cold start of minibeit and of alternative engines."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from ..bench.measure import load_average, machine, measure
 
     if args.plot:
-        report.check_plot()  # before the minutes, not after them
+        report.check_plot()  # before minutes of measuring, not after
     for path in filter(None, (args.plot, args.json)):
         check_output(Path(path))
     gpu = _gpu(args)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _gpu(args: argparse.Namespace) -> dict[str, str]:
-    """{"gpu": the device in words} if one is to be measured.  Raises what tells that there is none."""
+    """{"gpu": description} if a GPU is to be measured.  Raises an error that says why there is none."""
     if "cupy" not in args.backend:
         if args.dtype != "float32" or args.device is not None:
             raise UsageError(GPU_OPTIONS)
@@ -132,7 +132,7 @@ def _gpu(args: argparse.Namespace) -> dict[str, str]:
 
 @contextmanager
 def _folder(path: str | None) -> Iterator[Path]:
-    """The folder `path`, made if need be, or a temporary one."""
+    """The folder `path`, created if necessary, or a temporary one."""
     if path is None:
         with tempfile.TemporaryDirectory(prefix="minibeit-bench-") as temporary:
             yield Path(temporary)
@@ -148,7 +148,7 @@ def _threads(args: argparse.Namespace) -> int:
 
 
 def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
-    """What the options ask for: a race for every batch size."""
+    """The measurements that the options ask for, one per batch size."""
     from ..bench.measure import Plan, choose_peers
     from ..bench.workloads import make
 
@@ -191,7 +191,7 @@ def _print(measured: Table) -> None:
 
 
 def _profile(workload: Workload, plan: Plan, folder: Path) -> None:
-    """Prints the time per op of minibeit's own contestants, measured in processes of their own."""
+    """Prints the time per op of minibeit's own contestants, measured in separate processes."""
     from ..bench.contestants import BACKENDS
     from ..bench.measure import profile
     from ..bench.report import profile_rows

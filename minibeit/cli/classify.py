@@ -1,4 +1,4 @@
-"""`minibeit classify`: the most probable labels of pictures."""
+"""`minibeit classify`: the most probable labels of images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..config import BeitConfig
 
-HELP = "say what is on pictures"
+HELP = "classify images: print the most probable labels"
 DESCRIPTION = """\
 Says what is on pictures: the labels with the highest scores, in the order of the pictures.
 
@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(
         parser, "a checkpoint fine-tuned for classification (default: the shipped model of handwritten digits)"
     )
-    parser.add_argument("-k", "--top-k", type=positive, default=5, metavar="K", help="labels per picture (default 5)")
+    parser.add_argument("-k", "--top-k", type=positive, default=5, metavar="K", help="labels per image (default 5)")
     parser.add_argument(
-        "-b", "--batch-size", type=positive, default=8, metavar="B", help="pictures at once (default 8)"
+        "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
     parser.add_argument(
         "--labels",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions} with every digit")
-    form.add_argument("--jsonl", action="store_true", help="the same, one JSON object per picture and line")
+    form.add_argument("--jsonl", action="store_true", help="the same as JSON Lines, one object per image")
     form.add_argument("--csv", action="store_true", help=f"a CSV table: {', '.join(COLUMNS)}")
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K,) float64
-    """What a user takes logits for: probabilities, or for regression the numbers themselves.
+    """Probabilities for the logits; for regression the logits themselves.
 
     Without a `problem_type` one output means regression, as in the model's loss, and several single-label.
     """
@@ -110,7 +110,7 @@ def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K
 
 
 def _given_names(path: Path) -> list[str]:
-    """The names of classes in a file, in the order of the outputs.  Raises UsageError for a file of another kind."""
+    """The class names in a file, in the order of the outputs.  Raises UsageError for a file of another format."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
@@ -163,7 +163,7 @@ def _print_table(rows: Iterable[dict[str, Any]], found: list[Found], config: Bei
 
 
 def _cells(row: dict[str, Any], regression: bool) -> Iterator[tuple[str, str, str]]:
-    """The lines of one picture: its name stands on the first only."""
+    """The lines for one image; only the first shows its name."""
     for rank, prediction in enumerate(row.get("predictions", ())):
         score = prediction["score"]
         yield (

@@ -1,4 +1,4 @@
-"""minibeit convert: any checkpoint becomes a folder in the Hub's layout."""
+"""`minibeit convert`: converts any checkpoint to a folder in the Hub's layout."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_destination(args: argparse.Namespace) -> None:
-    """Raises UsageError or OSError, before any work is done, where the result could not be written or would destroy."""
+    """Raises UsageError or OSError, before any work, if the result could not be written or would overwrite data."""
     source, destination = Path(args.source), Path(args.destination)
     same = identity(destination) in {identity(source), identity(source.parent) if source.is_file() else None}
     changed = args.image_size or args.task or args.num_labels

@@ -1,4 +1,4 @@
-"""`minibeit features`: hidden states of pictures as arrays in a file."""
+"""`minibeit features`: hidden states of images as arrays in a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .terminal import UsageError, note, out, positive
 if TYPE_CHECKING:
     import numpy as np
 
-HELP = "write hidden states of pictures to a file"
+HELP = "write hidden states of images to a file"
 DESCRIPTION = """\
 Writes what a layer of the encoder makes of pictures, for search, clustering or a classifier of your own.
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pool", choices=POOLS, default="mean", help="mean of the patches (default), CLS token, or all tokens"
     )
     parser.add_argument(
-        "-b", "--batch-size", type=positive, default=8, metavar="B", help="pictures at once (default 8)"
+        "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _collect(results: Iterable[Result]) -> tuple[list[str], list[np.ndarray]]:
-    """The files that have features, and these; all of one shape."""
+    """The files for which features were computed, and the features, all of one shape."""
     files: list[str] = []
     rows: list[np.ndarray] = []
     for result in results:
@@ -108,7 +108,7 @@ def _collect(results: Iterable[Result]) -> tuple[list[str], list[np.ndarray]]:
 
 
 def pooled(states: np.ndarray, pool: str) -> np.ndarray:  # (B, N, D) -> (B, D) or (B, N, D)
-    """One vector per picture, or all tokens with "none"."""
+    """One vector per image, or all tokens with "none"."""
     if pool == "cls":
         return states[:, 0]
     return states[:, 1:].mean(axis=1) if pool == "mean" else states

@@ -1,4 +1,4 @@
-"""From the words on the command line to pictures, and from pictures to results in the same order."""
+"""Finds the images that the command line names, and runs a model on them in the same order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
 
 @dataclass(frozen=True)
 class Found:
-    """A file to read, or a word that led to none and why.  `copy` is where a picture from standard input lies."""
+    """A file to read, or an argument that matches none and why.  `copy` is the path of an image from standard input."""
 
     file: str
     error: str | None = None
@@ -45,13 +45,13 @@ class Found:
         return self.copy or self.file
 
     def named(self, message: str) -> str:
-        """A message about `source` as one about what the user has named."""
+        """A message about `source`, reworded with the name that the user gave."""
         return message.replace(self.copy, STDIN_NAME) if self.copy else message
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one file: a value, or the reason why there is none."""
+    """The outcome for one file: a value, or the reason why there is none."""
 
     file: str
     value: Any = None
@@ -64,15 +64,15 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE|FOLDER|GLOB",
-        help="pictures; of a folder the pictures in it, by suffix and in natural order; a quoted pattern such as "
-        "'shots/**/*.png' is expanded; - is a picture from standard input",
+        help="image files; of a folder the images in it, by suffix and in natural order; a quoted pattern such as "
+        "'shots/**/*.png' is expanded; - is an image from standard input",
     )
     parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders within folders too")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
 
 
 def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
-    """The files that the words name, in their order; a word that names none is an entry with its reason."""
+    """The files that the arguments name, in order; an argument that names none is an entry with the reason."""
     found: list[Found] = []
     for word in words:
         if word == STDIN:
@@ -88,7 +88,7 @@ def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
 
 
 def from_stdin() -> Found:
-    """What comes from standard input, kept in a temporary file as long as the result is in use."""
+    """The image from standard input, kept in a temporary file as long as the result is in use."""
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.isatty():
         return Found(STDIN, f"{STDIN_NAME}: expected a picture from a pipe or a file, found a terminal")
@@ -140,9 +140,9 @@ def run_batches(
     batch_size: int,
     quiet: bool = False,
 ) -> Iterator[Result]:
-    """`compute` of pixel values (B, C, H, W), a value per picture, for all files in their order.
+    """The values of `compute` (from pixel values (B, C, H, W), one per image), for all files in order.
 
-    A picture that cannot be read or that the model refuses is named on stderr, and the others go on.  Pictures of
+    An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.  Images of
     different shapes do not share a batch.
     """
     pending: list[tuple[Found, np.ndarray | None]] = []
@@ -160,7 +160,7 @@ def run_batches(
 
 
 def failed(file: str, error: Exception | str) -> Result:
-    """Names a file that could not be used, on stderr, and is its result."""
+    """Reports a file that could not be used on stderr, and returns its result."""
     message = one_line(error)
     if one_line(STDIN_NAME if file == STDIN else file) not in message:
         message = f"{one_line(file)}: {message}"
@@ -196,7 +196,7 @@ def _compute(
 
 
 def check_finite(values: np.ndarray) -> np.ndarray:
-    """`values`, what a model computed.  Raises CheckpointError if there are NaNs: pixels were checked before."""
+    """A model's outputs, unchanged.  Raises CheckpointError for NaNs, since the pixels were checked before."""
     import numpy as np
 
     from ..errors import CheckpointError
@@ -207,9 +207,9 @@ def check_finite(values: np.ndarray) -> np.ndarray:
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[str], model: str | None = None) -> None:
-    """Raises UsageError when a file to write is one that is read, also by another name, or is a folder.
+    """Raises UsageError if a file to write is also read, even under another name, or is a folder.
 
-    Of a `model`, a checkpoint or its folder, every file is read.
+    All files of `model`, a checkpoint or its folder, count as read.
     """
     read = {identity(file) for file in [*inputs, *_files_of(model)]}
     for path in outputs:

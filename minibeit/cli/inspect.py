@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(path)
         task = args.task or checkpoint.task or closest_task(checkpoint)
         facts = _facts(path, loaded) | _fit(checkpoint, task)
-    except CheckpointError as error:  # the tensors can be shown even so
+    except CheckpointError as error:  # the tensors can still be shown
         facts = _facts(path, loaded) | {"fits": False, "error": str(error)}
     if args.json:
         print_json(facts)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def closest_task(checkpoint: Checkpoint) -> str:
-    """The task whose parameters differ least from the tensors."""
+    """The task whose parameters match the tensors best."""
 
     def differences(task: str) -> int:
         match = _match(checkpoint, task)
@@ -76,7 +76,7 @@ def _match(checkpoint: Checkpoint, task: str) -> Match:
 
 
 def _facts(path: Path, loaded: Loaded) -> dict[str, Any]:
-    """What the file says of itself; values in tensors are not read."""
+    """Facts about the file; no tensor is read."""
     tensors = []
     for key in loaded.tensors:
         info = loaded.tensors.info(key)

@@ -48,7 +48,7 @@ def shipped_checkpoint() -> Path:
 def load_model(model_class: Any, args: argparse.Namespace) -> Any:
     """The model that the options choose.
 
-    Raises CheckpointError for a checkpoint without the head of the task: a random one would answer at random.
+    Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
     check_head(args.model, model_class.task)
     return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend, device=args.device)
@@ -70,7 +70,7 @@ def check_head(model: str, task: str) -> None:
     from ..errors import CheckpointError
 
     if prepared_file(model):
-        return  # never has random weights: loading refuses what it lacks
+        return  # loading refuses missing tensors, so no weights are random
     checkpoint = open_checkpoint(model)
     missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
     if not missing:

@@ -14,7 +14,7 @@ from .terminal import UsageError, out, print_json
 if TYPE_CHECKING:
     import numpy as np
 
-HELP = "hide blocks of a picture and predict their visual tokens"
+HELP = "hide blocks of an image and predict their visual tokens"
 DESCRIPTION = """\
 Hides blocks of patches of a picture, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
 
@@ -28,7 +28,7 @@ EXAMPLES = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a picture; - for standard input")
+    parser.add_argument("image", metavar="IMAGE", help="an image file; - for standard input")
     add_model_arguments(parser, "a checkpoint of masked image modelling")
     parser.add_argument("--ratio", type=_ratio, default=0.4, help="share of the patches to hide (default 0.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the blocks; the same seed hides the same (default 0)")
@@ -100,7 +100,7 @@ def _prediction(logits: np.ndarray, row: int, column: int) -> dict[str, Any]:
 
 
 def _seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (H, W, 3) uint8
-    """The pixels the model gets, undone to a picture."""
+    """The model's pixel values converted back to an image."""
     import numpy as np
 
     x = pixels.transpose(1, 2, 0).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The pictures that commands draw: colours for classes, overlays, legends, masks."""
+"""The images that commands draw: colours for classes, overlays, legends, masks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
 
 
 def distinct_colours(count: int) -> list[Colour]:
-    """`count` colours, always the same, neither dark nor pale, each as far as can be from those before it.
+    """`count` colours, always the same, neither dark nor pale, each as far as possible from those before it.
 
-    Farthest-point choice in the Oklab space (Ottosson 2020), in which distance is close to what eyes see.
+    Chosen by farthest points in the Oklab space (Ottosson 2020), whose distances approximate perceived differences.
     """
     levels = np.linspace(0, 255, 14).round()
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
@@ -53,7 +53,7 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:  # (n, 3) 0..255 -> (n, 3)
 
 
 def indexed(labels: np.ndarray, colours: list[Colour]) -> Image.Image:
-    """Class ids (H, W) as a palette picture whose pixel values are the ids; above 256 classes as 16-bit gray."""
+    """Class ids (H, W) as a palette image whose pixel values are the ids; above 256 classes as 16-bit gray."""
     if len(colours) > 256:
         return Image.fromarray(labels.astype(np.uint16))
     picture = Image.fromarray(labels.astype(np.uint8))
@@ -84,9 +84,9 @@ def legend(rows: list[tuple[Colour, str, str]]) -> Image.Image:
 
 
 def masked(photo: np.ndarray, mask: np.ndarray, least: int = 448) -> Image.Image:
-    """A photo (H, W, 3) and beside it the same with the patches of `mask` (gh, gw) covered.
+    """A photo (H, W, 3), and beside it a copy with the patches of `mask` (gh, gw) covered.
 
-    Photos below `least` pixels are drawn enlarged by a whole number.
+    Photos smaller than `least` pixels are enlarged by an integer factor.
     """
     zoom = max(1, least // max(photo.shape[:2]))
     left = Image.fromarray(photo).resize((photo.shape[1] * zoom, photo.shape[0] * zoom), Image.Resampling.NEAREST)
@@ -103,6 +103,6 @@ def masked(photo: np.ndarray, mask: np.ndarray, least: int = 448) -> Image.Image
 
 
 def save_png(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Writes a PNG file that appears whole or not at all."""
+    """Writes a PNG file that appears complete or not at all."""
     with atomic_write(path) as file:
         picture.save(file, format="PNG", **options)

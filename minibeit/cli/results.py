@@ -1,4 +1,4 @@
-"""Which model the results in a folder are of: a text in each label map says so."""
+"""Which model made the results in a folder: recorded as text in each label map."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..text import shown_name
 KEY = "minibeit model"
 LABELS = "_labels.png"
 SIBLINGS = (LABELS, "_legend.png", "_overlay.png", "_scores.npz")
-BLOCKS, BLOCK = 64, 4096  # of each file: enough to tell two trainings of one architecture apart, at no cost
+BLOCKS, BLOCK = 64, 4096  # of each file: enough to distinguish two trainings of one architecture, at almost no cost
 
 
 def mark_of(model: str) -> str:
@@ -39,7 +39,7 @@ def as_text(mark: str) -> Any:
 
 
 def of_others(folder: Path, mark: str) -> list[Path]:
-    """The label maps in `folder` that carry the mark of another model; files of other origin do not count."""
+    """The label maps in `folder` with the mark of another model; files without a mark do not count."""
     if not folder.is_dir():
         return []
     found = [(path, _mark_in(path)) for path in sorted(folder.glob(f"*{LABELS}"))]

@@ -1,4 +1,4 @@
-"""`minibeit segment`: a class for every pixel of pictures, drawn."""
+"""`minibeit segment`: the class of every pixel of images, drawn as images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .pictures import Colour
 
-HELP = "find the class of every pixel, as pictures"
+HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
 Finds the class of every pixel.  For each picture NAME it writes into the output folder
 
@@ -37,7 +37,7 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
-ROOM = 256 << 20  # bytes for scores in the size of the picture: 150 classes of a large photo would take gigabytes
+ROOM = 256 << 20  # bytes for scores at the image's size: 150 classes of a large photo would take gigabytes
 ADE20K_CLASSES = 150
 
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(
         parser, "a checkpoint of semantic segmentation, such as microsoft/beit-base-finetuned-ade-640-640"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to, made if need be")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to, created if necessary")
     parser.add_argument(
         "--palette",
         choices=["auto", "ade20k"],
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="colours of the classes: those of ADE20K, or auto: ADE20K's for its 150 classes, others as distinct as "
         "can be (default auto)",
     )
-    parser.add_argument("--overlay", action="store_true", help="also lay the colours over the picture")
+    parser.add_argument("--overlay", action="store_true", help="also draw the colours over the image")
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
     parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
@@ -108,7 +108,7 @@ def palette(name: str, count: int) -> list[Colour]:
 
 
 def label_map(processor: Any, logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Class ids (H, W) of logits (1, K, h, w), by a few classes at a time; the same as by all at once."""
+    """Class ids (H, W) of logits (1, K, h, w), computed a few classes at a time; same result as all at once."""
     import numpy as np
 
     classes = contenders(logits[0])
@@ -127,8 +127,8 @@ def label_map(processor: Any, logits: np.ndarray, size: tuple[int, int]) -> np.n
 def contenders(logits: np.ndarray) -> np.ndarray:  # (K, h, w) -> (n,)
     """The classes that can be the largest anywhere after a bilinear resize.
 
-    A resized value lies between the least and the greatest of four neighbours; a class whose greatest is below the
-    least of another in every such square is out.
+    A resized value lies between the minimum and the maximum of four neighbours; a class whose maximum is below the
+    minimum of another class in every such square is ruled out.
     """
     import numpy as np
 
@@ -140,7 +140,7 @@ def contenders(logits: np.ndarray) -> np.ndarray:  # (K, h, w) -> (n,)
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
-    """The files to write for each input; inputs of one name in several folders get a number."""
+    """The files to write for each input; inputs with the same name in several folders get a number."""
     kinds = {"labels": ".png", "legend": ".png"}
     if args.overlay:
         kinds["overlay"] = ".png"
@@ -213,7 +213,7 @@ def _segment(
 
 
 def _shares(labels: np.ndarray, names: dict[int, str], colours: list[Colour]) -> list[dict[str, Any]]:
-    """The classes that are there, the largest first."""
+    """The classes that occur, the largest first."""
     import numpy as np
 
     counts = np.bincount(labels.ravel(), minlength=len(names))

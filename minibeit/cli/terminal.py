@@ -1,6 +1,6 @@
-"""What all commands share towards the terminal: results on stdout, everything else on stderr, one line each.
+"""All output of the commands: results on stdout, everything else on stderr, one line each.
 
-Nothing else of the command line prints: what leaves here has no control characters, whatever file it came from.
+No other module of the command line prints; the output contains no control characters, whatever file it came from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..text import LONGEST_NAME, csv_line, json_text, one_line, printable
 
 Item = TypeVar("Item")
-MANY = 16  # from so many files on there is a progress bar
+MANY = 16  # files from which on there is a progress bar
 
 
 class UsageError(ValueError):
@@ -25,7 +25,7 @@ class UsageError(ValueError):
 
 
 class OutputError(Exception):
-    """Results cannot be printed; `gone` when the reader of a pipe has what it wanted, as `head` does."""
+    """Results cannot be printed; `gone` if the reader of a pipe has closed it, as `head` does."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"standard output: {error.strerror}")
@@ -34,7 +34,7 @@ class OutputError(Exception):
 
 
 def out(text: str) -> None:
-    """Prints results, past a progress bar if there is one; only line ends of the program's own may stand in `text`."""
+    """Prints results, above a progress bar if there is one; `text` may contain only line ends that we added."""
     try:
         _print("\n".join(map(printable, text.split("\n"))), sys.stdout)
     except OSError as error:
@@ -42,7 +42,7 @@ def out(text: str) -> None:
 
 
 def flush() -> None:
-    """Raises OutputError where what was printed cannot be written."""
+    """Raises OutputError if printed text cannot be written."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -51,7 +51,7 @@ def flush() -> None:
 
 
 def give_up_output() -> None:
-    """Nothing more is printed: what is still buffered has nowhere to go, at exit neither."""
+    """Discards all further output, also what is still buffered at exit."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -60,12 +60,12 @@ def give_up_output() -> None:
 
 def note(message: str) -> None:
     """Prints one line to stderr, with the name of the program."""
-    with suppress(OSError):  # that nobody reads notes does not end the work
+    with suppress(OSError):  # the work continues even if nobody reads notes
         _print(f"minibeit: {one_line(message)}", sys.stderr)
 
 
 def show_traceback() -> None:
-    """Prints the error at hand for those who look for its cause."""
+    """Prints the traceback of the current error, for debugging."""
     with suppress(OSError):
         _print("\n".join(map(printable, traceback.format_exc().rstrip().split("\n"))), sys.stderr)
 
@@ -80,7 +80,7 @@ def _print(text: str, stream: Any) -> None:
 
 
 def progress(items: list[Item], quiet: bool) -> Iterator[Item]:
-    """The items, with a progress bar on stderr when they are many."""
+    """The items, with a progress bar on stderr if there are many."""
     if quiet or len(items) < MANY or sys.stderr is None:
         yield from items
         return
@@ -93,7 +93,7 @@ def progress(items: list[Item], quiet: bool) -> Iterator[Item]:
 
 
 class _Lines:
-    """Where no line can be overwritten, as in a log, each state of a progress bar is a line of its own."""
+    """A stream for logs, where lines cannot be overwritten: each state of a progress bar is a new line."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -138,7 +138,7 @@ def print_csv_line(values: Iterable[Any]) -> None:
 
 
 def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = (), longest: int = LONGEST_NAME) -> list[str]:
-    """Lines with aligned columns, those in `right` on their right side; no cell has more characters than `longest`."""
+    """Lines with aligned columns, right-aligned for those in `right`; cells are cut to `longest` characters."""
     rows = [tuple(one_line(cell, longest) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     flush_right = set(right)
@@ -150,7 +150,7 @@ def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = (), longest: i
 
 
 def positive(text: str) -> int:
-    """argparse type: an integer from 1 up."""
+    """argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer from 1 up, found {text!r}")
     return int(text)

@@ -12,7 +12,7 @@ from .loading import add_model_arguments, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out
 
 if TYPE_CHECKING:
-    from ..verify.lockstep import Job, Report
+    from ..verify.lockstep import Job, Report, Row
     from ..verify.streams import RunSource, Source
     from ..verify.trace_file import TraceFile
 
@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export-golden", metavar="DIR", help="write test vectors for another implementation; no check"
     )
+    parser.add_argument(
+        "--test-weights", metavar="DIR", help="write a checkpoint of the same config in which every parameter matters"
+    )
     parser.add_argument("--list-names", action="store_true", help="print the names and shapes of all arrays")
     parser.add_argument("--weights", nargs=2, metavar=("A", "B"), help="compare two checkpoints tensor by tensor")
     parser.add_argument("--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads")
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     args.model = args.model or str(shipped_checkpoint())
     trace = None if args.against in (None, "torch", "timm") else TraceFile(args.against)
     job = _job(args, trace)
+    if args.test_weights:
+        return _test_weights(args, job)
     if args.list_names:
         from ..verify.trace_names import describe
 
@@ -108,9 +113,14 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
         raise UsageError(f"--task: expected one of {', '.join(TASKS)}, found {args.task}")
     task = args.task or open_checkpoint(args.model).task or "model"
     config, arrays = load_checkpoint(args.model, task)
-    inputs = {}
-    if trace is not None and args.image is None and args.random_seed is None and not args.size:
+    inputs: dict[str, Any] = {}
+    if trace is not None and args.random_seed is None and not args.size:
         inputs = trace.inputs_for(task)
+        if not inputs and not args.image:
+            raise ValueError(
+                f"{args.against}: has no array input.pixel_values, so what it was made from is not known; give "
+                "--image, or --random-seed N if it was made from `minibeit verify --random-seed N`"
+            )
     job = Job(config, task, arrays, inputs or _inputs(args, config, task))
     wrong = misfits(trace, job) if trace is not None else []
     if wrong:
@@ -134,6 +144,46 @@ def _inputs(args: argparse.Namespace, config: Any, task: str) -> dict[str, Any]:
     return inputs
 
 
+def _test_weights(args: argparse.Namespace, job: Job) -> int:
+    """Writes the checkpoint; the architecture in its config says for which task it is."""
+    import shutil
+
+    from ..checkpoint.save import save_checkpoint
+    from ..hub import resolve
+    from ..image_processor import PROCESSOR_NAME
+    from ..task_table import CLASSES
+    from ..verify.informative import informative_weights
+
+    folder, seed = Path(args.test_weights), args.random_seed or 0
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--test-weights: expected a folder that is empty or not there yet, found {folder}")
+    name = CLASSES[job.task]
+    if job.config.model_type == "data2vec-vision":
+        name = name.replace("Beit", "Data2VecVision")
+    config = job.config.replace(architectures=[name])
+    save_checkpoint(folder, config, job.task, informative_weights(job.config, job.task, seed))
+    place = Path(resolve(args.model))
+    settings = (place if place.is_dir() else place.parent) / PROCESSOR_NAME
+    if settings.is_file():
+        shutil.copyfile(settings, folder / PROCESSOR_NAME)
+    out(f"wrote {folder}: seed {seed}; give both sides this checkpoint")
+    return 0
+
+
+def _pixels(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> tuple[Row | None, list[str]]:
+    """The row of the pixels, where there are two sides of them, and what is to be said of those where there are not."""
+    if trace is None:
+        return None, []
+    if not args.image:
+        return None, ["preprocessing was not looked at, since no --image is given"]
+    if "pixel_values" not in trace.inputs:
+        return None, [f"preprocessing was not looked at, since {args.against} has no input.pixel_values"]
+    from ..verify.pixels import judge
+
+    processor = load_processor(args.model, job.config, args.quiet)
+    return judge(trace.inputs["pixel_values"], processor, args.image), []
+
+
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     from ..verify.lockstep import check
     from ..verify.report_text import HEADER, line, verdict
@@ -142,8 +192,11 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     yardstick = None
     if args.against in ("torch", "timm"):
         yardstick = _pytorch(args.against, job, leave_out)
+    first, notes = _pixels(args, job, trace)
     if not args.quiet:
         out(HEADER)
+        if first is not None:
+            out(line(first))
     report = check(
         job,
         candidate,
@@ -153,6 +206,8 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
         heat=any(path.lower().endswith(".html") for path in args.report),
         progress=None if args.quiet else lambda row: out(line(row)),
         leave_out=leave_out,
+        first=first,
+        notes=notes,
     )
     report.origins = origins
     if leave_out and not args.quiet:

@@ -1,4 +1,4 @@
-"""From anything a user calls a picture to an array (H, W, C), and from anything he calls a label map to one (H, W)."""
+"""Reads images (paths, PIL images, arrays) as arrays (H, W, C), and label maps as arrays (H, W)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..strict_json import brief
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
 MOST_PIXELS = 1 << 27
-STRIP_PIXELS = 1 << 20  # of what is converted at once
+STRIP_PIXELS = 1 << 20  # pixels converted at a time
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
 def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any]]:
-    """The pictures of a picture, a batch array (`ndim` + 1 axes) or nested lists, each with a name for error messages.
+    """The images in one image, a batch array (`ndim` + 1 axes) or nested lists, each with a name for error messages.
 
-    Raises ImageError when there is none.
+    Raises ImageError if there are none.
     """
     found: list[tuple[str, Any]] = []
 
@@ -40,7 +40,7 @@ def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any
         else:
             array = _as_array(item, name)
             if ndim == 2 and array.ndim > 2 and array.shape[-1] == 1:
-                array = array[..., 0]  # label maps with an axis of channels
+                array = array[..., 0]  # label maps with a channel axis
             if array.ndim == ndim + 1:
                 found.extend((f"{name}[{index}]", inner) for index, inner in enumerate(array))
             else:
@@ -62,11 +62,11 @@ def load_image(
 ) -> np.ndarray:
     """The pixels (H, W, C) of a path, PIL image or array (H, W), (H, W, C) or (C, H, W), converted to `channels`.
 
-    `channels` is 1, 3 or 4, of arrays any number, or None to leave a picture as it is.  Pictures and uint8 arrays give
-    uint8; other arrays keep their type and range.  Transparency is laid on white, as transformers does when asked to
-    convert; an animation gives its first frame.  `value_range` is the value of white in pictures and arrays of more
-    than 8 bits, such as 4095 for 12 bits; without it 16-bit pictures are divided by 257, rounded.
-    Raises ImageError, naming file or argument, for what cannot be read or shown in that many channels.
+    `channels` is 1, 3 or 4, for arrays any number, or None to keep those of the image.  Image files, PIL images and
+    uint8 arrays give uint8; other arrays keep their dtype and range.  Transparent images are composited on white, as
+    transformers does when it converts; of an animation the first frame is used.  `value_range` is the value of white in
+    images and arrays of more than 8 bits, such as 4095 for 12 bits; without it 16-bit images are divided by 257 and
+    rounded.  Raises ImageError, naming file or argument, for what cannot be read or converted to that many channels.
     Source: PilBackend.process_image and image_transforms.convert_to_rgb of transformers 5.
     """
     if isinstance(item, (str, os.PathLike)):
@@ -83,7 +83,7 @@ def load_image(
     if value_range is not None and pixels.dtype.kind in "iu" and pixels.dtype.itemsize > 1:
         pixels = _within_range(pixels, value_range, name)
     if pixels.dtype == np.bool_:
-        pixels = pixels.astype(np.uint8) * np.uint8(255)  # what PIL's mode "1" becomes
+        pixels = pixels.astype(np.uint8) * np.uint8(255)  # as PIL's mode "1" is converted
     return pixels if channels is None else _convert_channels(pixels, channels, name)
 
 
@@ -112,11 +112,11 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
 
 
 def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = True) -> Image.Image:
-    """The decoded picture of a file (of an animation the first frame), turned upright if its EXIF data say how.
+    """The decoded image of a file (of an animation the first frame), rotated upright according to its EXIF data.
 
-    Raises ImageError, naming the file, when it is missing, empty, truncated, no picture, or a decompression bomb: more
-    pixels than `most_pixels()`, or than Pillow allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, upright
-    and converted, takes at most 8 bytes per pixel, a WebP 16 (its decoder keeps two frames).
+    Raises ImageError, naming the file, if it is missing, empty, truncated, no image, or a decompression bomb: more
+    pixels than `most_pixels()`, or than Pillow allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, rotating
+    and converting take at most 8 bytes per pixel, for WebP 16 (its decoder keeps two frames).
     """
     name, file = str(path), Path(path)
     if name.startswith(("http://", "https://")):
@@ -132,14 +132,14 @@ def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = Tr
         with Image.open(file) as image:
             _check_pixels(image, name)
             image.load()
-            vars(image).pop("_decoder", None)  # that of a WebP holds two more frames
+            vars(image).pop("_decoder", None)  # a WebP decoder holds two more frames
             return _upright(image) if apply_exif_orientation else image
 
 
 def most_pixels() -> int:
-    """How many pixels a picture may have: MINIBEIT_MAX_PIXELS if set, else 2^27, a third more than 100 megapixels.
+    """How many pixels an image may have: MINIBEIT_MAX_PIXELS if set, else 2^27, a third more than 100 megapixels.
 
-    Raises ValueError when the variable is no positive whole number.
+    Raises ValueError if the variable is not a positive integer.
     """
     text = os.environ.get("MINIBEIT_MAX_PIXELS")
     if not text:
@@ -162,7 +162,7 @@ def _check_pixels(image: Image.Image, name: str) -> None:
 def _reading(name: str) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it stands for half of the limit
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is raised at half the limit
             yield
     except ImageError:
         raise
@@ -175,7 +175,7 @@ def _reading(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: expected a picture in a format that Pillow reads, found something else") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
-        if isinstance(error, OSError) and error.errno:  # the file system's complaint, not Pillow's
+        if isinstance(error, OSError) and error.errno:  # an error of the file system, not of Pillow
             raise ImageError(f"{name}: the file cannot be read ({error.strerror})") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: the picture cannot be read, it seems damaged or unsupported ({reason})") from error
@@ -193,16 +193,16 @@ def _loaded(image: Image.Image, name: str, apply_exif_orientation: bool) -> tupl
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # unreadable EXIF data say nothing about the pixels
+    with suppress(Exception):  # the pixels may be fine without readable EXIF data
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
     return image
 
 
 def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarray:  # -> (H, W) or (H, W, C)
-    """The pixels of a picture in that many channels (None: as they are), some rows after the others.
+    """The pixels of an image in that many channels (None: unchanged), converted in strips of rows.
 
-    A conversion needs up to twenty bytes per pixel beside the picture and the result; in strips, next to nothing.
+    A conversion needs up to twenty bytes per pixel beside the image and the result; in strips, next to nothing.
     """
     deep = image.mode == "F" or image.mode.startswith("I")
     to_bytes = _byte_conversion(image, name) if deep and channels is not None else None
@@ -224,7 +224,7 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
 
 
 def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha, which PIL converts to nothing else
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha, for which PIL has no other conversion
         image = image.convert(image.mode.upper())
     transparent = image.getbands()[-1] == "A" or image.info.get("transparency") is not None
     if transparent and channels < 4:
@@ -237,7 +237,7 @@ def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Imag
 
 
 def _within_range(values: np.ndarray, white: float, name: str) -> np.ndarray:
-    """Values 0 to `white` as bytes.  Raises ImageError for others."""
+    """Values 0 to `white`, scaled to bytes.  Raises ImageError for other values."""
     values = _checked_numbers(values, name)
     if values.min() < 0 or values.max() > white:
         raise ImageError(f"{name}: expected values within 0..{white:g}, found {values.min()}..{values.max()}")
@@ -245,7 +245,7 @@ def _within_range(values: np.ndarray, white: float, name: str) -> np.ndarray:
 
 
 def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np.ndarray]:
-    """How values of more than 8 bits become bytes; the extremes of the whole picture tell what they stand for."""
+    """The conversion of values of more than 8 bits to bytes, chosen by the extremes of the whole image."""
     low, high = _extremes(image, name)
     if image.mode == "F":
         if low < 0 or high > 255:
@@ -253,7 +253,7 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
         return lambda values: np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ImageError(f"{name}: expected 16-bit pixels, found values {low}..{high}")
-    # Mode "I" is 32 bits wide and does not say how many are used; older Pillows open 16-bit PNGs so.
+    # Mode "I" is 32 bits wide and does not say how many are used; older versions of Pillow use it for 16-bit PNGs.
     if image.mode == "I" and image.format != "PNG" and high <= 255:
         return lambda values: values.astype(np.uint8)
     if high <= 4095:
@@ -282,7 +282,7 @@ def _as_array(item: Any, name: str) -> np.ndarray:
         raise TypeError(f"{name}: expected a path, a PIL image or an array, found {type(item).__name__}")
     try:
         return as_numpy(item)
-    except Exception as error:  # of libraries that are not known here
+    except Exception as error:  # from an array library that is not known here
         raise TypeError(f"{name}: {type(item).__name__} cannot become a NumPy array ({error})") from error
 
 
@@ -351,7 +351,7 @@ def _on_white(pixels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _luma(rgb: np.ndarray) -> np.ndarray:
-    """ITU-R 601 luma (H, W, 1); for integers in 16-bit fixed point, to equal PIL's conversion to "L" bit for bit."""
+    """ITU-R 601 luma (H, W, 1); for integers in 16-bit fixed point, bit for bit equal to PIL's conversion to "L"."""
     if rgb.dtype.kind in "iu":
         weighted = rgb.astype(np.int64) @ np.array([19595, 38470, 7471])
         return ((weighted + (1 << 15)) >> 16).astype(rgb.dtype)[..., None]

@@ -1,4 +1,4 @@
-"""What the image processor can be told, checked when told."""
+"""The settings of the image processor, checked on construction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .transforms import LARGEST_RESULT
 
 LARGEST_EDGE = 1 << 16  # pixels
 MOST_CHANNELS = 1 << 12
-LARGEST_NUMBER = 1e6  # of factor, mean and deviation, of which the largest in use are 255
+LARGEST_NUMBER = 1e6  # limit for factor, mean and standard deviation; the largest in use are 255
 
 _SIZE_KEYS = (
     {"height", "width"},
@@ -27,7 +27,7 @@ _SIZE_KEYS = (
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What a `BeitImageProcessor` does, step by step in this order; see there.  Checks itself when made."""
+    """The settings of a `BeitImageProcessor`, in the order of its steps; see there.  Checked on construction."""
 
     do_reduce_labels: bool = False
     apply_exif_orientation: bool = True
@@ -77,19 +77,19 @@ class ImageSettings:
 
     @property
     def channels(self) -> int | None:
-        """C of the model, told by the lengths of mean and standard deviation; None if one number serves them all."""
+        """C of the model, from the lengths of mean and standard deviation; None if both are single numbers."""
         lengths = [len(v) for v in (self.image_mean, self.image_std) if isinstance(v, list)]
         return lengths[0] if lengths else None
 
     def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen for everyone but its own checks
+        object.__setattr__(self, name, value)  # frozen, except for its own checks
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(ImageSettings))
 
 
 def size_dict(value: Any, name: str) -> dict[str, int]:
-    """`size` as a dictionary: an int is a square, a pair (height, width); keys and values are checked."""
+    """`size` as a checked dictionary: an int means a square, a pair (height, width)."""
     if isinstance(value, (list, tuple)) and len(value) == 2:
         value = {"height": value[0], "width": value[1]}
     elif not hasattr(value, "keys"):
@@ -114,14 +114,14 @@ def size_dict(value: Any, name: str) -> dict[str, int]:
 
 
 def _least_area(sizes: dict[str, int]) -> int:
-    """Of what `sizes` always gives; proportions may make it more, which is looked at when a picture is there."""
+    """The least area that `sizes` can give; that of an actual image may be more and is checked when it is resized."""
     if "height" in sizes:
         return sizes["height"] * sizes["width"]
     return sizes["shortest_edge"] ** 2 if "shortest_edge" in sizes and "longest_edge" not in sizes else 0
 
 
 def _listed(keys: Any) -> str:
-    """The first few keys of a stranger's dictionary."""
+    """The first few keys of an untrusted dictionary."""
     shown = [key if key.isidentifier() and len(key) < 40 else brief(key) for key in list(keys)[:6]]
     return ", ".join(shown + ["..."] * (len(keys) > 6)) or "none"
 

@@ -1,4 +1,4 @@
-"""The steps of the image processor on plain arrays: pictures (H, W, C) and label maps (H, W)."""
+"""The steps of the image processor on plain arrays: images (H, W, C) and label maps (H, W)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..errors import ImageError
 from .loading import most_pixels
 
 IGNORED_LABEL = 255  # of label maps: a class that losses leave out, as configs of the Hub have it
-LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped picture: 8192 x 8192, 800 MB as float32 of three channels
+LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped image: 8192 x 8192, 800 MB as float32 with three channels
 
 
 def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
-    """Pixels (H, W, C) resized by Pillow, antialiased when they shrink; `size` as in `BeitImageProcessor`.
+    """Pixels (H, W, C) resized by Pillow, with antialiasing when shrinking; `size` as in `BeitImageProcessor`.
 
-    Pillow works on bytes: whole numbers 0..255 come back as uint8, other floats must lie in 0..1, pass through 256
-    levels and come back as float32 in 0..1.  Raises ImageError for other values.
-    Source: image_transforms.resize of transformers 5, equal to it in every bit.
+    Pillow works on bytes: whole numbers 0..255 are returned as uint8; other floats must lie in 0..1, are quantised to
+    256 levels and returned as float32 in 0..1.  Raises ImageError for other values.
+    Source: image_transforms.resize of transformers 5, bit for bit equal.
     """
     height, width = resized_shape(pixels.shape[:2], size, name)
-    if pixels.shape[0] * width > most_pixels():  # Pillow resizes rows first, and then columns
+    if pixels.shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
         raise ImageError(
             f"{name}: expected a picture less elongated, found {pixels.shape[0]} x {pixels.shape[1]}; "
             f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
@@ -34,10 +34,10 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
 
 
 def resized_shape(shape: tuple[int, ...], size: dict[str, int], name: str = "image") -> tuple[int, int]:
-    """The (height, width) that `size` asks for, given the (H, W) of a picture; proportions are rounded down.
+    """The (height, width) that `size` asks for, given the (H, W) of an image; fractions are rounded down.
 
-    shortest_edge s: the shorter edge becomes s.  With longest_edge l, s shrinks until the longer edge fits l.
-    max_height, max_width: the largest picture that fits (small ones grow).
+    shortest_edge s: the shorter edge becomes s.  With longest_edge l, s is reduced until the longer edge fits l.
+    max_height, max_width: the largest image that fits (small ones are enlarged).
     Raises ImageError for more than LARGEST_RESULT pixels, or more than Pillow opens.
     """
     height, width = _proportional_shape(shape, size)
@@ -56,7 +56,7 @@ def _proportional_shape(shape: tuple[int, ...], size: dict[str, int]) -> tuple[i
         return max(1, int(height * scale)), max(1, int(width * scale))
     short, long = min(height, width), max(height, width)
     new_short = size["shortest_edge"]
-    exact: float = new_short  # transformers takes the longer edge from the unrounded shorter one
+    exact: float = new_short  # transformers computes the longer edge from the unrounded shorter one
     if "longest_edge" in size and long / short * new_short > size["longest_edge"]:
         exact = size["longest_edge"] * short / long
         new_short = max(1, round(exact))
@@ -67,9 +67,9 @@ def _proportional_shape(shape: tuple[int, ...], size: dict[str, int]) -> tuple[i
 
 
 def center_crop(array: np.ndarray, size: dict[str, int], fill: int = 0) -> np.ndarray:
-    """The central `size` of (H, W, ...), of which `fill` surrounds what is smaller.
+    """The central `size` of an array (H, W, ...), padded with `fill` if that is smaller.
 
-    Offsets are (H - height) // 2, rounded towards the upper left also when negative, as in transformers.
+    Offsets are (H - height) // 2, rounded towards the upper left even if negative, as in transformers.
     """
     shape = (size["height"], size["width"])
     offsets = [(have - want) // 2 for have, want in zip(array.shape, shape)]
@@ -85,14 +85,14 @@ def center_crop(array: np.ndarray, size: dict[str, int], fill: int = 0) -> np.nd
 def to_pixel_values(
     pixels: np.ndarray, factor: float | None, mean: list[float] | None, std: list[float] | None
 ) -> np.ndarray:
-    """(x * factor - mean) / std of pixels (H, W, C) as float32 (C, H, W); None leaves a step out.
+    """(x * factor - mean) / std of pixels (H, W, C) as float32 (C, H, W); None skips a step.
 
-    The product is made in float64 and rounded to float32, the rest is float32: equal to transformers in every bit.
+    The product is computed in float64 and rounded to float32, the rest in float32: bit for bit equal to transformers.
     """
     if pixels.dtype != np.uint8:
         return np.ascontiguousarray(np.moveaxis(_scaled(pixels, factor, mean, std), -1, 0), dtype=np.float32)
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], pixels.shape[-1], axis=1)
-    table = _scaled(levels, factor, mean, std).astype(np.float32)  # a byte has 256 values: look them up
+    table = _scaled(levels, factor, mean, std).astype(np.float32)  # bytes have 256 values: use a look-up table
     values = np.empty((pixels.shape[-1], *pixels.shape[:-1]), np.float32)
     for channel, plane in enumerate(values):
         np.take(table[:, channel], pixels[..., channel], out=plane, mode="clip")  # "raise" would buffer the output
@@ -105,7 +105,7 @@ def reduce_labels(labels: np.ndarray) -> np.ndarray:
 
 
 def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Labels (H, W) at the nearest neighbour of each pixel of `shape`: floor((i + 1/2) H / height)."""
+    """Labels (H, W) resized to `shape` by nearest neighbour: row i reads row floor((i + 1/2) H / height)."""
     rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(labels.shape, shape))
     return labels[rows[:, None], columns]
 

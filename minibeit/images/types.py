@@ -1,4 +1,4 @@
-"""What image processors and feature extractors of other models mean by the keys that their files leave out."""
+"""Defaults of other models' image processors and feature extractors for keys that their files leave out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def _plain(size: Any, resample: int, mean: Any = _HALF, std: Any = _HALF, **more
     return {"size": size, "resample": resample, "image_mean": mean, "image_std": std, "do_center_crop": False, **more}
 
 
-# The defaults of transformers 5 by the name before ImageProcessor or FeatureExtractor, of those that take BEiT's steps.
+# Defaults of transformers 5 by the name before ImageProcessor or FeatureExtractor, for types with the same steps as
+# BEiT's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": _plain(224, _BILINEAR),
     "DeiT": _plain(256, _BICUBIC, do_center_crop=True, crop_size=224),
@@ -33,15 +34,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     ),
     "Flava": _plain(224, _BICUBIC, _CLIP_MEAN, _CLIP_STD, do_center_crop=True, crop_size=224),
 }
-_SHORTEST_EDGE = ("ConvNext", "CLIP", "Bit", "Levit", "Siglip")  # an integer as size means that of the shorter side
+_SHORTEST_EDGE = ("ConvNext", "CLIP", "Bit", "Levit", "Siglip")  # an integer size means the shorter side
 _SAME = {"Convnext": "ConvNext", "Deit": "DeiT", "Vit": "ViT", "Data2VecVision": "Beit"}
 
 
 def defaults_of_type(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of a file of type `kind` with the keys it leaves out, said as this package's processor says them.
+    """`values` of a file of type `kind`, completed with that type's defaults, as settings of our processor.
 
-    A type that is not known here is read as BEiT's, with a warning.  Raises ValueError for settings that ask for steps
-    which are not taken here.
+    An unknown type is read as BEiT's, with a warning.  Raises ValueError for settings that need unsupported steps.
     """
     old = kind.endswith("FeatureExtractor")
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
@@ -69,7 +69,7 @@ def defaults_of_type(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def width_first(size: Any) -> Any:
-    """A pair as old extractors wrote it, (width, height), by name; anything else as it is."""
+    """A (width, height) pair, as old extractors wrote it, as a dictionary; anything else unchanged."""
     if isinstance(size, (list, tuple)) and len(size) == 2:
         return {"height": size[1], "width": size[0]}
     return size
@@ -81,7 +81,7 @@ def _old_beit(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convnext(values: dict[str, Any]) -> dict[str, Any]:
-    """Below 384 pixels the shorter side is resized to size / crop_pct and the centre taken; else all is squeezed."""
+    """Below 384 pixels: resizes the shorter side to size / crop_pct and crops the centre; else resizes to a square."""
     if not isinstance(values["size"], dict) or "shortest_edge" not in values["size"]:
         raise ValueError("a ConvNextImageProcessor needs shortest_edge in size")
     edge = values["size"]["shortest_edge"]

@@ -23,12 +23,12 @@ def attention_heads(
     noise: Noise | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, N, D) -> (B, N, D)
-    """softmax(q k^T / sqrt(d) + bias) v of every head; the columns are those of the first head, the second, ...
+    """softmax(q k^T / sqrt(d) + bias) v of every head, concatenated along the last axis.
 
     Source: Vaswani et al. 2017; BEiT appendix A for the bias.
     """
     if bias is not None:
-        bias = PositionBias(trace.record("bias_table", bias.table), bias.grid)  # (R, H), for the grid at hand
+        bias = PositionBias(trace.record("bias_table", bias.table), bias.grid)  # (R, H), for this grid
     qkv = ops.project_qkv(x, p, config.num_attention_heads)  # each (B, H, N, d)
     q, k, v = (trace.record(name, array) for name, array in zip(("query", "key", "value"), qkv, strict=True))
     keep = None

@@ -1,4 +1,4 @@
-"""One transformer block: attention and MLP, each normalised before, scaled and added to its input after."""
+"""One transformer block: attention and MLP, each with a layer norm before it and a scaled residual after it."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ Array = Any
 def class_logits(
     ops: Ops, p: ImageClassification, x: Array, config: BeitConfig, trace: Scope = SILENT
 ) -> Array:  # (B, N, D) -> (B, K)
-    """A linear layer on the pooled image; the pooled image itself, (B, D), where the config has no classes."""
+    """A linear layer on the pooled image vector; that vector itself, (B, D), if the config has no classes."""
     pooled = trace.record("pooler", pool(ops, p.beit, x, config))
     return trace.record("logits", pooled if p.classifier is None else ops.linear(pooled, p.classifier))
 
 
 def classification_loss(ops: Ops, logits: Array, labels: Array, problem: str) -> Array:  # (B, K), labels -> ()
-    """Cross-entropy for one class number an image (B,), binary cross-entropy for a number in [0, 1] for every class
-    (B, K), the mean squared error for `problem` "regression".
+    """Cross-entropy for labels (B,), one class per image; mean squared error for `problem` "regression"; else binary
+    cross-entropy for labels (B, K) in [0, 1], one per class.
     """
     if problem == "single_label_classification":
         return ops.cross_entropy(logits, labels, IGNORE_INDEX)

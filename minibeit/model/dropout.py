@@ -1,4 +1,4 @@
-"""Noise of the training mode: dropout and stochastic depth.  Without noise nothing is dropped."""
+"""Dropout and stochastic depth, in training.  Without noise nothing is dropped."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..noise import Noise
 from ..ops import Ops
 
 Array = Any
-PROBS, ATTENTION, ATTENTION_PATH, MLP, MLP_PATH = range(5)  # where a block draws: each place has numbers of its own
+PROBS, ATTENTION, ATTENTION_PATH, MLP, MLP_PATH = range(5)  # the places in a block that draw random numbers
 
 
 def dropout_factors(ops: Ops, noise: Any, shape: tuple[int, ...], rate: float, dtype: Any) -> Array:
-    """Factors 0 (with probability `rate`) or 1 / (1 - rate), so that the expectation is 1; all 0 at rate 1."""
+    """Random factors with expectation 1: 0 with probability `rate`, else 1 / (1 - rate); all 0 at rate 1."""
     keep = 1 - rate
     return ops.asarray((noise.random(shape) < keep) * (1 / keep if keep else 0.0), dtype)
 
 
 def dropout(ops: Ops, noise: Noise | None, x: Array, rate: float) -> Array:  # (...) -> (...)
-    """x with single elements dropped; x itself without noise.  Source: Srivastava et al. 2014."""
+    """x with elements dropped at random; x itself without noise.  Source: Srivastava et al. 2014."""
     if noise is None or rate == 0:
         return x
     return ops.dropout(x, dropout_factors(ops, noise, x.shape, rate, x.dtype))
@@ -27,9 +27,9 @@ def dropout(ops: Ops, noise: Noise | None, x: Array, rate: float) -> Array:  # (
 def branch_factors(
     ops: Ops, noise: Noise | None, x: Array, dropout_rate: float, drop_path_rate: float, places: tuple[int, int]
 ) -> Array | None:  # (B, N, D) -> broadcasts to (B, N, D)
-    """What multiplies a branch before it is added to x: dropout, and for whole images stochastic depth.
+    """The factors of a branch before it is added to x: dropout per element, stochastic depth per image.
 
-    None where nothing is dropped.  Source: Srivastava et al. 2014; Huang et al. 2016.
+    None if nothing is dropped.  Source: Srivastava et al. 2014; Huang et al. 2016.
     """
     if noise is None:
         return None

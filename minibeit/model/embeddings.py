@@ -15,7 +15,7 @@ Array = Any
 
 
 def patch_grid(pixel_values: Array, config: BeitConfig) -> tuple[int, int]:  # (B, C, height, width) -> (gh, gw)
-    """How many patches the images are high and wide."""
+    """The height and width of the images in patches."""
     ph, pw = config.patch_shape
     return pixel_values.shape[2] // ph, pixel_values.shape[3] // pw
 
@@ -23,7 +23,7 @@ def patch_grid(pixel_values: Array, config: BeitConfig) -> tuple[int, int]:  # (
 def patchify(
     pixel_values: Array, patch_shape: tuple[int, int]
 ) -> Array:  # (B, C, height, width) -> (B, P, C * ph * pw)
-    """Cuts images into patches, row by row, and flattens each in the order channel, row, column."""
+    """Splits images into patches, row by row, and flattens each in the order channel, row, column."""
     B, C, height, width = pixel_values.shape
     ph, pw = patch_shape
     gh, gw = height // ph, width // pw
@@ -40,10 +40,10 @@ def embed(
     noise: Noise | None = None,
     trace: Scope = SILENT,
 ) -> Array:  # (B, C, height, width) -> (B, N, D)
-    """Tokens of a batch of images: [CLS], then one token a patch.
+    """Tokens of a batch of images: [CLS], then one token per patch.
 
-    x = patches W^T + b; where `bool_masked_pos` (B, P) is true the mask token takes its place; the CLS token is put in
-    front; absolute positions, if the model has them, are added last, so that masked tokens keep theirs.
+    x = patches W^T + b; the mask token replaces the patches that `bool_masked_pos` (B, P) marks; the CLS token is
+    prepended; absolute positions, if the model has them, are added last, so that masked patches keep theirs.
     Source: BEiT sections 2.1.1, 2.2 and 2.3; BeitEmbeddings of transformers 5.
     """
     x = trace.record("patches", ops.linear(patchify(pixel_values, config.patch_shape), p.patch))  # (B, P, D)
@@ -57,18 +57,18 @@ def embed(
 
 
 def position_grid(config: BeitConfig) -> tuple[int, int]:
-    """The grid that the rows of `position_embeddings` stand for."""
+    """The patch grid that the rows of `position_embeddings` belong to."""
     gh, gw = config.grid
     side = int((gh * gw) ** 0.5)
     if config.compat == "transformers" and side * side == gh * gw:
-        return side, side  # transformers takes every table for a square one
+        return side, side  # transformers assumes a square grid
     return gh, gw
 
 
 def resize_positions(
     ops: Ops, table: Array, old: tuple[int, int], new: tuple[int, int]
 ) -> Array:  # (1, P + 1, D) -> (1, P' + 1, D)
-    """Absolute positions for another grid: bicubic between the patches' rows, the CLS token's row unchanged."""
+    """Absolute positions for another grid: bicubic over the patches' rows, the CLS token's row unchanged."""
     if old == new:
         return table
     D = table.shape[-1]

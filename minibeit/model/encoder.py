@@ -27,12 +27,12 @@ def encode(
     rng: Any | Noise | None = None,
     trace: Scope = SILENT,
 ) -> tuple[Array, list[Array]]:  # (B, C, height, width) -> (B, N, D), hidden states
-    """Last hidden state, and the hidden states that `collect` asks for.
+    """The last hidden state, and the hidden states whose numbers are in `collect`.
 
-    `depth` is the number of blocks to run, all of them by default; a head that reads earlier states needs no more.
+    `depth` is the number of blocks to run, by default all; a head that reads only earlier states needs fewer.
     Hidden state 0 is the embeddings, i the output of block i - 1, none of them normalised.  The last hidden state is
-    normalised only without mean pooling, since with it the norm comes after the mean (see `pool`).  The rate of
-    stochastic depth rises linearly from 0 in the first block.
+    normalised only without mean pooling; with it the norm comes after the mean (see `pool`).  The rate of stochastic
+    depth rises linearly from 0 in the first block to `drop_path_rate` in the last.
     `rng`, a NumPy generator or `Noise`, switches dropout and stochastic depth on.
     """
     noise = None if rng is None else as_noise(rng)
@@ -42,7 +42,7 @@ def encode(
     states = {0: x}
     for i, (block_params, bias) in enumerate(list(zip(p.encoder, biases))[:depth]):
         rate = config.drop_path_rate * i / max(len(p.encoder) - 1, 1)
-        own = None if noise is None else noise.at(block=i + 1)  # 0 is the embeddings'
+        own = None if noise is None else noise.at(block=i + 1)  # 0 is for the embeddings
         x = ops.recompute(block, ops, (block_params, x, bias, config, rate, own, trace.at("encoder").at(i)))
         if i + 1 in collect:
             states[i + 1] = x
@@ -52,7 +52,7 @@ def encode(
 
 
 def pool(ops: Ops, p: Beit, x: Array, config: BeitConfig) -> Array:  # (B, N, D) -> (B, D)
-    """The image as one vector: layer norm of the mean over patch tokens, CLS left out; or the CLS token itself.
+    """The image as one vector: the layer norm of the mean over patch tokens (without CLS), or else the CLS token.
 
     Source: BEiT section 2.6 (average pooling for classification); `fc_norm` of microsoft/unilm.
     """

@@ -10,13 +10,13 @@ from ..params import MaskedImageModeling
 from ..trace import SILENT, Scope
 
 Array = Any
-IGNORE_INDEX = -100  # a label that does not count, as in PyTorch's cross-entropy
+IGNORE_INDEX = -100  # a label to ignore, as in PyTorch's cross-entropy
 
 
 def token_logits(
     ops: Ops, p: MaskedImageModeling, x: Array, config: BeitConfig, trace: Scope = SILENT
 ) -> Array:  # (B, N, D) -> (B, P, V)
-    """Scores of all V visual tokens for every patch: a layer norm over all tokens, a linear layer on the patches.
+    """Scores of all V visual tokens for every patch: a layer norm of all tokens, a linear layer on the patch tokens.
 
     Source: BEiT section 2.3.
     """
@@ -25,5 +25,5 @@ def token_logits(
 
 
 def masked_modeling_loss(ops: Ops, logits: Array, mask: Array, labels: Array) -> Array:  # (B, P, V), (B, P), (n,) -> ()
-    """Mean cross-entropy over the n masked patches, whose visual tokens `labels` gives image by image."""
+    """Mean cross-entropy over the n masked patches; `labels` are their visual tokens, image by image."""
     return ops.cross_entropy(ops.masked_patches(logits, mask), labels, IGNORE_INDEX)

@@ -1,7 +1,7 @@
 """The relative position bias: one learned number per head and per offset between two patches.
 
-It depends on the weights and the patch grid, never on the image.  The (H, N, N) bias is not made: attention gets the
-(R, H) table, whose rows it finds by `relative_position_index` of the grid (see ops/reference/arrays.py).
+It depends on the weights and the patch grid, never on the image.  The (H, N, N) bias is never stored: attention gets
+the (R, H) table and looks up its rows with the grid's `relative_position_index` (see ops/reference/arrays.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Grid = tuple[int, int]
 def resize_table(ops: Ops, table: Array, old: Grid, new: Grid, compat: str | None = None) -> Array:  # (R, H) -> (R', H)
     """The table for another grid: bilinear between offsets, the three rows of the CLS token unchanged.
 
-    transformers reads the offsets as (width, height) when it resizes, and always resizes: wrong for every grid that is
-    not square, even at its native size.  `compat="transformers"` does the same.
+    transformers always resizes, and swaps height and width of the offsets: wrong for every grid that is not square,
+    even at its native size.  `compat="transformers"` does the same.
     """
     height, width = 2 * old[0] - 1, 2 * old[1] - 1
     if compat == "transformers":

@@ -1,4 +1,4 @@
-"""The heads of semantic segmentation: a feature pyramid, UPerNet, and in training an FCN; and their loss."""
+"""The heads of semantic segmentation: a feature pyramid with UPerNet, in training also an FCN; and their loss."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ..params import FcnHead, FeaturePyramid, SemanticSegmentation, UperHead
 from ..trace import SILENT, Scope
 
 Array = Any
-AUXILIARY_INPUT = 2  # the FCN head reads the map at the patch grid's own resolution
+AUXILIARY_INPUT = 2  # number of the feature map that the FCN head reads
 
 
 def feature_states(config: BeitConfig) -> tuple[int, ...]:
-    """Numbers of the hidden states that feed the pyramid.
+    """Numbers of the hidden states that are the pyramid's input.
 
     For index i of `out_indices` transformers takes hidden state i - 1; the published weights were trained with the
-    output of block i, hidden state i + 1 (`feature_convention` "unilm").
+    output of block i, which is hidden state i + 1 (`feature_convention` "unilm").
     """
     L = config.num_hidden_layers
     indices = [i % (L + 1) for i in config.out_indices or ()]
     if config.feature_convention == "unilm":
         return tuple(i + 1 for i in indices)
-    return tuple((i - 1) % (L + 1) for i in indices)  # index 0 wraps to the last state, as hidden_states[-1]
+    return tuple((i - 1) % (L + 1) for i in indices)  # index 0 means hidden_states[-1], the last
 
 
 def feature_maps(ops: Ops, states: list[Array], grid: tuple[int, int], trace: Scope = SILENT) -> list[Array]:
@@ -32,7 +32,7 @@ def feature_maps(ops: Ops, states: list[Array], grid: tuple[int, int], trace: Sc
 
 
 def feature_pyramid(ops: Ops, p: FeaturePyramid, maps: list[Array], trace: Scope = SILENT) -> list[Array]:
-    """Four maps (B, D, gh, gw) -> at 4, 2, 1 and 1/2 times the patch grid.
+    """Four maps (B, D, gh, gw) -> four maps of 4, 2, 1 and 1/2 times that height and width.
 
     Source: unilm beit/semantic_segmentation.
     """
@@ -46,7 +46,7 @@ def feature_pyramid(ops: Ops, p: FeaturePyramid, maps: list[Array], trace: Scope
 
 
 def pyramid_pooling(ops: Ops, p: UperHead, x: Array, config: BeitConfig, trace: Scope = SILENT) -> Array:
-    """(B, D, h, w) -> (B, D, h, w): x beside its means over 1, 4, 9 and 36 cells, mixed by a convolution.
+    """(B, D, h, w) -> (B, D, h, w): a convolution of x concatenated with its means over 1, 4, 9 and 36 cells.
 
     Source: Zhao et al. 2017 (PSPNet).
     """
@@ -59,7 +59,7 @@ def pyramid_pooling(ops: Ops, p: UperHead, x: Array, config: BeitConfig, trace: 
 
 
 def lateral_maps(ops: Ops, p: UperHead, pyramid: list[Array], config: BeitConfig, trace: Scope = SILENT) -> list[Array]:
-    """The four maps of the pyramid, fine to coarse, as the top-down path takes them up: (B, D, h, w) each."""
+    """The pyramid's four maps after the lateral layers, fine to coarse, (B, D, h, w): input of the top-down path."""
     levels = enumerate(zip(pyramid[:3], p.lateral_convs, strict=True))
     laterals = [trace.record(f"lateral_convs.{i}", ops.conv_bn_relu(x, layer)) for i, (x, layer) in levels]
     return [*laterals, pyramid_pooling(ops, p, pyramid[3], config, trace)]
@@ -70,8 +70,8 @@ def uper_head(ops: Ops, p: SemanticSegmentation, maps: list[Array], config: Beit
     head, scope = p.decode_head, trace.at("decode_head")
     pyramid = feature_pyramid(ops, p.fpn, maps, trace.at("fpn"))
     levels = lateral_maps(ops, head, pyramid, config, scope)
-    del pyramid  # its finest maps are the largest arrays of the model
-    for i in (2, 1, 0):  # top-down: each level takes up what the coarser one saw
+    del pyramid  # releases its finest maps, the largest arrays of the model
+    for i in (2, 1, 0):  # top-down: the coarser level is added to each level
         size = tuple(levels[i].shape[2:])
         levels[i] = scope.record(f"laterals.{i}", ops.add(levels[i], ops.resize_bilinear(levels[i + 1], size)))
     for i, layer in enumerate(head.fpn_convs):

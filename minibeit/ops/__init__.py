@@ -1,7 +1,7 @@
 """The seam: all arithmetic of the model goes through one namespace of coarse ops, one per backend.
 
-`table.py` lists the ops and what there is to know of them, `reference/` defines each in NumPy; `numba_cpu/` and
-`cupy_gpu/` have fast versions of the same names and signatures.
+`table.py` lists the ops and their properties; `reference/` defines each in NumPy; `numba_cpu/` and `cupy_gpu/` have
+fast versions with the same names and signatures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BACKENDS = {"numpy": None, "numba": "numba_cpu", "cupy": "cupy_gpu"}
 DEFAULT_BACKEND = "numba"
 GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
-HALF_DTYPES = ("float16", "bfloat16")  # of GPUs only
+HALF_DTYPES = ("float16", "bfloat16")  # on GPUs only
 
 
 def default_backend() -> str:
@@ -30,9 +30,9 @@ def default_backend() -> str:
 
 
 class _Namespace(SimpleNamespace):
-    """One backend's ops.  It crosses to another process, or is copied, as the choice that it was made by."""
+    """One backend's ops.  Copies and pickles hold only the arguments of `get_ops` and call it again."""
 
-    __slots__ = ("choice",)  # beside the ops, not one of them
+    __slots__ = ("choice",)  # in a slot, so that it is not among the ops
 
     def __init__(self, choice: tuple[Any, ...], **ops: Any) -> None:
         super().__init__(**ops)
@@ -50,10 +50,10 @@ def get_ops(
 ) -> Ops:
     """All ops of `backend` in one namespace; an op it lacks is served by its NumPy definition.
 
-    `only` switches on just the named fast ops, so that a difference can be traced to one of them.  `origin` of the
-    result says which code serves each op.  `dtype` is that of the model the ops are for, `device` the number of a GPU
-    (None: the first).  Raises ValueError for an unknown backend or op and for what a backend does not have, ImportError
-    or DeviceError where its library or its device is missing.
+    With `only`, just the named fast ops are used, so that a difference can be traced to one of them.  `origin` of the
+    result says which backend serves each op.  `dtype` is the model's, `device` the number of a GPU (None: the first).
+    Raises ValueError for an unknown backend or op, or a dtype or device that the backend lacks, and ImportError or
+    DeviceError if its library or its device is missing.
     """
     from . import reference
 
@@ -87,7 +87,7 @@ def _wanted(backend: str, only: Iterable[str] | None) -> set[str]:
 def _beside_fast_ops(
     ops: dict[str, Callable[..., Any]], origin: dict[str, str], fast: Any, keep_source: bool
 ) -> dict[str, Callable[..., Any]]:
-    """`ops` with those of NumPy made fit to run beside queued kernels and, with `keep_source`, packed weights."""
+    """`ops`, the NumPy ones wrapped to work beside queued kernels and, with `keep_source`, with packed weights."""
     if keep_source:
         ops["prepare"] = functools.partial(fast.prepare, keep_source=True)
     for name in names_of(ARITHMETIC, ARRAYS):
@@ -98,7 +98,7 @@ def _beside_fast_ops(
 
 
 def check_choice(backend: str, dtype: str, device: int | None) -> None:
-    """Raises ValueError for a backend that does not exist, or that lacks this dtype or devices to choose from."""
+    """Raises ValueError for an unknown backend, or one without this dtype or without devices."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     on_gpu = backend in GPU_BACKENDS
@@ -112,7 +112,7 @@ def check_choice(backend: str, dtype: str, device: int | None) -> None:
 
 
 def host_dtype(dtype: str) -> str:
-    """The dtype in which a model's weights are read and its outputs given back: NumPy has no bfloat16."""
+    """The NumPy dtype of a model's weights as read and of its outputs: float32 for half precision."""
     return "float32" if dtype in HALF_DTYPES else dtype
 
 
@@ -122,7 +122,7 @@ def tf32_allowed() -> bool:
 
 
 def _with_unpacked_weights(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, given the unpacked weights that a packed leaf keeps in `.source`."""
+    """`op`, called with the unpacked weights that a packed leaf keeps in `.source`."""
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:

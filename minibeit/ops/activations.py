@@ -1,4 +1,4 @@
-"""The activations of `hidden_act`, each on a NumPy array of any shape, keeping its dtype.
+"""The activations that `hidden_act` names, each for a NumPy array of any shape; they keep its dtype.
 
 Source: ACT2FN of transformers; Hendrycks & Gimpel 2016 for the GELUs.
 """
@@ -14,7 +14,7 @@ from .erf import erf, gelu
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))): within 5e-4 of the exact GELU."""
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), within 5e-4 of the exact GELU."""
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
@@ -40,7 +40,9 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 def laplace(x: np.ndarray) -> np.ndarray:
-    """The Laplace attention function of MEGA: a normal distribution function of mean sqrt(1/2), variance 1/(4 pi)."""
+    """The Laplace attention function of MEGA: the cumulative normal distribution with mean sqrt(1/2) and variance
+    1/(4 pi).
+    """
     return 0.5 * (1 + erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
 
 

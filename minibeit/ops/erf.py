@@ -1,14 +1,15 @@
-"""The error function in full precision, in plain NumPy: neither NumPy nor our dependencies have one.
+"""The error function to full precision, in plain NumPy: neither NumPy nor our dependencies have one.
 
-Three facts make every function here:
+Every function here follows from three identities:
 
     erf(x)  = x + x S(x^2)              for |x| < 1
     erfc(z) = exp(-z^2) erfcx(z)        for z >= 0, where erfcx is smooth: 1 at 0, about 1 / (z sqrt(pi)) far out
     Phi(-a) = erfc(a / sqrt(2)) / 2
 
-float32 is computed in float64 with shorter polynomials and rounded once: one float64 exp costs less than the care that
-a float32 exp would need.  Errors are named in units in the last place (ulp) of the right answer and measured in
-tests/test_erf.py; tests/make_erf_coefficients.py makes the polynomials by Chebyshev interpolation in high precision.
+For float32 the computation is in float64, with shorter polynomials, and rounded once: one float64 exp costs less than
+the corrections that a float32 exp would need.  Errors are in units in the last place (ulp) of the exact result and
+measured in tests/test_erf.py; tests/make_erf_coefficients.py computes the polynomials by Chebyshev interpolation in
+high precision.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-BLOCK = 16384  # elements; the five float64 work rows of one block (640 KiB) stay in a core's second-level cache
+BLOCK = 16384  # elements; the five float64 work arrays of one block (640 KiB) stay in a core's second-level cache
 
 # fmt: off
 # made by tests/make_erf_coefficients.py; highest power first
@@ -86,7 +87,7 @@ ERFCX64_TAIL = (
 Row = np.ndarray  # one block of elements, in a kernel
 _SQRT_HALF = 0.7071067811865476
 _ERFC_ZERO = 28.0  # erfc(28) < 2^-1075: zero in float64
-_GELU_ZERO = 39.0  # so is 39 Phi(-39)
+_GELU_ZERO = 39.0  # 39 Phi(-39) is zero in float64 too
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -106,12 +107,12 @@ def erfc(x: np.ndarray) -> np.ndarray:
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
-    """gelu(x) = x Phi(x), Phi the normal distribution function, in the shape and dtype of x: float32 or float64.
+    """gelu(x) = x Phi(x), Phi the cumulative normal distribution, in the shape and dtype of x: float32 or float64.
 
     Computed as max(x, 0) - |x| Phi(-|x|), so that the negative tail keeps its relative accuracy until it underflows:
-    error at most 0.6 ulp in float32, 4.8 ulp in float64.  PyTorch's x/2 (1 + erf(x / sqrt(2))) cancels there: in
-    float32 about 20% off at -5 and zero below -5.5, though never by more than about 1e-6 in itself.
-    gelu(-inf) is 0, the limit.  Raises TypeError for other dtypes.
+    error at most 0.6 ulp in float32, 4.8 ulp in float64.  In that tail PyTorch's x/2 (1 + erf(x / sqrt(2))) suffers
+    from cancellation: in float32 it is about 20% off at -5 and zero below -5.5, though its absolute error stays below
+    about 1e-6.  gelu(-inf) is 0, the limit.  Raises TypeError for other dtypes.
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units (2016), section 2.
     """
@@ -126,7 +127,7 @@ def _by_blocks(name: str, x: np.ndarray, kernel32: Callable, kernel64: Callable)
     flat = np.ascontiguousarray(x).reshape(-1)
     out = np.empty(flat.shape, x.dtype)
     work = np.empty((5, min(BLOCK, flat.size)))
-    with np.errstate(under="ignore"):  # a tail that ends in zero is the right answer
+    with np.errstate(under="ignore"):  # the tail correctly underflows to zero
         for start in range(0, flat.size, BLOCK):
             block = flat[start : start + BLOCK]
             kernel(block, out[start : start + BLOCK], *work[:, : block.size])
@@ -134,7 +135,7 @@ def _by_blocks(name: str, x: np.ndarray, kernel32: Callable, kernel64: Callable)
 
 
 def _horner(coefficients: Sequence[float], t: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """out = c[0] t^n + c[1] t^(n-1) + ... + c[n], which is also returned."""
+    """out = c[0] t^n + c[1] t^(n-1) + ... + c[n]; returns `out`."""
     np.multiply(t, coefficients[0], out=out)
     for c in coefficients[1:-1]:
         np.add(out, c, out=out)
@@ -153,8 +154,8 @@ def _erfcx32(z: np.ndarray, out: np.ndarray, t: np.ndarray) -> None:
 
 
 def _erfcx64(z: np.ndarray, out: np.ndarray) -> None:
-    """out = exp(z^2) erfc(z) for z >= 0: a polynomial about the middle of each interval, where its terms fall fast."""
-    np.copyto(out, z)  # NaN is in no interval
+    """out = exp(z^2) erfc(z) for z >= 0: one polynomial per interval, centred so that its terms decrease fast."""
+    np.copyto(out, z)  # keeps NaN, which is in no interval
     low = 0.0
     for high, middle, coefficients in ERFCX64:
         chosen = np.flatnonzero((z >= low) & (z < high))
@@ -167,7 +168,9 @@ def _erfcx64(z: np.ndarray, out: np.ndarray) -> None:
 
 
 def _times_exp(y: np.ndarray, z: np.ndarray, scale: float, h: np.ndarray, d: np.ndarray, e: np.ndarray) -> None:
-    """y *= exp(-scale z^2): z = h + l with h^2 exact, since a rounding of z^2 = 700 would cost exp 700 roundings."""
+    """y *= exp(-scale z^2).  z is split into h + l with h^2 exact: the rounding error of z^2 = 700 would be multiplied
+    by 700 in exp.
+    """
     np.copyto(h, z.astype(np.float32))
     np.subtract(z, h, out=d)
     np.add(z, h, out=e)

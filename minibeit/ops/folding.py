@@ -1,4 +1,4 @@
-"""What a batch norm does to the output of a layer, as one factor and one summand per channel."""
+"""A batch norm as one scale and one shift per channel of the layer before it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..params import BATCH_NORM_EPS, BatchNorm
 
 
 def fold(bn: BatchNorm, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:  # 2 x (C,)
-    """(scale, shift) in float64: bn(y + bias) = y * scale + shift; `bias` (C,) is that of the layer before, if any."""
+    """(scale, shift) in float64 with bn(y + bias) = y * scale + shift; `bias` (C,) is the layer's own, if any."""
     scale = bn.weight / np.sqrt(np.float64(bn.running_var) + BATCH_NORM_EPS)
     start = 0 if bias is None else np.float64(bias)
     return scale, (start - bn.running_mean) * scale + bn.bias

@@ -1,9 +1,9 @@
 """The one table of ops: what the model asks of a backend.
 
-`Ops` is the signature of the seam.  Each of its methods is an op; the line above it says what else there is to know:
-what kind of op it is, the shape of its result, its products, its error budget and the backends that have a fast
-version.  Everything that needs a list of ops reads it from `TABLE`: `get_ops`, the backends, the verifier, the profile
-and the tests.  An op is defined, formula and all, by the function of its name in `reference/`.
+`Ops` is the signature of the seam: each of its methods is an op.  The decorator above a method gives the rest: the kind
+of op, the shape of its result, its products, its error budget and the backends that have a fast version.  Everything
+that needs a list of ops reads it from `TABLE`: `get_ops`, the backends, the verifier, the profile and the tests.  The
+function of the same name in `reference/` defines what an op computes.
 
 Letters: B batch, N tokens, P patches, D width, H heads, d head size, K classes, C channels, h x w map.
 """
@@ -20,8 +20,8 @@ Array = Any
 Shape = tuple[int, ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-ARITHMETIC = "arithmetic"  # computes new numbers
-ARRAYS = "arrays"  # makes, moves, joins or checks arrays; every number in the result was there before
+ARITHMETIC = "arithmetic"  # computes new values
+ARRAYS = "arrays"  # makes, moves, joins or checks arrays, without computing new values
 CONTROL = "control"  # prepares weights, or says how the other ops run
 
 
@@ -38,11 +38,11 @@ class PositionBias:
 
 @dataclass(frozen=True)
 class Op:
-    """What there is to know of an op beside its signature.
+    """The properties of an op beside its signature.
 
-    `shape` gives the shape of the result (a list of shapes for several) from the arguments of a call, without looking
-    into arrays; `products` the number of multiplications, from the arguments and the result, by the direct count.
-    `error_budget` is how far from the truth the op may be, relative to what others are allowed.
+    `shape` computes the shape of the result (a list of shapes for several) from the arguments of a call, without
+    reading elements; `products` the number of multiplications of the direct method, from the arguments and the result.
+    `error_budget` is the op's allowed error as a multiple of that of other ops.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Op:
 
     @property
     def is_arithmetic(self) -> bool:
-        """Whether the op computes new numbers."""
+        """Whether the op computes new values."""
         return self.kind == ARITHMETIC
 
 
@@ -77,7 +77,7 @@ def names_of(*kinds: str) -> set[str]:
 
 
 def served_by(backend: str) -> tuple[str, ...]:
-    """The names of the ops that `backend` has a version of its own of."""
+    """The names of the ops of which `backend` has its own version."""
     return tuple(name for name, entry in TABLE.items() if backend in entry.backends)
 
 
@@ -85,8 +85,8 @@ def served_by(backend: str) -> tuple[str, ...]:
 
 FAST = ("numba", "cupy")
 GPU = ("cupy",)
-# Winograd's convolutions trade digits for speed: measured up to 5.5 times NumPy's error, 10.1 at the peak.  Mistakes in
-# a convolution cost thousands of times.
+# Winograd's convolutions trade accuracy for speed: up to 5.5 times NumPy's error was measured, 10.1 times at the worst
+# element.  A bug in a convolution causes thousands of times that error.
 WINOGRAD = 3.0
 
 
@@ -153,7 +153,7 @@ def _conv_products(args: Sequence[Any], result: Array) -> int:
 
 
 def _taps(layer: Any) -> int:
-    """Elements of the kernel window.  Packed layers have `taps` (one matrix each) or 3x3 `parts`, or are linear."""
+    """Positions in the kernel window.  Packed layers have `taps` (one matrix each) or 3x3 `parts`, or are linear."""
     weight: Any = getattr(getattr(layer, "conv", layer), "weight", None)
     if len(getattr(weight, "shape", ())) == 4:
         return math.prod(weight.shape[2:])
@@ -166,7 +166,7 @@ def _taps(layer: Any) -> int:
 
 
 class Ops(Protocol):
-    """The namespace that `get_ops` gives: all ops of one backend, each from the backend itself or from NumPy."""
+    """The namespace that `get_ops` returns: all ops of one backend, each from the backend itself or from NumPy."""
 
     backend: str
     origin: Mapping[str, str]  # op -> the backend whose code serves it
@@ -284,7 +284,7 @@ class Ops(Protocol):
     )
     def conv_bn_relu_resized(self, maps: Sequence[Array], layer: Any, size: tuple[int, int]) -> Array: ...
 
-    @op(  # a pixel of the result has one tap
+    @op(  # each pixel of the result is one product over the channels
         backends=FAST, shape=_conv_transposed, products=lambda args, result: result.size * args[0].shape[1]
     )
     def conv_transpose(self, x: Array, deconv: Any) -> Array: ...

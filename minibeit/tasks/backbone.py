@@ -1,4 +1,4 @@
-"""BeitBackbone: hidden states as feature maps, for other people's heads."""
+"""BeitBackbone: hidden states as feature maps, for heads defined elsewhere."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .base import BeitPreTrainedModel
 
 
 class BeitBackbone(BeitPreTrainedModel):
-    """The hidden states that the config's `out_features` or `out_indices` name; "stem" (0) is the embeddings.
+    """The hidden states named by the config's `out_features` or `out_indices`; "stem" (0) is the embeddings.
 
-    With `add_fpn` the four of them pass the feature pyramid of the segmentation model.
+    With `add_fpn` there are four, and they pass through the feature pyramid of the segmentation model.
     """
 
     task = "backbone"

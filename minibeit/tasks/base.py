@@ -19,18 +19,19 @@ from ..ops import get_ops, host_dtype
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 from .capture import Capture
+from .ecosystem import EcosystemMethods
 from .inputs import checked_mask, checked_pixels
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
 
 
-class BeitPreTrainedModel:
+class BeitPreTrainedModel(EcosystemMethods):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
-    `config` alone makes a model with random weights, the same for the same `seed`.  `dtype` is "float32" or "float64",
-    on a GPU also "float16" or "bfloat16"; `backend` names the ops (see `minibeit.ops.get_ops`), `only` a subset of its
-    fast ones.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
+    Without `arrays` or `prepared` the weights are random, determined by `seed`.  `dtype` is "float32" or "float64", on
+    a GPU also "float16" or "bfloat16".  `backend` selects the ops (see `minibeit.ops.get_ops`), `only` a subset of its
+    fast ops.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
     the number of a GPU, by default the first.
     """
 
@@ -81,13 +82,13 @@ class BeitPreTrainedModel:
     ) -> Self:
         """The model of a checkpoint: a folder as on the Hub, a file of any format, or an id on the Hub.
 
-        The fields of `minibeit.loading_options.Loading` (`revision`, `token`, `subfolder`, `variant`, `weights`,
-        ...) say which files are read and how; other keywords replace fields of the config, and any other raises
+        `keywords` are fields of `minibeit.loading_options.Loading` (`revision`, `token`, `subfolder`, `variant`,
+        `weights`, ...), which say which files are read and how, and fields of the config to replace; any other raises
         TypeError.  Tensors that the checkpoint lacks because it was made for another task are drawn at random from
-        `seed`, with a warning that lists them; `image_size`, `num_labels` and a position bias of each block's own
-        change what was trained for others, with a warning (see `load_checkpoint`).  A folder that `save_prepared` wrote
-        is mapped into memory and used as it is.  Raises FileNotFoundError or CheckpointError, one sentence that names
-        the file and the tensor.
+        `seed`, with a warning that lists them.  Another `image_size` or `num_labels`, or a bias table per block in
+        place of a shared one, adapts the trained tensors, with a warning (see `load_checkpoint`).  A folder written by
+        `save_prepared` is mapped into memory and used without repacking.  Raises FileNotFoundError or CheckpointError
+        in one sentence that names the file and the tensor.
         """
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
         loading, fields = split_model_keywords(keywords, CONFIG_FIELDS)
@@ -95,13 +96,13 @@ class BeitPreTrainedModel:
         if file is not None:
             prepared = read_prepared(file, fields)
             return cls(prepared.config, **options, prepared=prepared)
-        get_ops(backend, only, dtype, device)  # says what is missing before gigabytes are read
+        get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
         config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
         return cls(config, **options, arrays=arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and other processes get what the model was made from and pack it themselves: packed weights are for
-        one CPU and hold addresses.  Views of a file travel as its name."""
+        """Copies and other processes get the original arrays and pack them again, since packed weights are for one CPU
+        and hold addresses.  Views of a file are sent as its name."""
         made: dict[str, Any] = dict(
             dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads
         )
@@ -114,18 +115,21 @@ class BeitPreTrainedModel:
         *args: Any,
         num_threads: int | None = None,
         interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """The output of `forward` for the same arguments, computed by `num_threads` threads.
 
         `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
-        positions are always resized to the images at hand.
+        positions are always resized to the images at hand.  With
+        `return_dict=False` the output is a tuple of what is there.
         """
         with self.ops.num_threads(self.num_threads if num_threads is None else num_threads):
-            return self.forward(pixel_values, *args, **kwargs)
+            output = self.forward(pixel_values, *args, **kwargs)
+        return output.to_tuple() if return_dict is False else output
 
     def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes the output; each task has its own."""
+        """Computes the output; defined by each task."""
         raise NotImplementedError
 
     def save_pretrained(self, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
@@ -139,8 +143,8 @@ class BeitPreTrainedModel:
     def save_prepared(self, folder: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `prepared.safetensors`: the weights as this backend packed them for this CPU.
 
-        `from_pretrained` maps such a file and packs nothing.  Raises ValueError for a backend that packs nothing, or
-        weights that are not float32.
+        `from_pretrained` maps such a file without packing again.  Raises ValueError for a backend that does not pack
+        weights, or weights that are not float32.
         """
         if self.dtype != "float32":
             raise ValueError(f"a prepared file holds float32 weights, this model's are {self.dtype}")
@@ -150,9 +154,9 @@ class BeitPreTrainedModel:
 
     @property
     def arrays(self) -> Mapping[str, Array]:
-        """The parameters as loaded, by canonical name; those of a memory-mapped file cost no memory.
+        """The parameters as loaded, by canonical name; views of a mapped file take no memory of their own.
 
-        Raises ValueError for a model of a prepared file, which does not hold them.
+        Raises ValueError for a model loaded from a prepared file, which holds packed weights only.
         """
         if self._arrays is None:
             raise ValueError(
@@ -161,8 +165,7 @@ class BeitPreTrainedModel:
             )
         return self._arrays
 
-    @property
-    def num_parameters(self) -> int:
+    def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
         return count_parameters(self.config, self.task)
 
@@ -171,12 +174,12 @@ class BeitPreTrainedModel:
         return (
             f"{type(self).__name__}({c.num_hidden_layers} blocks, width {c.hidden_size}, "
             f"{c.num_attention_heads} heads, "
-            f"{self.num_parameters:,} parameters, {self.dtype}, backend {self.ops.backend}"
+            f"{self.num_parameters():,} parameters, {self.dtype}, backend {self.ops.backend}"
             f"{'' if self.device is None else f' on GPU {self.device}'})"
         )
 
     def _restored(self, prepared: Prepared) -> Any:
-        """The parameters of a prepared file.  Raises CheckpointError if this model cannot use them."""
+        """The parameters from a prepared file.  Raises CheckpointError if this model cannot use them."""
         if self.dtype != "float32":
             raise CheckpointError(f"{prepared.path}: holds float32 weights, but dtype {self.dtype} was asked for")
         try:
@@ -209,7 +212,7 @@ class BeitPreTrainedModel:
         collect: tuple[int, ...] = (),
         depth: int | None = None,
     ) -> tuple[Array, list[Array]]:
-        with self.ops.queued(scope.silent):  # a trace reads arrays as they are made
+        with self.ops.queued(scope.silent):  # a trace reads arrays at once, so no queue
             return encode(self.ops, self.params.beit, pixels, self.config, collect, depth, mask, rng, scope)
 
 

@@ -11,7 +11,7 @@ Array = Any
 
 
 class Capture:
-    """The intermediates a call asked for: hidden states, attention maps, and whatever the caller's own trace wants."""
+    """The intermediates that a call asked for: hidden states, attention maps, and those for the caller's own trace."""
 
     def __init__(self, ops: Ops, states: bool, attentions: bool, trace: Trace | None) -> None:
         self._ops = ops
@@ -23,7 +23,7 @@ class Capture:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was asked for, so that work which no output needs may be left out."""
+        """Whether nothing was asked for; then work that no output needs may be skipped."""
         return self.scope.silent
 
     @property

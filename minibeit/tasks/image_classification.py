@@ -1,4 +1,4 @@
-"""BeitForImageClassification: one label, several labels or numbers for an image."""
+"""BeitForImageClassification: one label, several labels, or regression values for an image."""
 
 from __future__ import annotations
 

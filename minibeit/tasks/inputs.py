@@ -1,4 +1,4 @@
-"""What a call is given, checked.  Each function raises ValueError: one sentence with what was expected and found."""
+"""Checks the arguments of a call.  Every function raises ValueError: one sentence with what was expected and found."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..foreign import as_numpy
 from ..ops import Ops
 
 Array = Any
-LARGEST_PIXEL = 1e12  # the squares of larger ones leave float32 in the first layer norm, and all outputs become NaN
+LARGEST_PIXEL = 1e12  # larger ones overflow float32 when the first layer norm squares them, and all outputs are NaN
 LARGEST_HALF_PIXEL = 1e3  # the same in float16
 
 
 def checked_pixels(ops: Ops, pixel_values: Any, config: BeitConfig, dtype: str) -> Array:  # -> (B, C, height, width)
-    """`pixel_values` in the model's dtype: finite, of whole patches."""
+    """`pixel_values` in the model's dtype: finite, height and width multiples of the patch size."""
     if "complex" in str(getattr(pixel_values, "dtype", "")):  # NumPy would drop the imaginary part with a warning
         raise ValueError(f"pixel_values: expected real numbers, found {pixel_values.dtype}")
     try:
@@ -59,7 +59,7 @@ def checked_mask(
 
 
 def label_array(ops: Ops, labels: Any, dtype: str) -> Array:
-    """`labels` as numbers of that dtype: "int64" for class numbers, which must be whole."""
+    """`labels` in that dtype: "int64" for class numbers, which must be whole."""
     try:
         array = ops.stage(labels, "float64")
     except (TypeError, ValueError) as error:
@@ -97,8 +97,8 @@ def masked_labels(ops: Ops, labels: Any, mask: Array | None) -> Array:  # -> (n,
 def class_labels(ops: Ops, labels: Any, config: BeitConfig, shape: tuple[int, int], dtype: str) -> tuple[Array, str]:
     """(labels, problem type) for logits of `shape` (B, K).
 
-    Without a `problem_type` in the config it is chosen as transformers does: regression for one output, single-label
-    for whole numbers, multi-label for others.
+    Without a `problem_type` in the config the choice is that of transformers: regression for one output, single-label
+    for integer labels, else multi-label.
     """
     B, K = shape
     problem = config.problem_type or _problem(labels, K)
@@ -121,8 +121,8 @@ def _problem(labels: Any, K: int) -> str:
 
 
 def _kind(labels: Any) -> str:
-    """The kind of number that labels are: "i" or "u" for integers, whoever holds them."""
+    """NumPy's kind of the labels' dtype ("i" or "u" for integers), whatever library they come from."""
     try:
         return as_numpy(labels).dtype.kind
     except (TypeError, ValueError):
-        return "f"  # what is no array is refused where it is read
+        return "f"  # not an array: refused when it is read

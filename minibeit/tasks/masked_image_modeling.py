@@ -29,7 +29,8 @@ class BeitForMaskedImageModeling(BeitPreTrainedModel):
         """Scores of all visual tokens for every patch.
 
         `labels` (number of masked patches in the batch,): the visual tokens of the patches that `bool_masked_pos`
-        (B, P) marks, image by image; the loss is their mean cross-entropy, -100 not counting.  Raises ValueError.
+        (B, P) marks, image by image.  The loss is their mean cross-entropy; labels of -100 are ignored.  Raises
+        ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)
         mask = self._mask(bool_masked_pos, pixels)

@@ -31,8 +31,8 @@ class BeitModel(BeitPreTrainedModel):
     ) -> BeitModelOutputWithPooling:  # (B, C, height, width) -> (B, N, D), (B, D)
         """Hidden states of a batch of images.
 
-        `bool_masked_pos` (B, P): patches to replace by the mask token.  `rng`: a NumPy generator switches dropout and
-        stochastic depth on.  `trace` collects intermediates.  Raises ValueError for input that does not fit.
+        `bool_masked_pos` (B, P) marks patches to replace by the mask token.  `rng`, a NumPy generator, switches dropout
+        and stochastic depth on.  `trace` collects intermediates.  Raises ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)
         mask = self._mask(bool_masked_pos, pixels)

@@ -1,4 +1,4 @@
-"""BeitForSemanticSegmentation: a class for every pixel, by UPerNet on four hidden states of the encoder."""
+"""BeitForSemanticSegmentation: a class for every pixel, from UPerNet on four hidden states of the encoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .inputs import label_map
 class BeitForSemanticSegmentation(BeitPreTrainedModel):
     """The encoder, a feature pyramid, the UPerNet head, and in training an FCN head.  Source: BEiT appendix B.
 
-    Which hidden states feed the pyramid depends on the config's `feature_convention`: see BeitConfig.
+    Which hidden states the pyramid reads depends on the config's `feature_convention`: see BeitConfig.
     """
 
     task = "semantic_segmentation"
@@ -57,10 +57,10 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         rng: Any | None = None,
         trace: Trace | None = None,
     ) -> SemanticSegmenterOutput:  # (B, C, height, width) -> (B, K, 4 gh, 4 gw)
-        """Class scores for every cell of a map four times as fine as the patch grid.
+        """Class scores for every pixel of a map four times as high and wide as the patch grid.
 
-        `labels` (B, height', width') integer classes: the loss is the mean cross-entropy of the logits resized to that
-        size, plus `auxiliary_loss_weight` times the auxiliary head's.  The auxiliary head runs for a loss or when its
+        `labels` (B, height', width') are integer classes.  The loss is the mean cross-entropy of the logits resized to
+        that size, plus `auxiliary_loss_weight` times that of the auxiliary head, which runs only for a loss or if its
         logits are asked for.  Raises ValueError for input that does not fit.
         """
         pixels = self._pixels(pixel_values)

@@ -36,6 +36,9 @@ PEAK_FLOOR = 2.0
 # A yardstick more than this far from NumPy's float32 computes something else: rounding never differs that much.
 SUSPICIOUS = 16.0
 
+# (v / 255 - mean) / std rounds three or four times, in whatever order; one grey level is thousands of steps.
+PIXEL_STEPS = 16
+
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": EPS32, "float64": 2.0**-52}
 
 
@@ -86,6 +89,11 @@ def peak_limit(yard: Yardstick, dtype: str, leeway: float = 1.0) -> float:
     """The largest single difference within budget, in units of the truth's rms."""
     limit = PEAK_FACTOR * max(yard.peak, PEAK_FLOOR * EPS32) * _scale(dtype)
     return limit * leeway
+
+
+def pixel_limit(expected: np.ndarray) -> float:
+    """The largest difference between two sides' pixels that is rounding."""
+    return PIXEL_STEPS * EPS32 * max(1.0, float(np.abs(expected).max(initial=0)))
 
 
 def ratio(error: float, yard: float, size: int, dtype: str = "float32") -> float:

@@ -18,6 +18,7 @@ from ..ops import get_ops, reference
 from ..ops.table import CONTROL, TABLE, names_of
 from ..params import BATCH_NORM_EPS, Conv, ConvBatchNorm, ConvTranspose
 from ..tasks import task_class
+from . import engine_arithmetic
 
 STRIP_BYTES = 16 << 20  # what a strip of rows of a convolution may take
 MIXED = ("conv_bn_relu", "conv_bn_relu_resized", "concatenate")  # ops that need no float64 copy of their input
@@ -57,10 +58,10 @@ def truth_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray],
 
 
 def float32_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The NumPy reference in float32, with the convolutions that need little memory."""
+    """The NumPy reference in float32 as engines compute it, with the convolutions that need little memory."""
     named = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
     model = task_class(task)(config, arrays=named, dtype="float32", backend="numpy")
-    model.ops = SimpleNamespace(**{**vars(model.ops), **LEAN})
+    model.ops = SimpleNamespace(**{**vars(model.ops), **LEAN, **ENGINES})
     return model
 
 
@@ -119,9 +120,9 @@ def _enlarged(x: np.ndarray, size: tuple[int, int], rows: slice, dtype: Any) -> 
     if x.shape[2] == size[0]:
         part = x[:, :, rows].astype(dtype, copy=False)
     else:
-        taps = reference.bilinear_taps(x.shape[2], size[0])
+        taps = _resizing(dtype).bilinear_taps(x.shape[2], size[0])
         part = sum(np.take(x, index[rows], 2) * share[rows, None].astype(dtype) for index, share in taps)
-    return reference.resize_bilinear(part, (part.shape[2], size[1]))
+    return _resizing(dtype).resize_bilinear(part, (part.shape[2], size[1]))
 
 
 def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
@@ -150,11 +151,16 @@ def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C
 
 
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
-    """`reference.resize_bilinear`, some channels at a time."""
+    """`reference.resize_bilinear`, some channels at a time; in float32 as engines place its sources."""
     y = np.empty((*x.shape[:2], *size), x.dtype)
     for part in _channels(y):
-        y[:, part] = reference.resize_bilinear(x[:, part], size)
+        y[:, part] = _resizing(x.dtype).resize_bilinear(x[:, part], size)
     return y
+
+
+def _resizing(dtype: Any) -> Any:
+    """The module whose resizing a run in this precision uses."""
+    return reference if np.dtype(dtype) == np.float64 else engine_arithmetic
 
 
 def _channels(y: np.ndarray) -> Iterator[slice]:
@@ -173,3 +179,4 @@ def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
 
 
 LEAN = {op.__name__: op for op in (conv2d, conv_bn_relu, conv_bn_relu_resized, conv_transpose, resize_bilinear)}
+ENGINES = {op.__name__: op for op in (engine_arithmetic.mean_patches, engine_arithmetic.resize_bicubic)}

@@ -70,7 +70,10 @@ def _facts(report: Report) -> str:
         facts.append(("fast ops", ", ".join(fast) or "none"))
     return (
         "<dl>"
-        + "".join(f"<dt>{escape(k)}<dd>{escape(v)}" for k, v in facts + [("note", n) for n in report.notes])
+        + "".join(
+            f"<dt>{escape(k)}<dd>{escape(v)}"
+            for k, v in facts + [("note", n) for n in [*report.notes, report.blind] if n]
+        )
         + "</dl>"
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from ..text import json_text, one_line, shown_name
@@ -22,6 +24,7 @@ STATUS = {
     "yardstick": "DIFFERS",
 }
 LONGEST_VERDICT = 4000  # characters
+KINDS_SHOWN = 5
 HEADER = f"{'array':44} {'own error':>10} {'x':>6} {'total':>10} {'x':>6}  verdict"
 
 
@@ -45,21 +48,26 @@ def verdict(report: Report) -> str:
     """What the comparison says, in a few sentences."""
     if not report.rows:
         return one_line(f"FAIL: {report.notes[0] if report.notes else 'nothing was compared'}")
-    return one_line(_praise(report) if report.ok else _blame(report), LONGEST_VERDICT)
+    said = " ".join([_praise(report) if report.ok else _blame(report), *_coverage(report)])
+    warning = f" But {report.blind}." if report.blind and report.ok else ""
+    return one_line(" ".join([said + warning, *(f"Note: {text}." for text in report.notes)]), LONGEST_VERDICT)
 
 
 def _praise(report: Report) -> str:
-    compared = [row for row in report.rows if row.own is not None]
+    compared = report.compared
     last, worst = compared[-1], max(compared, key=lambda row: row.own_ratio)
+    ok = "OK, as far as these weights can show" if report.blind else "OK"
     return (
-        f"OK: {len(compared)} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it is "
-        f"{last.total_ratio:.1f}x as far from the truth as {report.yardstick}, {last.total.rms_rel:.1e} relative; "  # type: ignore[union-attr]
+        f"{ok}: {len(compared)} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it "
+        f"is {last.total_ratio:.1f}x as far from the truth as {report.yardstick}, {last.total.rms_rel:.1e} relative; "  # type: ignore[union-attr]
         f"no single op is more than {worst.own_ratio:.1f}x ({worst.name})."
     )
 
 
 def _blame(report: Report) -> str:
     guilty = report.guilty
+    if not report.compared and guilty is None:
+        return f"FAIL: nothing was compared: {report.candidate} has no array of this model."
     if guilty is None:
         row = next(row for row in report.rows if not row.ok)
         if row.status == "yardstick":
@@ -85,9 +93,6 @@ def _blame(report: Report) -> str:
     if others:
         some = ", ".join(row.name for row in others[:3]) + (" ..." if len(others) > 3 else "")
         sentences.append(f"{len(others)} later arrays have errors of their own as well: {some}.")
-    lost = [row.name for row in report.rows if row.status in ("missing", "extra") and row is not guilty]
-    if lost:
-        sentences.append(f"{len(lost)} more are missing or not of this model: {', '.join(lost[:3])}.")
     inherits = sum(row.status == "total" for row in report.rows)
     if inherits:
         sentences.append(f"{inherits} arrays only inherit it.")
@@ -96,7 +101,22 @@ def _blame(report: Report) -> str:
     return " ".join(sentences)
 
 
+def _coverage(report: Report) -> Iterator[str]:
+    """What was not looked at."""
+    for status, text in (("missing", "are not in it"), ("extra", "of it are none of this model's")):
+        names = [row.name for row in report.rows if row.status == status]
+        if names:
+            kinds = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+            some = ", ".join(kinds[:KINDS_SHOWN]) + (" ..." if len(kinds) > KINDS_SHOWN else "")
+            yield f"Note: {len(names)} arrays {text}: {some}."
+    own = [row for row in report.rows if row.status != "extra"]
+    if report.compared and own[-1].own is None and own[-1].status == "missing":
+        yield f"Nothing after {report.compared[-1].name} was looked at."
+
+
 def _made_by(row: Row, report: Report) -> str:
+    if row.since:
+        return f", or one of those between {row.since} and it, which are not there"
     if not row.ops:
         return ""
     return " (" + ", ".join(f"{op} of {report.origins[op]}" if op in report.origins else op for op in row.ops) + ")"
@@ -111,7 +131,7 @@ def markdown(report: Report) -> str:
 
 - yardstick: {md(report.yardstick)}
 - model: {md(report.task)}, {md(", ".join(f"{name} {list(shape)}" for name, shape in report.inputs.items()))}
-
+{_notes(report)}
 Errors are root mean squares relative to the float64 truth's; `x` is in units of the yardstick's error.
 Own: the float64 op on the same inputs. Total: the float64 run of the whole network.
 
@@ -119,6 +139,11 @@ Own: the float64 op on the same inputs. Total: the float64 run of the whole netw
 |---|---|---:|---:|---:|---:|---|---|
 {rows}
 """
+
+
+def _notes(report: Report) -> str:
+    said = [*report.notes, *([report.blind] if report.blind else [])]
+    return "".join(f"- {md(text)}\n" for text in said)
 
 
 def _markdown_row(row: Row) -> str:
@@ -153,6 +178,7 @@ def as_json(report: Report) -> str:
         "inputs": {name: list(shape) for name, shape in report.inputs.items()},
         "origins": report.origins,
         "notes": report.notes,
+        "hidden_by_weights": report.blind,
         "seconds": round(report.seconds, 2),
         "ulp_edges": list(ULP_EDGES),
         "rows": rows,
@@ -168,6 +194,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "shape": list(row.shape),
         "dtype": row.dtype,
         "ops": list(row.ops),
+        "since": row.since,
         "own": None if row.own is None else vars(row.own),
         "total": None if row.total is None else vars(row.total),
         "inherited": row.inherited,

@@ -34,6 +34,7 @@ from ..files import atomic_write
 from ..strict_json import parse_json
 from ..task_table import TASKS
 from ..trace import Trace
+from .budget import pixel_limit
 from .lockstep import Job
 from .streams import TraceSource, host
 
@@ -208,7 +209,7 @@ def misfits(trace: TraceFile, job: Job) -> list[str]:
             continue
         if stored.shape != array.shape:
             return [f"{where}: was made at another resolution or batch: {name} {stored.shape}, here {array.shape}"]
-        if not np.array_equal(stored, array):
+        if not _same(stored, array):
             found.append(
                 f"{where}: was made from another image: {name} differs by up to "
                 f"{np.abs(stored.astype(np.float64) - array).max():.3g}; check image, resizing and normalisation"
@@ -222,6 +223,13 @@ def misfits(trace: TraceFile, job: Job) -> list[str]:
             "`minibeit verify --list-names` prints them"
         )
     return found
+
+
+def _same(stored: np.ndarray, array: np.ndarray) -> bool:
+    """Whether pixels are the same but for rounding, a mask exactly."""
+    if array.dtype.kind != "f":
+        return np.array_equal(stored, array)
+    return bool(np.abs(stored.astype(np.float64) - array).max(initial=0) <= pixel_limit(array))
 
 
 def _changed(theirs: BeitConfig, ours: BeitConfig) -> list[str]:

@@ -18,7 +18,7 @@ MAX_NAME = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """The bytes of one file and the name that errors give it."""
+    """The bytes of one file, and its name in errors."""
 
     name: str
     data: memoryview
@@ -31,7 +31,7 @@ class Source:
         return CheckpointError(f"{self.name}: {message}")
 
     def part(self, start: int, length: int, what: str) -> memoryview:
-        """The bytes [start, start + length), refused when the file does not have them all."""
+        """The bytes [start, start + length); refused if the file does not have all of them."""
         if start < 0 or length < 0 or start + length > self.size:
             raise self.error(
                 f"{what} should be {length:,} bytes at offset {start:,}, but the file has {self.size:,}; "
@@ -68,7 +68,7 @@ def open_source(file: str | os.PathLike[str] | bytes | bytearray | memoryview, n
 
 
 def shown(text: Any) -> str:
-    """A stranger's string as it may stand in an error message: quoted, escaped and short."""
+    """An untrusted string made safe for an error message: quoted, escaped and short."""
     text = text if isinstance(text, str) else type(text).__name__
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
@@ -87,9 +87,9 @@ def parse_json(source: Source, text: memoryview, what: str) -> dict[str, Any]:
 
 
 def file_in_folder(folder: Path, name: str, source: str) -> Path:
-    """The path of a file that a folder's own content names: a plain name, and no link that leads out of the folder.
+    """The path of a file that is named inside a folder: a plain name, and not a link out of the folder.
 
-    The one exception is the Hub cache, whose snapshots are links into `models--*/blobs`.
+    The only exception is the Hub cache, whose snapshots are links into `models--*/blobs`.
     """
     if not name or name in (".", "..") or any(sign in name for sign in "/\\:\0"):
         raise CheckpointError(f"{source}: names the file {shown(name)}, which is not a plain file name in its folder")

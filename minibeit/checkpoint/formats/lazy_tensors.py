@@ -1,4 +1,4 @@
-"""Tensors as a checkpoint file stores them, turned into NumPy arrays when asked for."""
+"""Tensors as stored in a checkpoint file, converted to NumPy arrays on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SLACK = 64 << 20
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor before it is read; `dtype` is the stored one, such as "bfloat16"."""
+    """Dtype and shape of a tensor, known before it is read; `dtype` is the stored one, such as "bfloat16"."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -63,10 +63,10 @@ class Stored(TensorInfo):
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The named tensors of a checkpoint, each read when asked for.
+    """The named tensors of a checkpoint, each read on request.
 
     `tensors[name]` is a read-only array of the stored dtype (bfloat16 becomes float32), a view of the mapped file
-    wherever possible; nothing is kept, so asking twice converts twice.
+    where possible; nothing is cached, so a second request converts again.
     """
 
     def __init__(self, stored: Mapping[str, Stored]) -> None:
@@ -90,16 +90,16 @@ class Tensors(Mapping[str, np.ndarray]):
         return TensorInfo(stored.dtype, stored.shape)
 
     def read(self, name: str, dtype: npt.DTypeLike = np.float32) -> np.ndarray:
-        """A tensor with its floats in `dtype`; integers and booleans stay as they are.
+        """A tensor with floating-point elements in `dtype`; integers and booleans keep theirs.
 
-        Raises CheckpointError when a value is beyond the range of `dtype`.
+        Raises CheckpointError if a value is beyond the range of `dtype`.
         """
         array = self[name]
         return narrowed(name, array, np.dtype(dtype).name) if array.dtype.kind == "f" else array
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors in their stored dtypes."""
+        """The total size of all tensors in their stored dtypes."""
         return sum(stored.nbytes for stored in self._stored.values())
 
     def stored(self) -> dict[str, Stored]:
@@ -108,7 +108,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def gather(source: Source, stored: Mapping[str, Stored]) -> Tensors:
-    """Tensors of one file, refused when together they are far bigger than the file (a bomb of shared storages)."""
+    """The tensors of one file; refused if they are much larger than the file (many tensors on one storage)."""
     tensors = Tensors(stored)
     if tensors.nbytes > allowed_bytes(source):
         raise source.error(f"the tensors take {tensors.nbytes:,} bytes, but the file has only {source.size:,}")
@@ -116,7 +116,7 @@ def gather(source: Source, stored: Mapping[str, Stored]) -> Tensors:
 
 
 def allowed_bytes(source: Source) -> int:
-    """How many bytes a file may unpack to."""
+    """How many bytes a file may decompress to."""
     return SLACK + 8 * source.size
 
 
@@ -129,7 +129,7 @@ def count(shape: tuple[int, ...]) -> int:
 
 
 def checked_shape(source: Source, name: str, shape: Any) -> tuple[int, ...]:
-    """A stranger's shape as a tuple of plain non-negative integers whose product is a possible size."""
+    """An untrusted shape as a tuple of plain non-negative integers whose product is a possible size."""
     if not isinstance(shape, (list, tuple)) or len(shape) > MAX_RANK:
         raise source.error(f"the shape of tensor {shown(name)} is not a list of at most {MAX_RANK} integers")
     if any(type(length) is not int or not 0 <= length < MAX_ELEMENTS for length in shape):
@@ -150,12 +150,12 @@ def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """bfloat16 bits (uint16) of float32 values, rounded to the nearest, ties to even; NaN keeps sign and payload."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)  # at least 1-D: scalars would warn of overflow
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # a payload in the lower half alone would become infinity
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # or a payload in the lower half alone would give infinity
     return np.where(np.isnan(values), quiet, rounded).astype(np.uint16).reshape(np.shape(values))
 
 
 def narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    """Floats in another dtype ("bfloat16" as uint16 bits); a value that would become infinite is refused."""
+    """Floating-point elements in another dtype ("bfloat16" as uint16 bits); values that would overflow are refused."""
     with np.errstate(all="ignore"):  # an overflow is refused below, a signalling NaN turns quiet, tiny values are 0
         if dtype == "bfloat16":
             result = float32_to_bfloat16(array.astype(np.float32, copy=False))

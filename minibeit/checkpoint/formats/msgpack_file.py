@@ -28,7 +28,7 @@ LENGTHS = {
 
 
 def read_msgpack(source: Source) -> Any:
-    """The nested maps of a Flax checkpoint, its arrays as `Stored`."""
+    """The nested maps of a Flax checkpoint, with arrays as `Stored`."""
     reader = Reader(source, source.data)
     value = reader.value(0)
     if reader.position != source.size:
@@ -37,7 +37,7 @@ def read_msgpack(source: Source) -> Any:
 
 
 class Reader:
-    """One MessagePack value from a block of bytes; lengths are checked against what is left of it."""
+    """Reads one MessagePack value from a block of bytes; lengths are checked against the bytes left."""
 
     def __init__(self, source: Source, data: memoryview) -> None:
         self.source, self.data = source, data
@@ -121,8 +121,8 @@ class Reader:
         if kind not in (1, 3):
             raise self.source.error(f"holds a msgpack extension of type {kind}; Flax arrays have 1, its scalars 3")
         inner = Reader(self.source, payload)
-        inner.values = self.values  # one budget for all, or many arrays could each spend it
-        fields = inner.value(depth + 1)  # the depth goes on too: an extension may hold extensions
+        inner.values = self.values  # one shared budget, or each array could spend it all
+        fields = inner.value(depth + 1)  # the depth counts on: an extension may contain extensions
         self.values = inner.values
         if not isinstance(fields, list) or len(fields) != 3 or inner.position != len(payload):
             raise self.source.error("holds a msgpack array that is not [shape, dtype, bytes]")
@@ -139,7 +139,7 @@ class Reader:
         return Stored(dtype, shape, data)
 
     def joined(self, parts: dict[str, Any]) -> Stored:
-        """An array that Flax split since it was larger than 2^30 bytes: flat chunks, put together when read."""
+        """An array of more than 2^30 bytes, which Flax splits into flat chunks; they are joined when it is read."""
         shape = checked_shape(self.source, "of a chunked array", _in_order(parts.get("shape")))
         chunks = _in_order(parts.get("chunks"))
         chunks = chunks if isinstance(chunks, list) else []

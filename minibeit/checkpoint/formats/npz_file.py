@@ -1,4 +1,4 @@
-"""NumPy .npz archives, without NumPy's reader, since that one may run pickles and trusts sizes.
+"""NumPy .npz archives, read without NumPy's own reader, which may run pickles and trusts the sizes in a file.
 
 Format: numpy/lib/format.py, versions 1 to 3.
 """
@@ -21,7 +21,7 @@ NPY_DTYPES = {code.lstrip("<|"): name for name, code in STORED.items() if name n
 
 
 def read_npz(source: Source, entries: dict[str, Entry]) -> dict[str, Stored]:
-    """The arrays of an archive by name: views of the file, or unpacked one at a time when it was compressed."""
+    """The arrays of an archive by name: views of the file, or decompressed one at a time if it is compressed."""
     stored = {}
     for name, entry in entries.items():
         if not name.endswith(".npy"):

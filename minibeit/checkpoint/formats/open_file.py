@@ -1,7 +1,7 @@
-"""Checkpoint files of every format, told apart by their first bytes: one call gives their named tensors.
+"""Checkpoint files of every format, recognised by their first bytes: one call returns their named tensors.
 
-No format runs code of the file, and no reader copies more of it than is asked for. Whatever is wrong with a file is a
-`CheckpointError` that names it; a file that is not there is a FileNotFoundError.
+No reader runs code from a file, or copies more of it than was asked for. Any fault of a file is a `CheckpointError`
+that names it; a missing file is a FileNotFoundError.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ from ...errors import CheckpointError
 from ...file_names import folder_files
 from .file_bytes import Source, file_in_folder, open_source, parse_json, shown
 from .lazy_tensors import Stored, Tensors, gather
-from .msgpack_file import read_msgpack
-from .npz_file import read_npz
 from .safetensors_file import read_safetensors
-from .state_dict import split
-from .torch_file import pickle_entry, read_torch_legacy, read_torch_zip
-from .zip_file import read_zip
 
 MAX_SHARDS = 1000
 ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".npz")
@@ -44,13 +39,13 @@ STRANGERS = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as its file holds it, with the file's own names.
+    """A checkpoint with the names and structure of its file.
 
     `tensors` are those of the state dict; `wrapper` is the key it was found under ("model", "module", "state_dict",
-    "params", or several joined by dots; None when it was at the top), and `extra` everything beside it as dicts, lists,
-    texts and numbers (tensors there are only described, by a TensorInfo). `metadata` holds the texts of a safetensors
-    header, or the `metadata` of an index file; `files` are the paths that were read. `others` are the keys of other
-    state dicts of such a model in the file, and `chosen` tells whether `weights=` chose among them.
+    "params", or several joined by dots; None at the top level). `extra` is everything else, as dicts, lists, strings
+    and numbers (tensors in it are only described, by a TensorInfo). `metadata` holds the metadata of a safetensors
+    header or of an index file; `files` are the paths that were read. `others` are the keys of further state dicts of a
+    BEiT in the file, and `chosen` says whether `weights=` chose among them.
     """
 
     tensors: Tensors
@@ -79,10 +74,10 @@ def load_file(
     """Opens a checkpoint: a file of any format, the index file of a sharded one, or a folder that holds either.
 
     Bytes are taken as the content of a file, called `name` in errors. Formats: "safetensors", "torch", "torch-legacy",
-    "flax", "npz". Nothing but headers and pickles is read until a tensor is asked for; the file must stay as it is as
-    long as its tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among
-    the state dicts of a file (see `loading_options.Loading`).
-    Raises CheckpointError for a file that cannot be used and FileNotFoundError for one that is not there.
+    "flax", "npz". Only headers and pickles are read until a tensor is asked for; the file must not change while its
+    tensors are in use. `variant` and `use_safetensors` choose among the files of a folder, `weights` among the state
+    dicts of a file (see `loading_options.Loading`).
+    Raises CheckpointError for a file that cannot be used and FileNotFoundError for a missing one.
     """
     if isinstance(path, (bytes, bytearray, memoryview)):
         return _load(open_source(path, name), weights)
@@ -124,13 +119,21 @@ def _load(source: Source, weights: str | None = None) -> Loaded:
         tensors, metadata = read_safetensors(source)
         return Loaded(tensors, "safetensors", metadata)
     if start[:1] == b"\x80":
+        from .torch_file import read_torch_legacy  # readers come when a file needs them: most files are safetensors
+
         return _split(source, read_torch_legacy(source), "torch-legacy", ".", weights)
     if start[:1] and (0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
+        from .msgpack_file import read_msgpack
+
         return _split(source, read_msgpack(source), "flax", "/", weights)
     raise source.error("is not a safetensors, torch, Flax or npz file, or its beginning is damaged")
 
 
 def _load_zip(source: Source, weights: str | None) -> Loaded:
+    from .npz_file import read_npz
+    from .torch_file import pickle_entry, read_torch_zip
+    from .zip_file import read_zip
+
     entries = read_zip(source)
     if pickle_entry(entries):
         return _split(source, read_torch_zip(source, entries), "torch", ".", weights)
@@ -140,6 +143,8 @@ def _load_zip(source: Source, weights: str | None) -> Loaded:
 
 
 def _split(source: Source, root: Any, format: str, joint: str, weights: str | None) -> Loaded:
+    from .state_dict import split
+
     parts = split(source, root, joint, weights)
     return Loaded(
         gather(source, parts.tensors), format, {}, parts.extra, parts.wrapper, others=parts.others, chosen=parts.chosen
@@ -147,7 +152,7 @@ def _split(source: Source, root: Any, format: str, joint: str, weights: str | No
 
 
 def _load_sharded(path: Path, index: Source) -> Loaded:
-    """All shards that an index file lists; its map from tensors to files must be exactly what the files hold."""
+    """All shards that an index file lists; its map from tensors to files must match their contents exactly."""
     content = parse_json(index, index.data, "the index")
     places = content.get("weight_map")
     metadata = content.get("metadata", {})

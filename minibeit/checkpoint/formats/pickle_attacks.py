@@ -1,6 +1,7 @@
-"""Names by which pickles attack: a file with one was made to do harm, or is no checkpoint, and is not read further.
+"""Names that attacks by pickle use: a file with one is malicious, or no checkpoint, and is not read further.
 
-Nothing that a pickle names is ever run or imported here, so the list protects nobody: it tells a user what he was sent.
+Nothing that a pickle names is ever run or imported here, so this list is no protection: it only tells users what kind
+of file they have.
 """
 
 from __future__ import annotations

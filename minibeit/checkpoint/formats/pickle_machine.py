@@ -1,10 +1,10 @@
-"""A pickle reader that builds containers, numbers and text, and asks a table what a name may stand for.
+"""A pickle reader that builds containers, numbers and strings, and looks up every class or function in a table.
 
-Python's own unpickler imports and calls whatever a file names. This one knows no import and no call: a name not in the
-caller's table gives an inert object that holds what it was given and does nothing, and a name of the kind that attacks
-use ends the reading. It has no recursion, and a budget of steps, in proportion to the file, bounds its time and memory.
-The operations are those that Python's pickler emits for protocols 2 to 5 (the library's pickletools describes them);
-those of protocols 0 and 1, of extensions and of buffers outside the pickle are refused.
+Python's own unpickler imports and calls whatever a file names. This one never imports or calls: a name not in the
+caller's table becomes an inert object that only stores its arguments, and a name that attacks use stops the reading.
+There is no recursion, and a budget of steps proportional to the file size bounds time and memory. Supported are the
+operations that Python's pickler emits for protocols 2 to 5 (described in the library's pickletools); those of protocols
+0 and 1, of extensions and of buffers outside the pickle are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MAX_STEPS = 150_000  # a checkpoint of large with its optimizer and an average o
 MAX_PICKLE = 32 << 20
 MAX_INTEGER = 128
 KEYS = (str, int, float, bool, bytes, type(None))
-BYTES_PER_STEP = 16  # of the file: what it may take beyond MAX_STEPS
-MAX_KEY = 64  # values in a tuple that is a key
+BYTES_PER_STEP = 16  # of the file: each 16 bytes allow a step beyond MAX_STEPS
+MAX_KEY = 64  # values in a tuple used as a key
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,22 @@ class Name:
 
 @dataclass(eq=False, repr=False)
 class Inert:
-    """An object of a class: its name, what it was made from, its attributes and items, without its code."""
+    """An object of a class without its code: the class's name, the arguments, the attributes and the items."""
 
     name: str
     state: dict[Any, Any] = field(default_factory=dict)
     arguments: tuple[Any, ...] = ()
-    items: list[Any] = field(default_factory=list)  # what a pickle appends to it or, as pairs, sets in it
+    items: list[Any] = field(default_factory=list)  # appended by the pickle or, as pairs, set by key
 
     def __repr__(self) -> str:
-        return f"<{self.name}>"  # what it holds may hold itself
+        return f"<{self.name}>"  # its content may be cyclic
 
 
 class Machine:
-    """Reads one pickle at `position` of the source's bytes and leaves `position` behind it.
+    """Reads one pickle at `position` of the source's bytes and moves `position` past its end.
 
-    `call(name, arguments, machine)` builds what a name makes of its arguments; `allowed(name)` tells which may stand.
-    `load(identity)` gives the object that the pickle keeps outside of itself.
+    `call(name, arguments, machine)` builds the object that calling `name` stands for; `allowed(name)` says which names
+    may occur.  `load(identity)` returns an object that is stored outside the pickle.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Machine:
         return value
 
     def marked(self) -> list[Any]:
-        """The values above the last mark, taken off together with it."""
+        """Pops the last mark and the values above it, and returns the values."""
         if not self.marks:
             raise self.error("refers to a mark that was not set")
         mark = self.marks.pop()
@@ -151,10 +151,10 @@ class Machine:
         return tuple([self.pop() for _ in range(number)][::-1])
 
     def key(self, value: Any) -> Any:
-        """A value that may be a key: hashing others may recurse without end or collide by design."""
+        """Checks that a value may be a key: hashing others could recurse without end or collide on purpose."""
         if isinstance(value, (Name, Inert)):
             return value  # hashed by name and by identity
-        if isinstance(value, (set, frozenset)):  # its elements have been keys themselves
+        if isinstance(value, (set, frozenset)):  # its elements were checked as keys
             self.charge(len(value))
             return frozenset(value)
         parts = value if isinstance(value, tuple) else (value,)
@@ -199,7 +199,7 @@ class Machine:
             target[self.key(key)] = value
 
     def make_set(self) -> None:
-        """An empty set is several times as large and as slow to make as what other operations push."""
+        """Pushes an empty set, which costs several times the memory and time of what other operations push."""
         self.charge(3)
         self.push(set())
 
@@ -231,7 +231,7 @@ class Machine:
         self.push(self.call(function.name, arguments, self))
 
     def make_with_keywords(self) -> None:
-        """NEWOBJ_EX: a class, its arguments and its keyword arguments; made by no class that is known."""
+        """NEWOBJ_EX: a class with arguments and keyword arguments; no known class is saved that way."""
         keywords = self.pop()
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Name) or not isinstance(arguments, tuple) or not isinstance(keywords, dict):
@@ -280,7 +280,7 @@ OPERATIONS: dict[int, Callable[[Machine], Any]] = {
     ord("B"): lambda m: m.push(bytes(m.take(m.number("<I")))),
     ord("C"): lambda m: m.push(bytes(m.take(m.number("<B")))),
     0x8E: lambda m: m.push(bytes(m.take(m.number("<Q")))),
-    0x96: lambda m: m.push(bytes(m.take(m.number("<Q")))),  # BYTEARRAY8: nobody here changes it
+    0x96: lambda m: m.push(bytes(m.take(m.number("<Q")))),  # BYTEARRAY8: never changed here
     ord("N"): lambda m: m.push(None),
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
@@ -313,10 +313,10 @@ OPERATIONS: dict[int, Callable[[Machine], Any]] = {
     ord("c"): lambda m: m.name(m.line(), m.line()),
     0x93: _stack_global,
     ord("R"): lambda m: m.reduce(),
-    0x81: lambda m: m.reduce(),  # NEWOBJ: the same call, as nothing is called
+    0x81: lambda m: m.reduce(),  # NEWOBJ: same as REDUCE, since nothing is really called
     0x92: lambda m: m.make_with_keywords(),
     ord("b"): lambda m: m.build(),
     0x80: _protocol,
-    0x95: lambda m: m.take(8),  # FRAME: only a hint of how much to read at once
+    0x95: lambda m: m.take(8),  # FRAME: only a hint how much to read at once
     ord("Q"): lambda m: m.push(m.load(m.pop())),
 }

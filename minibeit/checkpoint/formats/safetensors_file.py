@@ -39,7 +39,7 @@ CODE_OF_DTYPE = {name: code for code, name in DTYPE_OF_CODE.items()}
 
 
 def read_safetensors(source: Source) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of a safetensors file, as views of it, and the texts under `__metadata__`."""
+    """The tensors of a safetensors file, as views of it, and its `__metadata__`."""
     (length,) = struct.unpack("<Q", source.part(0, 8, "the header length"))
     header = parse_json(source, source.part(8, length, "the header"), "the header")
     metadata = header.pop("__metadata__", {})
@@ -100,13 +100,13 @@ def write_safetensors(
     dtype: str | None = None,
     alignment: int = 8,
 ) -> None:
-    """Writes tensors one after the other to a safetensors file that appears whole or not at all.
+    """Writes tensors, one at a time, to a safetensors file that appears complete or not at all.
 
-    `dtype` ("float32", "float16", "bfloat16"; None keeps each) is that of the floating tensors; integers stay. With
-    None, the bfloat16 tensors of a `Tensors` stay bfloat16. Each tensor is asked for twice unless `tensors` is a
-    `Tensors`, and one at a time is in memory. The order (widest dtypes first, as the safetensors package
-    writes) keeps every tensor aligned; for an `alignment` of more than 8 bytes, those whose size is no multiple of it
-    come last and are not.
+    `dtype` ("float32", "float16", "bfloat16"; None keeps each) is that of the floating-point tensors; integers keep
+    theirs. With None, the bfloat16 tensors of a `Tensors` stay bfloat16. Only one tensor is in memory at a time; each
+    is read twice unless `tensors` is a `Tensors`. The order (widest dtypes first, as in the safetensors package) keeps
+    every tensor aligned; for an `alignment` of more than 8 bytes, tensors whose size is no multiple of it come last and
+    are not aligned.
     `metadata` defaults to {"format": "pt"}, without which transformers refuses the file.
     Raises CheckpointError naming the tensor for a dtype that the format lacks and for a value beyond the dtype's range.
     """

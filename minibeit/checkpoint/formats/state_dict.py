@@ -1,4 +1,4 @@
-"""Nested containers of a checkpoint: the state dict inside, its tensors by joined names, and everything else."""
+"""Splits the nested containers of a checkpoint into the state dict's tensors, by joined names, and everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .lazy_tensors import Stored, TensorInfo
 from .pickle_machine import Inert, Name
 from .torch_objects import as_tensor
 
-WRAPPERS = {".": ("model", "module", "state_dict"), "/": ("params",)}  # by what joins the names: torch, Flax
+WRAPPERS = {".": ("model", "module", "state_dict"), "/": ("params",)}  # by the separator of names: torch, Flax
 MAX_DEPTH = 64
 MAX_NODES = 200_000
 MAX_STATES = 64  # state dicts in one file
@@ -21,7 +21,7 @@ MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class Parts:
-    """What `split` makes of a file: see `formats.Loaded`, whose fields these become."""
+    """The result of `split`; the fields are those of `formats.Loaded`."""
 
     tensors: dict[str, Stored]
     extra: Any
@@ -35,9 +35,9 @@ def unwrap(
 ) -> tuple[Any, str | None, tuple[str, ...], bool]:
     """(state dict, its keys joined by dots or None, the keys of others like it, whether `weights` chose it).
 
-    The state dict is the mapping that names an encoder: the one that `weights` means, else of those that are no moving
-    average the one with most tensors.  Without one it is what lies under keys such as `model`, in dicts without tensors
-    of their own.
+    The state dict is a mapping with the tensors of an encoder: the one that `weights` selects, else of those that are
+    no moving average the one with most tensors.  If there is none, it is the value under keys such as `model`, in dicts
+    that hold no tensors themselves.
     """
     states = _states(root)
     if not states:
@@ -60,7 +60,7 @@ def unwrap(
 
 
 def _is_swapped(root: Any, states: Any) -> bool:
-    """Whether a file is mmengine's, whose EMAHook saves the average as `state_dict` and the model beside it.
+    """Whether a file is from mmengine's EMAHook, which saves the average as `state_dict` and the model beside it.
 
     Source: mmengine/hooks/ema_hook.py, `before_save_checkpoint`.
     """
@@ -68,7 +68,7 @@ def _is_swapped(root: Any, states: Any) -> bool:
 
 
 def _states(root: Any) -> dict[str, dict[Any, Any]]:
-    """{keys joined by dots: mapping} of every dict that holds the tensors of an encoder itself; at most MAX_STATES."""
+    """{keys joined by dots: mapping} of every dict that directly holds an encoder's tensors; at most MAX_STATES."""
     found: dict[str, dict[Any, Any]] = {}
     seen: set[int] = set()
     waiting = [("", root)]
@@ -88,9 +88,9 @@ def _states(root: Any) -> dict[str, dict[Any, Any]]:
 
 
 def _under_known_keys(root: Any, wrappers: tuple[str, ...], depth: int = 3) -> tuple[Any, str | None]:
-    """What lies under keys such as `model`, and those keys joined by dots (None when nothing wraps it).
+    """The value under keys such as `model`, and those keys joined by dots (None if nothing wraps it).
 
-    A wrapper is a key of a dict without tensors of its own, whose value is a dict (or module) that holds some.
+    A wrapper is a dict that holds no tensors itself, but has such a key whose value (a dict or module) does.
     """
     if not isinstance(root, dict) or depth == 0 or any(isinstance(value, Stored) for value in root.values()):
         return root, None
@@ -103,7 +103,7 @@ def _under_known_keys(root: Any, wrappers: tuple[str, ...], depth: int = 3) -> t
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Whether there is a tensor anywhere inside; shared and cyclic parts are visited once."""
+    """Whether there is a tensor anywhere inside; shared and cyclic values are visited once."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -142,7 +142,7 @@ class Walk:
             yield prefix, value
 
     def plain(self, value: Any, skip: Any = None, depth: int = 0) -> Any:
-        """A copy as dicts, lists and leaves; tensors become their TensorInfo, objects their attributes."""
+        """A copy made of dicts, lists and leaves; tensors become their TensorInfo, objects their attributes."""
         self.enter(depth)
         tensor = as_tensor(value)
         if tensor:
@@ -178,7 +178,7 @@ def split(source: Source, root: Any, joint: str, weights: str | None = None) -> 
 
 
 def _stand_in(root: Any) -> str:
-    """A word on an object of a foreign class, where tensors were looked for."""
+    """For an error: describes an object of an unknown class found in place of tensors."""
     seen: set[int] = set()
     waiting = [root]
     while waiting:
@@ -196,7 +196,7 @@ def _plain_key(key: Any) -> Any:
 
 
 def _children(value: Any) -> Any:
-    """The pairs of name and child; those of a torch module are its parameters, buffers and modules."""
+    """(name, child) pairs; those of a torch module are its parameters, buffers and modules."""
     if isinstance(value, dict):
         return value.items()
     if isinstance(value, Inert):

@@ -1,4 +1,4 @@
-"""Files of torch.save, without torch: the zip archive (since 1.6) and the stream of pickles before it.
+"""Files of torch.save, read without torch: the zip archive (since 1.6) and the older stream of pickles.
 
 Layouts: torch/serialization.py, `_save` and `_legacy_save`.
 """
@@ -19,13 +19,13 @@ LEGACY_PROTOCOL = 1001
 
 
 def pickle_entry(entries: dict[str, Entry]) -> str | None:
-    """The name of the archive's pickle, or None when it is no torch archive."""
+    """The name of the archive's pickle, or None if it is no torch archive."""
     names = [name for name in entries if name == "data.pkl" or (name.endswith("/data.pkl") and name.count("/") == 1)]
     return names[0] if len(names) == 1 else None
 
 
 def read_torch_zip(source: Source, entries: dict[str, Entry]) -> Any:
-    """The object that torch.save wrote, its tensors as `Stored`."""
+    """The object that torch.save wrote, with tensors as `Stored`."""
     pickled = pickle_entry(entries)
     assert pickled is not None
     prefix = pickled[: -len("data.pkl")]
@@ -82,7 +82,7 @@ def read_torch_legacy(source: Source) -> Any:
 
 
 def _storage(source: Source, storages: dict[str, Storage], key: str, storage: Storage) -> Storage:
-    """The one storage of a key, which every reference must describe alike."""
+    """The storage with that key; all references must describe it identically."""
     first = storages.setdefault(key, storage)
     if (first.dtype, first.count) != (storage.dtype, storage.count):
         raise source.error(f"the pickle describes the storage {shown(key)} in two ways")
@@ -90,7 +90,7 @@ def _storage(source: Source, storages: dict[str, Storage], key: str, storage: St
 
 
 def _fill(source: Source, storages: dict[str, Storage], keys: Any, position: int) -> None:
-    """Finds the bytes of each storage: its number of values in eight bytes, then the values."""
+    """Finds the bytes of each storage: the number of elements in eight bytes, then the elements."""
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise source.error("the list of storages is not a list of different names")
     for key in keys:

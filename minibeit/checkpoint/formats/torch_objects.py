@@ -1,4 +1,4 @@
-"""What the names in a torch pickle stand for: tensors over storages, containers, numbers, and inert stand-ins."""
+"""What the names in a torch pickle mean: tensors over storages, containers, numbers, and inert placeholders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ TORCH_DTYPES = {
     "torch.bool": "bool",
 }  # fmt: skip
 TENSOR_CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.Parameter", "torch.nn.parameter.Buffer")
-# Classes whose attributes are read and whose code is not. The modules are those of DALL-E's encoder.pkl, decoder.pkl.
+# Classes whose attributes are read but whose code is never run. The modules are those of DALL-E's encoder.pkl and
+# decoder.pkl.
 INERT_CLASSES = (
     "argparse.Namespace",
     "dall_e.encoder.Encoder",
@@ -49,7 +50,7 @@ NUMPY_SCALARS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8
 
 @dataclass(eq=False)
 class Storage:
-    """A flat run of values that tensors look into; `data` is filled in last when it follows the pickle."""
+    """A flat array that tensors are views of; `data` is filled in last if it follows the pickle."""
 
     dtype: str
     count: int
@@ -61,7 +62,7 @@ class Storage:
 
 
 def storage_identity(source: Source, identity: Any) -> tuple[str, str, int]:
-    """(dtype, key, number of values) of the tuple by which a pickle refers to a storage."""
+    """(dtype, key, number of elements) from the tuple by which a pickle refers to a storage."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise source.error("the pickle refers to an outside object that is no storage")
     _, kind, key, _, number = identity[:5]
@@ -75,7 +76,7 @@ def storage_identity(source: Source, identity: Any) -> tuple[str, str, int]:
 
 
 def allowed(name: str) -> bool:
-    """Whether a name may stand in a pickle; what none of the tables knows becomes an inert object."""
+    """Whether a name may occur in a pickle; unknown ones become inert objects."""
     return known(name) or not (known(name.rpartition(".")[0]) or suspicious(name))
 
 
@@ -85,7 +86,7 @@ def known(name: str) -> bool:
 
 
 def call(name: str, arguments: tuple[Any, ...], machine: Machine) -> Any:
-    """What a known class or function makes of its arguments; of an unknown one, an inert object that holds them."""
+    """The result of a known class or function; for an unknown one, an inert object that holds the arguments."""
     if name in CALLS:
         return CALLS[name](machine, arguments)
     if known(name):
@@ -94,7 +95,7 @@ def call(name: str, arguments: tuple[Any, ...], machine: Machine) -> Any:
 
 
 def as_tensor(value: Any) -> Stored | None:
-    """A tensor, or an array of NumPy as the pickle describes it, as a tensor; None for anything else."""
+    """A tensor, also from a pickled NumPy array; None for anything else."""
     if isinstance(value, Stored):
         return value
     if not isinstance(value, Inert) or value.name not in NUMPY_ARRAYS:
@@ -120,7 +121,7 @@ def as_tensor(value: Any) -> Stored | None:
 
 
 def _plain_dtype(dtype: Any) -> str | None:
-    """The name of a stored dtype that a pickled dtype of NumPy stands for; None for others and big-endian ones."""
+    """The stored dtype's name for a pickled NumPy dtype; None for unsupported and big-endian ones."""
     if not isinstance(dtype, Inert) or not dtype.name.startswith("numpy.dtype:"):
         return None
     state = dtype.state.get("")
@@ -135,7 +136,7 @@ def _bad(machine: Machine, name: str) -> Exception:
 
 
 def _tensor(machine: Machine, storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None = None) -> Stored:
-    """A checked view of a storage: every element inside, and no more elements than the storage has."""
+    """A checked view of a storage: no element outside it, and no more elements than it has."""
     source = machine.source
     if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
         raise _bad(machine, "_rebuild_tensor")
@@ -173,7 +174,7 @@ def _rebuild_parameter(machine: Machine, arguments: tuple[Any, ...]) -> Stored:
 
 
 def _rebuild_from_type(machine: Machine, arguments: tuple[Any, ...]) -> Any:
-    """A tensor with Python attributes, or of a torch class: the tensor alone."""
+    """The plain tensor of a tensor subclass or a tensor with Python attributes."""
     if len(arguments) != 4 or not isinstance(arguments[0], Name) or not isinstance(arguments[2], tuple):
         raise _bad(machine, "_rebuild_from_type_v2")
     if arguments[0].name not in REBUILDERS or getattr(arguments[1], "name", None) not in TENSOR_CLASSES:
@@ -213,7 +214,7 @@ def _device(machine: Machine, arguments: tuple[Any, ...]) -> str:
 
 
 def _bytes(machine: Machine, arguments: tuple[Any, ...]) -> bytes:
-    """How protocol 2 writes bytes."""
+    """Bytes as protocol 2 writes them."""
     if len(arguments) != 2 or not isinstance(arguments[0], str) or arguments[1] != "latin1":
         raise _bad(machine, "_codecs.encode")
     machine.charge(len(arguments[0]))
@@ -224,13 +225,13 @@ def _bytes(machine: Machine, arguments: tuple[Any, ...]) -> bytes:
 
 
 def _numpy_dtype(machine: Machine, arguments: tuple[Any, ...]) -> Inert:
-    """A dtype: of numbers by its name, any other as an object that nothing depends on."""
+    """A NumPy dtype: numeric ones by name, any other as a plain object that is never used."""
     plain = arguments and isinstance(arguments[0], str) and arguments[0] in NUMPY_SCALARS
     return Inert(f"numpy.dtype:{arguments[0]}" if plain else "numpy.dtype", arguments=arguments)
 
 
 def _numpy_scalar(machine: Machine, arguments: tuple[Any, ...]) -> Any:
-    """A number of NumPy as a number of Python; a scalar of another kind (text, a date) as an inert object."""
+    """A NumPy number as a Python number; other scalars (strings, dates) as inert objects."""
     if len(arguments) == 2 and isinstance(arguments[0], Inert) and arguments[0].name == "numpy.dtype":
         return Inert("numpy.scalar", arguments=arguments)
     if len(arguments) != 2 or not isinstance(arguments[0], Inert) or not arguments[0].name.startswith("numpy.dtype:"):

@@ -1,7 +1,7 @@
-"""Zip archives of tensors: stored entries are views of the file, deflated ones are unpacked within a limit.
+"""Zip archives of tensors: stored entries are views of the file, deflated ones are decompressed within a limit.
 
-Stricter than `zipfile`, which serves strangers' names and sizes as they are: no entry may overlap another, share a
-name, be encrypted or lead out of a folder, and all of them together may not unpack to far more than the file.
+Stricter than `zipfile`, which trusts the names and sizes in a file: no entry may overlap another, share a name, be
+encrypted or have a path out of the folder, and together they may not decompress to far more than the file's size.
 Format: PKWARE APPNOTE 6.3.10, sections 4.3 to 4.5.
 """
 
@@ -22,7 +22,7 @@ FORBIDDEN_FLAGS = 0x0001 | 0x0020 | 0x0040 | 0x2000  # encrypted, patched, stron
 
 @dataclass
 class Entry:
-    """One file of an archive; `size` is that of its content."""
+    """One file of an archive; `size` is that of its uncompressed content."""
 
     source: Source
     name: str
@@ -33,7 +33,7 @@ class Entry:
     _content: memoryview | None = field(default=None, repr=False)
 
     def data(self) -> memoryview:
-        """The content: a view when stored, else unpacked once and kept. Stored entries are not checksummed."""
+        """The content: a view if stored, else decompressed once and kept. Stored entries are not checksummed."""
         if self.method == STORE:
             return self.raw
         if self._content is None:
@@ -44,7 +44,7 @@ class Entry:
         return self._content
 
     def head(self, length: int) -> memoryview:
-        """The first bytes of the content, without unpacking the rest."""
+        """The first bytes of the content, without decompressing the rest."""
         if self.method == STORE or self._content is not None:
             return self.data()[:length]
         return memoryview(self._inflate(length))
@@ -57,7 +57,7 @@ class Entry:
 
 
 def read_zip(source: Source) -> dict[str, Entry]:
-    """The entries of an archive by name, all checked; none is unpacked."""
+    """The entries of an archive by name, all checked; none is decompressed."""
     number, size, offset = _end(source)
     if number > MAX_ENTRIES or number * 46 > size:
         raise source.error(f"the zip directory claims {number:,} entries in {size:,} bytes")
@@ -135,7 +135,7 @@ def _entry(source: Source, directory: memoryview, position: int, limit: int) -> 
 
 
 def _zip64(source: Source, extra: memoryview, *fields: int) -> list[int]:
-    """Size, packed size and offset, those of 32 set bits taken from the zip64 extra field in this order."""
+    """Size, compressed size and offset; those with all 32 bits set are read, in this order, from the zip64 field."""
     position = 0
     wide: memoryview = extra[:0]
     while position + 4 <= len(extra):
@@ -166,5 +166,5 @@ def _name(source: Source, raw: bytes) -> str:
 
 
 def packed_reader(entry: Entry) -> memoryview | Callable[[], memoryview]:
-    """What a tensor keeps of its entry: the bytes when they are stored, else the way to them."""
+    """A tensor's access to its entry: the bytes if stored, else a function that decompresses them."""
     return entry.raw if entry.method == STORE else entry.data

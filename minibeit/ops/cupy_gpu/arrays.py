@@ -1,4 +1,4 @@
-"""Arrays on the device, and the way there and back."""
+"""Arrays on the device, uploads and downloads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .device import cupy
 from .kernels import DEVICE_TYPES, model_dtype, to_compute
 
 Array = Any
-PIECE_BYTES = 2 << 20  # of large arrays in main memory, which threads check and copy piece by piece
+PIECE_BYTES = 2 << 20  # threads check and copy large arrays in main memory in pieces of this size
 MOST_THREADS = 8
 
 
@@ -28,12 +28,12 @@ def num_threads(count: int | None) -> AbstractContextManager[Any]:
 
 
 def stage(x: Any, dtype: str) -> Array:
-    """See `reference.stage`: what comes from main memory stays there, to be checked before it is uploaded."""
+    """See `reference.stage`: an array in main memory stays there, to be checked before it is uploaded."""
     return asarray(x, dtype) if isinstance(x, cupy.ndarray) else np.asarray(as_numpy(x), _numpy_dtype(dtype))
 
 
 def asarray(x: Any, dtype: str) -> Array:
-    """See `reference.asarray`; for float16 and bfloat16 the array is float32, which all but products calculate in."""
+    """See `reference.asarray`; for float16 and bfloat16 the array is float32, since only products use those dtypes."""
     wanted = _numpy_dtype(dtype)
     if isinstance(x, cupy.ndarray):
         return x.astype(wanted, copy=False)
@@ -43,8 +43,8 @@ def asarray(x: Any, dtype: str) -> Array:
 def _upload(x: np.ndarray) -> Array:
     """`x`, contiguous, on the device.
 
-    A device copies from pinned memory only.  CuPy moves an array there by one thread, which for a batch of images takes
-    longer than the way to the device; here several do, and pieces travel while others are being moved.
+    A device copies from pinned memory only.  CuPy copies an array there with one thread, which for a batch of images
+    takes longer than the upload itself; here several threads do, and pieces are uploaded while others are being copied.
     """
     if x.nbytes < 2 * PIECE_BYTES:
         return cupy.asarray(x)
@@ -56,14 +56,16 @@ def _upload(x: np.ndarray) -> Array:
         staged[piece] = source[piece]
         return piece
 
-    for piece in _piece_by_piece(move, x.nbytes, PIECE_BYTES):
-        (y.data + piece.start).copy_from_host_async(pinned.ptr + piece.start, piece.stop - piece.start, stream)
-    stream.synchronize()  # before the pinned memory goes back to its pool
+    try:
+        for piece in _piece_by_piece(move, x.nbytes, PIECE_BYTES):
+            (y.data + piece.start).copy_from_host_async(pinned.ptr + piece.start, piece.stop - piece.start, stream)
+    finally:
+        stream.synchronize()  # before the pinned memory goes back to its pool, also when a copy is interrupted
     return y
 
 
 def _piece_by_piece(work: Callable[[slice], Any], size: int, piece: int) -> Iterator[Any]:
-    """The results of `work` on each piece of 0 to size, in order; threads do it if there are several."""
+    """The results of `work` on each piece of 0 to size, in order; several pieces are shared among threads."""
     pieces = [slice(start, min(start + piece, size)) for start in range(0, size, piece)]
     return _threads().map(work, pieces) if len(pieces) > 1 else map(work, pieces)
 
@@ -78,7 +80,7 @@ def _numpy_dtype(dtype: Any) -> Any:
 
 
 def to_host(x: Array) -> np.ndarray:
-    """See `reference.to_host`; what products read in float16 or bfloat16 comes back as float32."""
+    """See `reference.to_host`; float16 and bfloat16 arrays are returned as float32."""
     if not isinstance(x, cupy.ndarray):
         return x
     if x.dtype.char in "eH":
@@ -95,7 +97,7 @@ def concatenate(arrays: Sequence[Array], axis: int) -> Array:
 
 
 def all_finite(x: Array, most: float | None = None) -> bool:
-    """See `reference.all_finite`; looks where the array is."""
+    """See `reference.all_finite`; checks on the host or on the device, wherever the array is."""
     if isinstance(x, cupy.ndarray):
         return bool((cupy.isfinite(x) if most is None else cupy.absolute(x) <= most).all())
     flat = x.reshape(-1)

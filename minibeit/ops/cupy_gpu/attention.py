@@ -1,6 +1,6 @@
-"""Attention: in one kernel for heads of 64 numbers in half precision, as all published models have them.
+"""Attention: one fused kernel for half precision and heads of size 64, which all published models have.
 
-Else scores by cuBLAS, softmax with the position bias by one kernel in place, the context by cuBLAS.
+Otherwise cuBLAS computes the scores, one kernel applies bias and softmax in place, and cuBLAS computes the context.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .prepare import DeviceAttention
 from .rows import bias_activation
 
 Array = Any
-SCORES_BYTES = 32 << 20  # of the scores in work at a time: what the second-level cache of a large GPU holds
-HEAD, TILE, ATTEND_THREADS = 64, 64, 128  # of the one kernel: numbers of a head, queries and threads of a block
-SCORES_OF_A_THREAD = 8  # that softmax keeps in registers
+SCORES_BYTES = 32 << 20  # of scores computed at a time: they fit the second-level cache of a large GPU
+HEAD, TILE, ATTEND_THREADS = 64, 64, 128  # of the fused kernel: head size, queries per block, threads per block
+SCORES_OF_A_THREAD = 8  # scores per thread that softmax keeps in registers
 
 
 def project_qkv(
     x: Array, p: DeviceAttention, num_heads: int
 ) -> tuple[Array, Array, Array]:  # (B, N, D) -> 3 x (B, H, N, d)
-    """See `reference.project_qkv`: one product, then one kernel that adds the bias and parts the heads.
+    """See `reference.project_qkv`: one product, then one kernel that adds the bias and splits the heads.
 
-    The one kernel for attention reads heads where the product left them: then they are views.
+    For the fused attention kernel, which reads the heads in place, the results are views of the product.
     """
     dtype = p.qkv.dtype
     x = to_storage(x, dtype)
@@ -49,8 +49,8 @@ def project_qkv(
 def attention(
     q: Array, k: Array, v: Array, bias: Any | None, return_probs: bool = False, keep: Array | None = None
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
-    """See `reference.attention`.  Scores and softmax are float32 also where q, k and v are float16 or bfloat16, and so
-    are the probabilities that are given back; those that multiply v are rounded.
+    """See `reference.attention`.  For float16 and bfloat16 q, k and v, scores, softmax and the returned probabilities
+    are still float32; the probabilities that multiply v are rounded.
     """
     if not return_probs and keep is None and _suit(q, k, v):
         return _attend(q, k, v, bias)
@@ -58,7 +58,7 @@ def attention(
 
 
 def _suit(q: Array, k: Array, v: Array) -> bool:
-    """Whether the one kernel can read them: halves, eight at a time, at the same places of each."""
+    """Whether the fused kernel can read them: 16-bit elements, aligned for loads of eight, with equal strides."""
     return (
         q.itemsize == 2
         and q.shape[3] == HEAD
@@ -72,15 +72,15 @@ def _suit(q: Array, k: Array, v: Array) -> bool:
 
 @cache
 def _can_attend(device: int) -> bool:
-    """Whether a device multiplies bfloat16 matrices by one instruction: from compute capability 8.0 on."""
+    """Whether a device has instructions for products of bfloat16 matrices: from compute capability 8.0 on."""
     return int(cupy.cuda.Device(device).compute_capability) >= 80
 
 
 def _attend(q: Array, k: Array, v: Array, bias: Any | None) -> Array:  # 3 x (B, H, N, 64) -> (B, N, D)
-    """Attention without scores in memory.
+    """Attention without scores in device memory.
 
-    The bias is looked up once for all images, as (H, N, N), and divided by the scale that will multiply its sum with
-    the scores.
+    The bias is expanded once for all images, to (H, N, N), and divided by the scale, since the kernel multiplies the
+    sum of scores and bias by it.
     """
     B, H, N, _ = q.shape
     dtype = model_dtype(q)
@@ -103,12 +103,12 @@ def _attend(q: Array, k: Array, v: Array, bias: Any | None) -> Array:  # 3 x (B,
 def _by_scores(
     q: Array, k: Array, v: Array, bias: Any | None, return_probs: bool, keep: Array | None
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
-    """Attention by two products, as many (image, head) pairs at a time as SCORES_BYTES allow."""
+    """Attention as two products, for as many (image, head) pairs at a time as SCORES_BYTES allows."""
     B, H, N, d = q.shape
     dtype, pairs = model_dtype(q), B * H
     seen = compute_dtype(dtype)
     q, k, v = (cupy.ascontiguousarray(x).reshape(pairs, N, d) for x in (q, k, v))
-    stride = -(-N // 8) * 8  # cuBLAS's fast kernels want rows that begin at multiples of 16 bytes
+    stride = -(-N // 8) * 8  # cuBLAS's fast kernels need rows aligned to 16 bytes
     at_once = max(1, min(pairs, SCORES_BYTES // (N * stride * seen.itemsize)))
     scores = cupy.empty((at_once, N, stride), seen)
     by_head = cupy.empty((pairs, N, d), q.dtype)
@@ -128,7 +128,7 @@ def _by_scores(
 def _softmax(
     scores: Array, N: int, bias: Any | None, H: int, first: int, probs: Array | None, keep: Array | None, dtype: str
 ) -> None:
-    """Turns scores (pairs, N, stride) into probabilities, which begin where each row begins."""
+    """Replaces scores (pairs, N, stride) by probabilities, from the start of each row."""
     table, index, row, head = (0, 0, 0, 0) if bias is None else _bias_arrays(bias, dtype)
     kernel("softmax", dtype)(
         (len(scores) * N,), (block_size(-(-N // SCORES_OF_A_THREAD)),),
@@ -137,7 +137,7 @@ def _softmax(
 
 
 def _bias_arrays(bias: Any, dtype: str) -> tuple[Array, Array, int, int]:
-    """A position bias as kernels read it: the table, the index, and the steps from row to row and from head to head."""
+    """A position bias as kernels read it: the table, the index, and the table's strides along rows and heads."""
     table, index = cupy.asarray(bias.table, compute_dtype(dtype)), _index(bias.grid, cupy.cuda.runtime.getDevice())
     row, head = (step // table.itemsize for step in table.strides)
     return table, index, row, head
@@ -145,5 +145,5 @@ def _bias_arrays(bias: Any, dtype: str) -> tuple[Array, Array, int, int]:
 
 @lru_cache(maxsize=4)
 def _index(grid: tuple[int, int], device: int) -> Array:
-    """`relative_position_index`, kept for the last few grids."""
+    """`relative_position_index`, cached for the last few grids."""
     return relative_position_index(grid)

@@ -1,4 +1,4 @@
-"""The ops of one model on one device; NumPy's definition of some in their place, to trace a difference to an op."""
+"""Binds the ops to one model's device and dtype; some may be NumPy's, to trace a difference to an op."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from .prepare import prepare
 def on_device(
     table: dict[str, Callable[..., Any]], origin: dict[str, str], dtype: str, device: int | None
 ) -> dict[str, Callable[..., Any]]:
-    """`table` for models of `dtype` on the GPU of that number; what is NumPy's in it works on copies in main memory.
+    """`table` for models of `dtype` on that GPU; its NumPy ops work on copies in main memory.
 
     Raises what `device.open_device` does.
     """
     number = open_device(device)
     on_cpu = {name for name in names_of(ARITHMETIC) if origin[name] == "numpy"}
-    placing = names_of(ARRAYS)  # nothing would be gained by doing this elsewhere
+    placing = names_of(ARRAYS)  # ops that only place or move arrays always run on the device
 
     def prepare_there(params: Any) -> Any:
         with session(number, dtype):
-            return prepare(params, bool(on_cpu), dtype)
+            prepared = prepare(params, bool(on_cpu), dtype)
+            cupy.cuda.get_current_stream().synchronize()  # ops outside a session may be called on any stream
+            return prepared
 
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
     bound.update({name: getattr(arrays, name) for name in placing})
@@ -39,7 +41,7 @@ def on_device(
 
 
 def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` of NumPy for arrays of the device and prepared leaves that kept their `.source`."""
+    """A NumPy op made to take device arrays, and prepared leaves that kept their `.source`."""
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -49,7 +51,7 @@ def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _down(x: Any) -> Any:
-    """`x` in main memory: an array, a leaf, a position bias, or a sequence of such."""
+    """`x` (an array, a leaf, a position bias, or a sequence of these) copied to main memory."""
     if isinstance(x, cupy.ndarray):
         return arrays.to_host(x)
     if isinstance(x, (list, tuple)):

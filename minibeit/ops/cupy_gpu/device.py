@@ -29,7 +29,7 @@ _NO_DRIVER = ("cudaErrorInsufficientDriver", "cudaErrorInitializationError", "cu
 
 
 def open_device(index: int | None) -> int:
-    """The number of the device to use, 0 by default, after checking that everything a model needs is there.
+    """The number of the device to use, 0 by default, after checking that everything a model needs is installed.
 
     Raises DeviceError without driver, device or cuBLAS, ValueError for a number that no device has.
     """
@@ -50,7 +50,7 @@ def open_device(index: int | None) -> int:
 
 
 def _check_libraries() -> None:
-    """Raises DeviceError where the matrix products or the compiler of CUDA are not installed."""
+    """Raises DeviceError if cuBLAS or CUDA's run-time compiler is not installed."""
     for name, what in (("cublas", "cuBLAS"), ("nvrtc", "the compiler NVRTC")):
         try:
             library = getattr(importlib.import_module("cupy.cuda"), name)
@@ -87,30 +87,49 @@ def _versions() -> tuple[int, int]:
 
 
 def memory_limit(index: int) -> int:
-    """Bytes that CuPy's pool may take of a device: CUPY_GPU_MEMORY_LIMIT where that is set, else all there is."""
+    """How many bytes of a device CuPy's pool may use: CUPY_GPU_MEMORY_LIMIT if set, else all its memory."""
     with cupy.cuda.Device(index) as device:
         return cupy.get_default_memory_pool().get_limit() or device.mem_info[1]
 
 
 def peak_memory(index: int) -> int:
-    """The most bytes that CuPy's pool has held on a device so far: it gives nothing back by itself."""
+    """The most bytes that CuPy's pool has held on a device so far: its current size, as it never shrinks by itself."""
     with cupy.cuda.Device(index):
         return cupy.get_default_memory_pool().total_bytes()
 
 
 @contextmanager
 def session(index: int, dtype: str) -> Iterator[Any]:
-    """Within it a model of `dtype` works on device `index`.  Raises MemoryError, saying what would fit."""
-    with cupy.cuda.Device(index):
+    """Within it a model of `dtype` works on device `index`.  Raises MemoryError, saying what would fit.
+
+    Whatever stream is current outside, the model's work is queued on the null stream of the device: threads share its
+    weights and what it keeps from call to call, and CuPy gives freed memory out again in the order of one stream alone.
+    """
+    with cupy.cuda.Device(index), _on_null_stream():
         try:
             yield
         except cupy.cuda.memory.OutOfMemoryError as error:
             pool = cupy.get_default_memory_pool()
             taken = pool.used_bytes()
-            traceback.clear_frames(error.__traceback__)  # the arrays of the call live in its frames
+            traceback.clear_frames(error.__traceback__)  # its frames keep the arrays of the call alive
             message = _out_of_memory(index, dtype, pool.used_bytes(), taken, str(error))
             pool.free_all_blocks()
             raise MemoryError(message) from None
+
+
+@contextmanager
+def _on_null_stream() -> Iterator[None]:
+    """The null stream is current, after what the caller's stream has to do; what comes later there is after this."""
+    callers, null = cupy.cuda.get_current_stream(), cupy.cuda.Stream.null
+    if callers.ptr == null.ptr:
+        yield
+        return
+    null.wait_event(callers.record())
+    try:
+        with null:
+            yield
+    finally:
+        callers.wait_event(null.record())
 
 
 def _out_of_memory(index: int, dtype: str, before: int, taken: int, reason: str) -> str:

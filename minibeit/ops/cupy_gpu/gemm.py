@@ -1,6 +1,6 @@
-"""Matrix products by cuBLAS, called directly: strides, accumulation and the precision of the sums are said here.
+"""Matrix products by direct calls of cuBLAS, which give control over strides, accumulation and precision of sums.
 
-CuPy's own `matmul` copies what is not contiguous, has no accumulating form, and does not know bfloat16.
+CuPy's own `matmul` copies arrays that are not contiguous, cannot accumulate, and does not support bfloat16.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 from .. import tf32_allowed
 from .device import cupy
 
-# Numbers of cuBLAS's types, fixed by its binary interface.
+# cuBLAS's numbers for data types, fixed by its binary interface.
 _TYPES = {"f": 0, "d": 1, "e": 2, "H": 14}  # by dtype.char, as .name is slow; uint16 holds the bits of bfloat16
 _SUMS_IN_FLOAT32, _SUMS_IN_FLOAT64, _TF32 = 68, 70, 77
 _DEFAULT_ALGORITHM = -1
 
 
 def product(x: Any, weight: Any, y: Any, accumulate: bool = False) -> None:
-    """y = x W^T, or y += x W^T; x (n, k), W (m, k), y (n, m), each with numbers of a row side by side.
+    """y = x W^T, or y += x W^T; x (n, k), W (m, k), y (n, m), each with contiguous rows.
 
-    Sums are float32, or float64 for float64 arrays; float32 numbers are not rounded to TF32 unless MINIBEIT_TF32=1.
-    y may be float32 where x and W are float16 or bfloat16.
+    Sums are float32, or float64 for float64 arrays; float32 operands are not rounded to TF32 unless MINIBEIT_TF32=1.
+    y may be float32 if x and W are float16 or bfloat16.
     """
     (n, k), m = x.shape, len(weight)
     if n == 0 or m == 0:
@@ -40,7 +40,7 @@ def product(x: Any, weight: Any, y: Any, accumulate: bool = False) -> None:
 def batched_product(x: Any, weight: Any, y: Any, scale: float = 1.0, transposed: bool = True) -> None:
     """y_i = scale x_i W_i^T for every i, or scale x_i W_i unless `transposed`.
 
-    x (batch, n, k), W (batch, m, k) or (batch, k, m), y (batch, n, m), each with numbers of a row side by side.
+    x (batch, n, k), W (batch, m, k) or (batch, k, m), y (batch, n, m), each with contiguous rows.
     """
     batch, n, k = x.shape
     m = y.shape[2]
@@ -62,7 +62,7 @@ def _cublas() -> tuple[Any, int]:
 
 
 def _precision(x: Any, factor: float, start: float) -> tuple[int, int, int]:
-    """How sums are made, and where two numbers lie in main memory, in the sums' own dtype."""
+    """cuBLAS's compute type, and the addresses of the two factors in main memory, in the dtype of the sums."""
     if x.dtype == np.float64:
         return _SUMS_IN_FLOAT64, _address(factor, "float64"), _address(start, "float64")
     tf32 = x.dtype == np.float32 and tf32_allowed()
@@ -83,10 +83,10 @@ def _type(array: Any) -> int:
 
 
 def _row(array: Any) -> int:
-    """Numbers from one row to the next; cuBLAS wants at least a row's length, also where there is only one row."""
+    """Elements from one row to the next; cuBLAS requires at least the row's length, even for a single row."""
     return max(array.strides[-2] // array.itemsize, array.shape[-1])
 
 
 def _step(array: Any) -> int:
-    """Numbers from one matrix of a batch to the next."""
+    """Elements from one matrix of a batch to the next."""
     return array.strides[0] // array.itemsize

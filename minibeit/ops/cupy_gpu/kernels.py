@@ -1,4 +1,4 @@
-"""The kernels of the .cu files, compiled for a dtype and a device when needed, and how they are launched."""
+"""The kernels of the .cu files, compiled per dtype and device on first use, and their launches."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .device import cupy
 
 FILES = ("kernels.cu", "attention.cu", "maps.cu")
 HALF_FILES = ("attend.cu",)
-THREADS = 256  # at most, of a block that walks along a row
-ROWS_OF_A_BLOCK = 4  # where each row has a warp of its own
-CHANNEL_THREADS = 128  # of a block that serves a stretch of channels, one each
+THREADS = 256  # at most, in a block that processes one row
+ROWS_OF_A_BLOCK = 4  # if each row has its own warp
+CHANNEL_THREADS = 128  # in a block with one thread per channel
 _WARP = 32
 
 # dtype of a model -> (dtype of the arrays that model code sees, of what products read, STORAGE, C++ type, its header).
@@ -84,10 +84,10 @@ def kernel(name: str, dtype: str) -> Callable[..., None]:
 def along_rows(
     name: str, dtype: str, rows: int, length: int, *args: Any, suffix: str = "", unit: int = 0, most: int = 4
 ) -> None:
-    """Launches `name<W suffix>` with a block for each of `rows` rows of `length` numbers.
+    """Launches `name<W suffix>` with a block for each of `rows` rows of `length` elements.
 
-    W is 8 (if `most` is) or 4 where `unit`, a stretch that lies together in memory (by default the row), is a multiple
-    of it, else 1.
+    W, the elements per load, is 8 (if `most` is) or 4 if `unit`, the length of a contiguous run (by default the row),
+    is a multiple of it, else 1.
     """
     if rows == 0 or length == 0:
         return
@@ -96,7 +96,7 @@ def along_rows(
 
 
 def warp_by_row(name: str, dtype: str, rows: int, length: int, *args: Any) -> None:
-    """Launches `name<W>` with a warp for each of `rows` rows of `length` numbers, W as in `along_rows`."""
+    """Launches `name<W>` with a warp for each of `rows` rows of `length` elements, W as in `along_rows`."""
     if rows == 0 or length == 0:
         return
     blocks = -(-rows // ROWS_OF_A_BLOCK)
@@ -110,17 +110,17 @@ def over_channels(name: str, dtype: str, rows: int, channels: int, *args: Any) -
 
 
 def or_null(array: Any | None) -> Any:
-    """An argument of a kernel that may be missing: then a null pointer."""
+    """An optional argument of a kernel: a null pointer if None."""
     return 0 if array is None else array
 
 
 def block_size(count: int) -> int:
-    """Threads for `count` pieces of work: whole warps, at most THREADS."""
+    """Threads for `count` work items: whole warps, at most THREADS."""
     return min(THREADS, max(1, -(-count // _WARP)) * _WARP)
 
 
 def _width(length: int, most: int, args: tuple[Any, ...]) -> int:
-    """How many numbers may be read at a time from rows of that length (views may begin anywhere)."""
+    """How many elements may be read at a time from rows of that length, given the alignment of the arguments."""
     arrays = [a for a in args if isinstance(a, cupy.ndarray)]
     for width in (8, 4):
         if width <= most and length % width == 0 and all(a.data.ptr % (width * a.itemsize) == 0 for a in arrays):
@@ -132,27 +132,27 @@ def _width(length: int, most: int, args: tuple[Any, ...]) -> int:
 
 
 def compute_dtype(dtype: str) -> Any:
-    """The NumPy dtype of the arrays that model code sees in a model of that dtype."""
+    """The NumPy dtype of the arrays that model code of a model of that dtype handles."""
     return np.dtype(DEVICE_TYPES[dtype][0])
 
 
 def model_dtype(x: Any) -> str:
-    """The dtype of the model that an array which products read belongs to."""
+    """The dtype of the model that an operand of a product belongs to."""
     return _BY_CHARACTER[x.dtype.char]
 
 
 def storage_dtype(dtype: str) -> Any:
-    """The NumPy dtype of the arrays that products read in a model of that dtype."""
+    """The NumPy dtype of the operands of products in a model of that dtype."""
     return np.dtype(DEVICE_TYPES[dtype][1])
 
 
 def to_storage(x: Any, dtype: str) -> Any:
-    """`x`, contiguous, as products of a model of that dtype read it."""
+    """`x`, contiguous, as an operand of products in a model of that dtype."""
     return _converted(x, dtype, storage_dtype(dtype), "A, T")
 
 
 def to_compute(x: Any, dtype: str) -> Any:
-    """`x`, contiguous, in the dtype that model code sees."""
+    """`x`, contiguous, in the dtype that model code handles."""
     return _converted(x, dtype, compute_dtype(dtype), "T, A")
 
 

@@ -27,11 +27,11 @@ from .kernels import (
 from .prepare import DeviceBatchNorm, DeviceConv, DeviceDeconv, DeviceLinear
 
 Array = Any
-WORK_BYTES = 1 << 30  # of the products of a convolution that are held at a time
+WORK_BYTES = 1 << 30  # limit for the products of a convolution in memory at a time
 
 
 def conv2d(x: Array, conv: DeviceLinear) -> Array:  # (B, C, h, w) -> (B, out, h, w)
-    """See `reference.conv2d`, for square kernels; no model has a layer of this kind that is not 1x1."""
+    """See `reference.conv2d`, for square kernels; in the models these layers are all 1x1."""
     side, (out, length) = conv.kernel[0], conv.weight.shape
     taps = conv.weight.reshape(out, length // side**2, side**2).transpose(2, 0, 1)
     return _convolve(x, cupy.ascontiguousarray(taps), conv.bias, PLAIN, conv.dtype)
@@ -59,7 +59,7 @@ def _convolve(x: Array, taps: Array, bias: Array | None, kind: int, dtype: str) 
 def conv_bn_relu_resized(
     maps: Sequence[Array], layer: DeviceConv, size: tuple[int, int]
 ) -> Array:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
-    """See `reference.conv_bn_relu_resized`.  Raises ValueError for maps whose channels are not those of the layer."""
+    """See `reference.conv_bn_relu_resized`.  Raises ValueError if the maps' channels do not match the layer."""
     channels = [x.shape[1] for x in maps]
     if sum(channels) != layer.taps.shape[2]:
         raise ValueError(f"conv_bn_relu_resized: expected {layer.taps.shape[2]} channels, found maps of {channels}")
@@ -81,10 +81,10 @@ def conv_bn_relu_resized(
 
 
 def _by_taps(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, kind: int, dtype: str) -> None:
-    """y = f(conv(x) + bias), or f(y + conv(x)) where `add`.
+    """y = f(conv(x) + bias), or f(y + conv(x)) if `add`.
 
-    With a border of zeros around it, a map read from its tap's place on is what that tap multiplies: one accumulating
-    product for each, whose last columns of every row are rubbish that `finish_padded` leaves out.
+    x is padded with zeros; each tap is one accumulating product with the padded map shifted to the tap's position.  The
+    last columns of every row of the result are garbage, which `finish_padded` leaves out.
     """
     B, h, w, C = x.shape
     side, out = round(len(taps) ** 0.5), taps.shape[1]
@@ -105,10 +105,10 @@ def _by_taps(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, kin
 
 
 def _enlarged(x: Array, taps: Array, bias: Array | None, y: Array, add: bool, kind: int, dtype: str) -> None:
-    """y = f(conv(enlarge(x)) + bias), or f(y + conv(enlarge(x))) where `add`; x is enlarged to y's size."""
+    """y = f(conv(enlarge(x)) + bias), or f(y + conv(enlarge(x))) if `add`; x is enlarged to y's size."""
     B, old_h, old_w, C = x.shape
     side, (h, w, out) = round(len(taps) ** 0.5), y.shape[1:]
-    weight = taps.reshape(-1, C)  # a view: taps follow one another at the same distance as their rows
+    weight = taps.reshape(-1, C)  # a view: rows have one stride across all taps
     for images in _images(B, old_h * old_w * len(weight) * y.itemsize):
         count = len(x[images])
         z = cupy.empty((count * old_h * old_w, len(weight)), y.dtype)
@@ -192,13 +192,13 @@ def first(y: Array) -> Array:  # (B, h, w, C) -> (B, C, h, w)
 
 
 def _plain(x: Array) -> tuple[Array, str]:
-    """A map channels-last, and a dtype whose kernels serve it, for ops without weights."""
+    """A map channels-last, and the dtype whose kernels to use, for ops without weights."""
     dtype = model_dtype(x)
     source = last(x, dtype)
     return source, source.dtype.name
 
 
 def _images(B: int, bytes_each: int) -> Iterator[slice]:
-    """The images of a batch, as many at a time as WORK_BYTES allow."""
+    """Slices of the batch, with as many images at a time as WORK_BYTES allows."""
     count = max(1, WORK_BYTES // max(bytes_each, 1))
     return (slice(start, min(start + count, B)) for start in range(0, B, count))

@@ -1,6 +1,6 @@
-"""`prepare`: the parameters on the device, as products and kernels read them, made once when a model is loaded.
+"""`prepare`: the parameters on the device, in the layout of products and kernels, made once when a model is loaded.
 
-Matrices are stored in the model's dtype; biases, norms, layer scales and bias tables in the one that is calculated in.
+Matrices are stored in the model's dtype; biases, norms, layer scales and bias tables in the dtype of model code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = Any
 
 @dataclass(frozen=True)
 class DeviceLinear:
-    """A linear layer, or a convolution whose kernel was flattened as it stood."""
+    """A linear layer, or a convolution with flattened kernels."""
 
     weight: Array  # (out, in * kernel height * kernel width)
     bias: Array | None  # (out,)
@@ -62,7 +62,7 @@ class DeviceNorm:
 
 @dataclass(frozen=True)
 class DeviceConv:
-    """A square convolution of odd side with its batch norm folded in, as one matrix for each place of the kernel."""
+    """A convolution with odd square kernels and its batch norm folded in, as one matrix per tap."""
 
     taps: Array  # (side * side, out, C)
     bias: Array  # (out,)
@@ -97,7 +97,7 @@ class DeviceBatchNorm:
 def prepare(params: Any, keep_source: bool = False, dtype: str = "float32") -> Any:
     """Uploads a parameter tree for a model of that dtype.
 
-    `keep_source` keeps the leaves as they were in `.source`, for NumPy ops that are to run beside those of the device.
+    `keep_source` keeps the original leaves in `.source`, for NumPy ops that run beside those of the device.
     """
     return _Preparation(dtype, keep_source).tree(params)
 
@@ -155,7 +155,7 @@ class _Preparation:
         return DeviceAttention(qkv, self.linear(p.output), self.source(p))
 
     def conv_bn(self, p: ConvBatchNorm, full_size: int = 0) -> DeviceConv:
-        """The first `full_size` input channels see maps of the output's own size: Winograd serves them."""
+        """The first `full_size` input channels come from maps of the output's size; Winograd is used for them."""
         scale, shift = fold(p.bn, p.conv.bias)
         weight = np.asarray(p.conv.weight) * scale[:, None, None, None]  # float64
         out, C, side, _ = weight.shape
@@ -165,7 +165,7 @@ class _Preparation:
         return DeviceConv(taps, self.seen(shift), winograd, self.dtype, self.source(p))
 
     def head(self, p: UperHead) -> UperHead:
-        """Winograd's form for what sees maps of full size; the map of `psp_bottleneck` is small."""
+        """The head's layers, with Winograd's form for maps of full size; the map of `psp_bottleneck` is small."""
         out, C = p.fpn_bottleneck.conv.weight.shape[:2]
         fast: dict[str, Any] = {
             "fpn_convs": tuple(self.conv_bn(layer, layer.conv.weight.shape[1]) for layer in p.fpn_convs),
@@ -178,7 +178,7 @@ class _Preparation:
         return p if self.keep_source else None
 
     def seen(self, array: Array) -> Array:
-        """On the device.  Columns of a table lie together, as one head of a bias table is read at a time."""
+        """`array` on the device.  Tables are stored by column, as kernels read one head of a bias table at a time."""
         array = np.asarray(array, compute_dtype(self.dtype))
         if array.ndim == 2:
             return cupy.asarray(np.ascontiguousarray(array.T)).T

@@ -1,7 +1,7 @@
-"""Ops on rows of numbers: layer norm and linear layers with what follows them in the same kernel.
+"""Ops on rows: layer norm, and linear layers fused with the operations that follow them.
 
-Where a model is float16 or bfloat16, products read and their direct outputs are of that dtype; the residual stream,
-logits and everything else that model code calculates with are float32.
+In float16 and bfloat16 models the operands and direct results of products have that dtype; the residual stream, the
+logits and all other arrays of model code are float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Array = Any
 
 
 def layer_norm(x: Array, norm: DeviceNorm, eps: float) -> Array:  # (..., D) -> (..., D)
-    """See `reference.layer_norm`.  The result is what products read."""
+    """See `reference.layer_norm`.  The result has the dtype of products' operands."""
     x = to_compute(x, norm.dtype)
     y = cupy.empty(x.shape, storage_dtype(norm.dtype))
     D = x.shape[-1]
@@ -45,7 +45,7 @@ def linear(x: Array, layer: DeviceLinear) -> Array:  # (..., in) -> (..., out)
 
 
 def linear_activation(x: Array, layer: DeviceLinear, activation: str) -> Array:  # (..., in) -> (..., out)
-    """See `reference.linear_activation`.  The result is what products read."""
+    """See `reference.linear_activation`.  The result has the dtype of products' operands."""
     y = _product(x, layer, storage_dtype(layer.dtype))
     bias_activation(y, layer, ACTIVATIONS[activation], "T")
     return y

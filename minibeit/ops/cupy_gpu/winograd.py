@@ -1,9 +1,9 @@
-"""3x3 convolution by Winograd's F(2x2, 3x3): 16 products of tiles in place of 36, in float32.
+"""3x3 convolution by Winograd's F(2x2, 3x3): 16 multiplications per tile instead of 36, in float32.
 
-Output tiles of 2x2 come from input tiles of 4x4:  Y = A^T [ (G g G^T) * (B^T d B) ] A, where * multiplies number by
-number; summed over input channels that is one matrix product for each of the 16 places.  Points 0, 1, -1 and infinity.
-F(4x4, 3x3), which CPUs use, saves twice as much and costs digits: single numbers of a large map are 10 times as far off
-as by the direct sum.  These are two times as far off.  Source: Lavin and Gray 2015.
+Output tiles of 2x2 come from input tiles of 4x4:  Y = A^T [ (G g G^T) * (B^T d B) ] A, where * is elementwise; summed
+over input channels, that is one matrix product for each of the 16 elements of a tile.  Points 0, 1, -1 and infinity.
+F(4x4, 3x3), which the CPU backend uses, saves twice as much but is less accurate: single elements of a large map have
+10 times the error of the direct sum, here twice.  Source: Lavin and Gray 2015.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def transformed(weight: np.ndarray) -> np.ndarray:  # (out, C, 3, 3) -> (16, out
 
 
 def convolve(x: Array, weight: Array, bias: Array | None, y: Array, add: bool, kind: int) -> None:
-    """y = f(conv(x) + bias), or f(y + conv(x)) where `add`; x (B, h, w, C), y (B, h, w, out), weight (16, out, C)."""
+    """y = f(conv(x) + bias), or f(y + conv(x)) if `add`; x (B, h, w, C), y (B, h, w, out), weight (16, out, C)."""
     B, h, w, C = x.shape
     out = y.shape[3]
     tiles = B * -(-h // TILE) * -(-w // TILE)

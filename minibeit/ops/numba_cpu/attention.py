@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .arguments import ATTENTION
 from .machine_code import Kernel
 from .memory import NOTHING, operand, result
 from .operands import contiguous, scalar
@@ -17,7 +19,7 @@ _QUERY_ROWS = 384 // MR * MR  # query rows per task, at most; each task packs it
 _TASKS_PER_THREAD = 8
 
 
-_attention = Kernel("minibeit.ops.numba_cpu.kernels.attention", "attention")
+_attention = Kernel("minibeit.ops.numba_cpu.kernels.attention", "attention", arguments=ATTENTION)
 
 
 def can_fuse(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> bool:
@@ -35,17 +37,37 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.
     """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread."""
     B, H, N, d = q.shape
     context, output, context_bytes = result((B, N, H * d))
-    table, layout = NOTHING, (0, 0, 0)
-    offsets = 0
+    table, offsets, layout = NOTHING, 0, (0, 0, 0)
     if bias is not None:
         values = contiguous(bias.table)
-        table, layout = operand(values), (values.strides[0], *bias.grid)
-        offsets = len(values)
-    halves = get_num_threads() * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
-    rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
-    operands = operand(q), operand(k), operand(v), output, scalar(d**-0.5), table
-    numbers = H, N, d, rows, *q.strides[:3], context_bytes, *layout
+        table, offsets, layout = operand(values), len(values), (values.strides[0], *bias.grid)
+    operands = ATTENTION.operands(
+        q=operand(q), k=operand(k), v=operand(v), context=output, scale=scalar(d**-0.5), table=table
+    )
+    tasks, numbers, scratch = _work(q.shape, q.strides[:3], context_bytes, offsets, layout, get_num_threads())
+    run(_attention, tasks, operands, numbers, scratch)
+    return context
+
+
+@lru_cache(maxsize=64)
+def _work(
+    shape: tuple[int, int, int, int],
+    strides: tuple[int, int, int],
+    context_bytes: int,
+    offsets: int,
+    layout: tuple[int, int, int],
+    threads: int,
+) -> tuple[int, tuple[int, ...], int]:
+    """(tasks, the kernel's numbers, bytes of scratch memory), the same from block to block and image to image."""
+    B, H, N, d = shape
+    halves = threads * _TASKS_PER_THREAD > B * H  # so that a thread that lost time is not waited for
+    query_rows = min(_QUERY_ROWS, -(-N // (2 * MR)) * MR if halves else N)
+    (image_bytes, head_bytes, row_bytes), (table_bytes, grid_rows, grid_columns) = strides, layout
+    numbers = ATTENTION.numbers(
+        heads=H, count=N, size=d, query_rows=query_rows, image_bytes=image_bytes, head_bytes=head_bytes,
+        row_bytes=row_bytes, context_bytes=context_bytes, table_bytes=table_bytes, grid_rows=grid_rows,
+        grid_columns=grid_columns,
+    )  # fmt: skip
     up = -(-N // LANES) * LANES
     floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64
-    run(_attention, B * H * -(-N // rows), operands, numbers, 4 * floats + 128)
-    return context
+    return B * H * -(-N // query_rows), numbers, 4 * floats + 128

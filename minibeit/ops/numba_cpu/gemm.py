@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from .arguments import PLAIN, PRODUCT
 from .machine_code import Kernel
-from .memory import NOTHING, Operand, operand, result
+from .memory import NOTHING, operand, result
 from .operands import contiguous, rows
 from .pack import PackedLinear
 from .pool import get_num_threads
 from .queue import run
 from .target import LANES, MR, NR, STEPS
 
-PLAIN, GELU, RELU, RESIDUAL = 0, 1, 2, 3  # what follows + bias
 ROW_BLOCK = (204 if LANES == 16 else 102) // MR * MR  # rows that one task keeps in the second-level cache
 TILE_BYTES = MR * NR * 4
 _TASKS = 96
@@ -22,7 +23,7 @@ _LONG = 2000  # steps; two longer panels would not fit a second-level cache, so 
 _SMALL = 1 << 20  # multiplications; some ten microseconds
 
 
-_product = Kernel("minibeit.ops.numba_cpu.kernels.gemm", "product")
+_product = Kernel("minibeit.ops.numba_cpu.kernels.gemm", "product", arguments=PRODUCT)
 
 
 def product(
@@ -31,62 +32,88 @@ def product(
     mode: int = PLAIN,
     scale: np.ndarray | None = None,
     residual: np.ndarray | None = None,
-    at_once: int = STEPS,
+    steps_per_sum: int = STEPS,
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """f(x W^T + b) in float32, f being `mode`: nothing, GELU, ReLU, or residual + scale * ( ).
 
-    `at_once` products are summed in one go.  The result's rows may lie further apart than their length (see
-    `memory.result`).
+    Sums are made of partial sums of `steps_per_sum` products.  The distance between the result's rows may be more than
+    their length (see `memory.result`).
     """
     x_rows, count, x_bytes = rows(x)
-    y, c, y_bytes = result((*x.shape[:-1], layer.out))
+    y, y_rows, y_bytes = result((*x.shape[:-1], layer.out))
     factors, addend, addend_bytes = NOTHING, NOTHING, 0
     if scale is not None:
         factors = operand(contiguous(scale))
     if residual is not None:
         addend, _, addend_bytes = rows(residual)
-    layout = row_layout(count, layer.panels.shape[0], y_bytes)
-    (panels, bias), out, steps = layer.operands, layer.out, layer.steps
-    panel_bytes = 4 * NR * steps
+    (panels, bias), out, steps, threads = layer.operands, layer.out, layer.panels.shape[1], get_num_threads()
     half = steps // 2 if steps > _LONG and out % NR == 0 else 0
     if half:
-        whole = (*layout, panel_bytes, at_once, 0)
-        run_products(1, (x_rows, panels, bias, c), (x_bytes, count, half, out), (y_bytes, PLAIN, 0), whole)
+        operands = PRODUCT.operands(x=x_rows, panels=panels, bias=bias, y=y_rows, scale=NOTHING, residual=NOTHING)
+        tasks, numbers, small = _one_product(
+            count, half, out, x_bytes, y_bytes, PLAIN, 0, 4 * NR * steps, steps_per_sum, False, threads
+        )
+        run(_product, tasks, operands, numbers, TILE_BYTES, small)
         x_rows, panels = x_rows.at(4 * half), panels.at(4 * NR * half)
-    operands, sizes = (x_rows, panels, bias, c, factors, addend), (x_bytes, count, steps - half, out)
-    run_products(1, operands, sizes, (y_bytes, mode, addend_bytes), (*layout, panel_bytes, at_once, half))
+    operands = PRODUCT.operands(x=x_rows, panels=panels, bias=bias, y=y_rows, scale=factors, residual=addend)
+    tasks, numbers, small = _one_product(
+        count, steps - half, out, x_bytes, y_bytes, mode, addend_bytes, 4 * NR * steps, steps_per_sum, half > 0, threads
+    )
+    run(_product, tasks, operands, numbers, TILE_BYTES, small)
     return y
 
 
-def run_products(
-    number: int,
-    operands: tuple[Operand, ...],
-    sizes: tuple[int, int, int, int],
-    outputs: tuple[int, int, int],
-    layout: tuple[int, ...],
-) -> None:
-    """Runs `number` products; see `kernels/gemm.py` for the arguments, in its order.  Scale and residual may lack."""
-    (_, count, steps, out), blocks, group = sizes, layout[1], layout[2]
+@lru_cache(maxsize=256)
+def _one_product(
+    count: int,
+    steps: int,
+    out: int,
+    x_bytes: int,
+    y_bytes: int,
+    mode: int,
+    residual_bytes: int,
+    panel_bytes: int,
+    steps_per_sum: int,
+    accumulate: bool,
+    threads: int,
+) -> tuple[int, tuple[int, ...], bool]:
+    """(tasks, the kernel's numbers, whether they are `small` work), the same from block to block and image to image."""
+    return _work(
+        1, x_bytes=x_bytes, count=count, steps=steps, out=out, y_bytes=y_bytes, mode=mode,
+        residual_bytes=residual_bytes, panel_bytes=panel_bytes, steps_per_sum=steps_per_sum,
+        accumulate=int(accumulate), **row_layout(count, -(-out // NR), y_bytes, threads),
+    )  # fmt: skip
+
+
+def run_products(products: int, operands: tuple[Any, ...], **numbers: int) -> None:
+    """Runs `products` products that differ only in addresses; operands and numbers are those of `PRODUCT`."""
+    tasks, values, small = _work(products, **numbers)
+    run(_product, tasks, operands, values, TILE_BYTES, small)
+
+
+def _work(products: int, **numbers: int) -> tuple[int, tuple[int, ...], bool]:
+    count, steps, out = numbers["count"], numbers["steps"], numbers["out"]
     panels = -(-out // NR)
-    tasks = number * blocks * -(-panels // group)
-    small = number * count * steps * out < _SMALL
-    if len(operands) == 4:
-        operands = (*operands, NOTHING, NOTHING)
-    run(_product, tasks, operands, (*sizes, *outputs, *layout), TILE_BYTES, small)
+    tasks = products * numbers["blocks"] * -(-panels // numbers["group"])
+    return tasks, PRODUCT.numbers(**numbers), products * count * steps * out < _SMALL
 
 
-def row_layout(count: int, panels: int, c_bytes: int) -> tuple[int, ...]:
-    """The layout of one product whose rows all lie `c_bytes` apart, but for its last three numbers."""
-    return (*task_layout(count, panels, get_num_threads()), MR, MR * c_bytes, 0, 0, 0)
+def row_layout(count: int, panels: int, y_bytes: int, threads: int) -> dict[str, int]:
+    """The numbers of `PRODUCT` for one product of rows that lie `y_bytes` apart: its tasks and where they write."""
+    side, blocks, group = task_layout(count, panels, threads)
+    return {
+        "side": side, "blocks": blocks, "group": group, "unit": MR, "y_unit_bytes": MR * y_bytes,
+        "x_product_bytes": 0, "y_pair_bytes": 0, "y_odd_bytes": 0,
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=256)
 def task_layout(count: int, panels: int, threads: int) -> tuple[int, int, int]:
-    """(blocks of rows side by side, blocks, panels per task) for a product of `count` rows on `threads` threads.
+    """(neighbouring blocks of rows that share a pass, blocks, panels per task) of `count` rows on `threads` threads.
 
-    Rows are cut into stripes that stay in a second-level cache while the panels pass, each thread having stripes of its
-    own where that leaves them high enough.  A stripe goes as several blocks side by side where it takes that to make
-    some 100 tasks, so that a thread that lost time is not waited for.
+    Rows are split into stripes that stay in a second-level cache while the panels pass, each thread having stripes of
+    its own where that leaves them high enough.  A stripe is split into several neighbouring blocks where it takes that
+    to make some 100 tasks, so that a thread that lost time is not waited for.
     """
     stripes = max(1, round(count / ROW_BLOCK))
     shared_out = -(-stripes // threads) * threads

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import HEADER
+
 ACTIVE = os.environ.get("MINIBEIT_GUARD", "") not in ("", "0")
 if ACTIVE and not sys.platform.startswith("linux"):
     raise RuntimeError(f"MINIBEIT_GUARD: guard mode protects pages as Linux does, found {sys.platform}; unset it.")
@@ -142,9 +144,9 @@ def before(jobs: Sequence[Any], records: array[int], threads: int) -> Any:
             _check(f"argument {i} of a kernel", address, owner)
         size = -(-job.scratch // _PAGE) * _PAGE
         scratch = _scratch(min(job.threads, threads), job.scratch)
-        records[place + 4], records[place + 5] = scratch.start + _PAGE + size - job.scratch, size + _PAGE
+        records[place + HEADER], records[place + HEADER + 1] = scratch.start + _PAGE + size - job.scratch, size + _PAGE
         kept.append((scratch, addresses))
-        place += 4 + records[place + 3]
+        place += HEADER + records[place + HEADER - 1]
     return kept
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from llvmlite import binding as llvm
 
 from . import cache
+from .arguments import Arguments
 from .target import target_machine
 
 _lock = threading.RLock()  # one thread loads or compiles
@@ -32,11 +33,12 @@ ALL: list[Kernel] = []
 class Kernel:
     """The function `name` of `module`, which takes `arity` integers, returns nothing and runs without the GIL.
 
-    A task kernel is called as `name(arguments, task, thread)`; `arguments` is the address of int64 numbers.
+    A task kernel is called as `name(args, task, thread)`; `args` is the address of the int64 numbers
+    that `arguments` names.
     """
 
-    def __init__(self, module: str, name: str, arity: int = 3) -> None:
-        self.module, self.name, self.arity = module, name, arity
+    def __init__(self, module: str, name: str, arity: int = 3, arguments: Arguments | None = None) -> None:
+        self.module, self.name, self.arity, self.arguments = module, name, arity, arguments
         self._address = 0
         self._engine: Any = None  # owns the machine code
         self._call: Any = None

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from . import gemm
-from .memory import constant_operand, padded, result
+from .arguments import PLAIN, PRODUCT, RELU
+from .memory import NOTHING, constant_operand, padded, result
 from .operands import rows
 from .pack import PackedLinear
 from .packed import Packed
-from .spread import PackedTaps, convolve_enlarged, spread
+from .spread import PackedTaps, convolve_enlarged, enlarge_into
 from .target import LANES, NR, STEPS
 from .winograd import PackedWinograd, convolve
 
@@ -41,22 +42,22 @@ class PackedDeconv(Packed):
     source: Any = None
 
 
-def last(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, h, w, C)
-    """The map channels-last, float32 and with the numbers of a pixel side by side; copied only if they are not."""
+def to_channels_last(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, h, w, C)
+    """The map channels-last, float32, the elements of a pixel contiguous; copied only if they are not."""
     y = x.transpose(0, 2, 3, 1)
     if y.dtype != np.float32 or (y.strides[3] != 4 and y.shape[3] > 1) or min(y.strides) < 0:
         y = np.ascontiguousarray(y, np.float32)
     return y
 
 
-def first(y: np.ndarray) -> np.ndarray:  # (B, h, w, C) -> (B, C, h, w)
+def to_channels_first(y: np.ndarray) -> np.ndarray:  # (B, h, w, C) -> (B, C, h, w)
     """The map as callers see it; the memory stays as it is."""
     return y.transpose(0, 3, 1, 2)
 
 
 def conv_1x1(x: np.ndarray, layer: PackedLinear, relu: bool) -> np.ndarray:
     """A linear layer on every pixel, and max(0, ) of it with `relu`."""
-    return first(gemm.product(last(x), layer, gemm.RELU if relu else gemm.PLAIN))
+    return to_channels_first(gemm.product(to_channels_last(x), layer, RELU if relu else PLAIN))
 
 
 def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int]) -> np.ndarray:
@@ -65,25 +66,27 @@ def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int
     for i, (x, part) in enumerate(zip(maps, layer.parts, strict=True)):
         bias, relu = layer.bias if i == 0 else None, i == len(maps) - 1
         if isinstance(part, PackedWinograd):
-            convolve(last(x if x.shape[2:] == size else resize(x, size)), part, bias, relu, y)
+            convolve(to_channels_last(x if x.shape[2:] == size else resize(x, size)), part, bias, relu, y)
         else:
-            convolve_enlarged(last(x), part, bias, relu, y)
-    return first(y)
+            convolve_enlarged(to_channels_last(x), part, bias, relu, y)
+    return to_channels_first(y)
 
 
 def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndarray:
     """Four products, one for each corner of the 2x2 squares; the rows of one product go to every second pixel."""
     B, C, h, w = x.shape
-    x_rows, count, x_bytes = rows(last(x))
+    x_rows, count, x_bytes = rows(to_channels_last(x))
     y, output, pixel = result((B, 2 * h, 2 * w, layer.out))
-    row = y.strides[1]
+    row, panels, bias = y.strides[1], constant_operand(layer.panels), constant_operand(layer.bias)
     group = gemm.panel_group(layer.panels.shape[1], 4 * B * h)
     gemm.run_products(
-        4, (x_rows, constant_operand(layer.panels), constant_operand(layer.bias), output),
-        (x_bytes, count, C, layer.out), (2 * pixel, mode, 0),
-        (1, B * h, group, w, 2 * row, 0, row, pixel, C * NR * 4, STEPS, 0),
+        4,
+        PRODUCT.operands(x=x_rows, panels=panels, bias=bias, y=output, scale=NOTHING, residual=NOTHING),
+        x_bytes=x_bytes, count=count, steps=C, out=layer.out, y_bytes=2 * pixel, mode=mode, residual_bytes=0,
+        side=1, blocks=B * h, group=group, unit=w, y_unit_bytes=2 * row, x_product_bytes=0, y_pair_bytes=row,
+        y_odd_bytes=pixel, panel_bytes=C * NR * 4, steps_per_sum=STEPS, accumulate=0,
     )  # fmt: skip
-    return first(y)
+    return to_channels_first(y)
 
 
 def can_resize(x: np.ndarray) -> bool:
@@ -93,27 +96,27 @@ def can_resize(x: np.ndarray) -> bool:
 
 def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear, for a number of channels that is a multiple of LANES."""
-    source = last(x)
+    source = to_channels_last(x)
     y = padded((x.shape[0], *size, x.shape[1]))
-    spread(source, y, 0, x.shape[1], 1, None, False, False)
-    return first(y)
+    enlarge_into(y, source)
+    return to_channels_first(y)
 
 
 def max_pool(x: np.ndarray) -> np.ndarray:
     """The largest of every 2x2 square, channels last."""
     B, C, h, w = x.shape
-    y = last(x)[:, : h // 2 * 2, : w // 2 * 2]
+    y = to_channels_last(x)[:, : h // 2 * 2, : w // 2 * 2]
     upper = np.maximum(y[:, ::2, ::2], y[:, ::2, 1::2])
-    return first(np.maximum(upper, np.maximum(y[:, 1::2, ::2], y[:, 1::2, 1::2])))
+    return to_channels_first(np.maximum(upper, np.maximum(y[:, 1::2, ::2], y[:, 1::2, 1::2])))
 
 
 def average_pool(x: np.ndarray, size: int) -> np.ndarray:
     """Means over size x size cells, channels last, summed in float64."""
     B, C, h, w = x.shape
-    source, y = last(x), np.empty((B, size, size, C), np.float32)
+    source, y = to_channels_last(x), np.empty((B, size, size, C), np.float32)
     for i in range(size):
         for j in range(size):
             lines = slice(i * h // size, -(-(i + 1) * h // size))
             columns = slice(j * w // size, -(-(j + 1) * w // size))
             y[:, i, j] = source[:, lines, columns].mean((1, 2), dtype=np.float64)
-    return first(y)
+    return to_channels_first(y)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from .arguments import LAYER_NORM, ROWS
 from .machine_code import Kernel
 from .memory import Operand, constant_operand, result
 from .operands import rows, scalar
 from .packed import Packed
 from .queue import run
 
-ROWS = 32  # rows per task
-_SMALL = 1 << 16  # numbers; some microseconds
+_SMALL = 1 << 16  # elements; some microseconds
 
 
-_layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm")
+_layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm", arguments=LAYER_NORM)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray: 
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of a float32 array."""
     x_rows, count, x_bytes = rows(x)
     y, output, y_bytes = result(x.shape)
-    operands = x_rows, *norm.operands, output, scalar(eps)
-    run(_layer_norm, -(-count // ROWS), operands, (x_bytes, count, x.shape[-1], y_bytes), small=x.size < _SMALL)
+    weight, bias = norm.operands
+    operands = LAYER_NORM.operands(x=x_rows, weight=weight, bias=bias, y=output, eps=scalar(eps))
+    numbers = _numbers(x_bytes, count, x.shape[-1], y_bytes)
+    run(_layer_norm, -(-count // ROWS), operands, numbers, small=x.size < _SMALL)
     return y
+
+
+@lru_cache(maxsize=64)
+def _numbers(x_bytes: int, count: int, width: int, y_bytes: int) -> tuple[int, ...]:
+    """The kernel's numbers, the same from block to block and image to image."""
+    return LAYER_NORM.numbers(x_bytes=x_bytes, count=count, width=width, y_bytes=y_bytes)

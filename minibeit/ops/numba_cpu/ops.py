@@ -13,6 +13,7 @@ from .. import reference
 from ..activations import ACTIVATIONS
 from ..table import TABLE
 from . import gemm
+from .arguments import GELU, PLAIN, RELU, RESIDUAL
 from .attention import attend, can_fuse
 from .maps import (
     PackedConv,
@@ -29,7 +30,7 @@ from .norm import PackedNorm, layer_norm_rows
 from .pack import PackedLinear
 from .prepare import PackedAttention, is_float32
 from .queue import flush, synchronous
-from .target import FEW_STEPS
+from .target import SHORT_SUM
 
 _GELUS = ("gelu", "gelu_python")
 _numpy = SimpleNamespace(**{name: synchronous(getattr(reference, name)) for name in TABLE})
@@ -46,7 +47,7 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear`."""
     if not _fits(x, layer):
         return _numpy.linear(x, _plain(layer))
-    return gemm.product(x, layer, at_once=FEW_STEPS)
+    return gemm.product(x, layer, steps_per_sum=SHORT_SUM)
 
 
 def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:  # (..., in) -> (..., out)
@@ -54,9 +55,9 @@ def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:
     if not _fits(x, layer):
         return _numpy.linear_activation(x, _plain(layer), activation)
     if activation in _GELUS:
-        return gemm.product(x, layer, gemm.GELU)
+        return gemm.product(x, layer, GELU)
     if activation == "relu":
-        return gemm.product(x, layer, gemm.RELU)
+        return gemm.product(x, layer, RELU)
     y = gemm.product(x, layer)
     flush()
     return ACTIVATIONS[activation](y)
@@ -68,7 +69,7 @@ def linear_residual(
     """See `reference.linear_residual`."""
     if not _fits(x, layer) or not is_float32(scale, residual) or keep is not None:
         return _numpy.linear_residual(x, _plain(layer), scale, residual, keep)
-    return gemm.product(x, layer, gemm.RESIDUAL, scale, residual)
+    return gemm.product(x, layer, RESIDUAL, scale, residual)
 
 
 def project_qkv(
@@ -133,7 +134,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
     """See `reference.conv_transpose`."""
     if not isinstance(deconv, PackedDeconv):
         return reference.conv_transpose(x, deconv)
-    return conv_transpose_2x2(x, deconv, gemm.PLAIN)
+    return conv_transpose_2x2(x, deconv, PLAIN)
 
 
 @synchronous
@@ -141,7 +142,7 @@ def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
     if not isinstance(deconv, PackedDeconv):
         return reference.conv_transpose_bn_gelu(x, deconv, bn)
-    return conv_transpose_2x2(x, deconv, gemm.GELU)
+    return conv_transpose_2x2(x, deconv, GELU)
 
 
 @synchronous

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import PACK
 from .machine_code import Kernel
 from .memory import NOTHING, Operand, aligned, constant_operand, operand
 from .packed import Packed
@@ -49,7 +50,7 @@ def hollow(shape: tuple[int, ...]) -> Hollow:
     return np.broadcast_to(np.float32(0), shape).view(Hollow)
 
 
-_pack = Kernel("minibeit.ops.numba_cpu.kernels.pack", "pack")
+_pack = Kernel("minibeit.ops.numba_cpu.kernels.pack", "pack", arguments=PACK)
 
 
 def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.ndarray | None = None) -> np.ndarray:
@@ -60,8 +61,14 @@ def pack_matrix(matrix: np.ndarray, into: np.ndarray | None = None, scale: np.nd
         into = aligned((panels, steps, NR))
     if isinstance(matrix, Hollow):
         return into
-    operands = operand(matrix), operand(into), NOTHING if scale is None else operand(scale)
-    run(_pack, panels, operands, (matrix.strides[0], out, steps, matrix.strides[1]))
+    factors = NOTHING if scale is None else operand(scale)
+    row_bytes, step_bytes = matrix.strides
+    run(
+        _pack,
+        panels,
+        PACK.operands(matrix=operand(matrix), panels=operand(into), scale=factors),
+        PACK.numbers(row_bytes=row_bytes, out=out, steps=steps, step_bytes=step_bytes),
+    )
     return into
 
 

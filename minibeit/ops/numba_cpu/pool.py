@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import guard
+from .arguments import CONTROL_BYTES, LEFT, MORE, RECORD, STARTED
 from .cpus import usable_cpus
 from .machine_code import Kernel
 from .memory import Operand, aligned, constant_operand
 
-SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
-MORE, STARTED, RECORD, LEFT = 224, 232, 240, 248  # bytes from the start of the control block, see kernels/pool.py
-_CONTROL_BYTES = 256 + 64 * SHARES
 SLICE = 20_000_000  # nanoseconds that the caller spends in machine code at a time: in between Python sees signals
 
 _execute = Kernel("minibeit.ops.numba_cpu.kernels.pool", "execute", 2)
@@ -50,7 +48,7 @@ class _Pool:
         self.lock = threading.RLock()
         self.busy = False  # the thread that holds the lock has jobs running
         self.running: Any = None  # what a call uses that may not have ended
-        self.control = aligned((_CONTROL_BYTES // 8,), np.int64)
+        self.control = aligned((CONTROL_BYTES // 8,), np.int64)
         self.control[:] = 0
         self.address = constant_operand(self.control).address
         self.workers: list[tuple[Operand, threading.Semaphore]] = []

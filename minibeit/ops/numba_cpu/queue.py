@@ -69,14 +69,15 @@ def run(
 ) -> None:
     """Runs `kernel(arguments, task, thread)` for each task, or notes that as a job for the queue.
 
-    The kernel's arguments are the address of the scratch memory, the bytes of it for each thread (at least `scratch`),
-    the addresses of `operands` (0 for NOTHING), then `numbers`.  `small` work, of some microseconds, is done by the
-    calling thread alone.
+    The kernel gets the address of the scratch memory, the bytes of it for each thread (at least `scratch`), the
+    addresses of `operands` (0 for NOTHING), then `numbers`; both are made by its `Arguments`.  `small` work, of some
+    microseconds, is done by the calling thread alone.
     """
     threads = 1 if small else min(get_num_threads(), tasks)
     size = -(-scratch // 64) * 64 + 64  # never a multiple of a page on which the threads' scratch would alias
-    addresses = [o.address for o in operands]
-    job = Job(kernel.address, tasks, threads, size, (*addresses, *numbers), [o.owner for o in operands])
+    arguments = [o.address for o in operands]
+    arguments += numbers
+    job = Job(kernel.address, tasks, threads, size, arguments, [o.owner for o in operands])
     queue = _local.queue
     if queue is None:
         execute([job])

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from ..reference.maps import bilinear_taps
-from .gemm import PLAIN, row_layout, run_products
+from .arguments import ENLARGE, PLAIN, PRODUCT
+from .gemm import row_layout, run_products
 from .machine_code import Kernel
 from .memory import NOTHING, aligned, constant_operand, operand, result
 from .operands import rows
 from .pack import pack_matrix, padded_bias
 from .packed import Packed
+from .pool import get_num_threads
 from .queue import run
 from .target import NR, STEPS
 
@@ -62,22 +64,37 @@ def _sources(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(indices, 1).astype(np.int64), np.stack(weights, 1).astype(np.float32)
 
 
-_spread = Kernel("minibeit.ops.numba_cpu.kernels.spread", "spread")
+_enlarge = Kernel("minibeit.ops.numba_cpu.kernels.spread", "enlarge", arguments=ENLARGE)
 
 
-def spread(
-    z: np.ndarray, y: np.ndarray, channel: int, size: int, side: int, bias: np.ndarray | None, add: bool, relu: bool
+def enlarge_into(
+    y: np.ndarray,
+    z: np.ndarray,
+    channel: int = 0,
+    taps: int = 1,
+    bias: np.ndarray | None = None,
+    add: bool = False,
+    relu: bool = False,
 ) -> None:
-    """Enlarges z (B, h', w', side * side * size) into channels `channel` ... + size of y (B, h, w, C), which it fills
-    (from `bias`) or adds to."""
+    """Enlarges z (B, h', w', taps * taps * C) into C channels of y (B, h, w, ...), beginning with `channel`.
+
+    y is filled, from `bias` if there is one, or added to.
+    """
     B, h, w, _ = y.shape
-    start = 4 * channel
-    first = NOTHING if bias is None else constant_operand(bias).at(start)
-    sources = [constant_operand(x) for x in (*_sources(z.shape[1], h), *_sources(z.shape[2], w))]
-    run(_spread, B * h, (operand(z), operand(y).at(start), first, *sources), (
-        z.strides[2], z.strides[1], z.strides[0], z.shape[2], y.strides[2], y.strides[1], y.strides[0], h, w,
-        side, size, int(add), int(relu),
-    ), side * z.shape[2] * size * 4)  # fmt: skip
+    start, channels = 4 * channel, z.shape[3] // taps**2
+    row_sources, row_factors = (constant_operand(a) for a in _sources(z.shape[1], h))
+    column_sources, column_factors = (constant_operand(a) for a in _sources(z.shape[2], w))
+    operands = ENLARGE.operands(
+        z=operand(z), y=operand(y).at(start), bias=NOTHING if bias is None else constant_operand(bias).at(start),
+        row_sources=row_sources, row_factors=row_factors, column_sources=column_sources,
+        column_factors=column_factors,
+    )  # fmt: skip
+    numbers = ENLARGE.numbers(
+        z_pixel_bytes=z.strides[2], z_row_bytes=z.strides[1], z_image_bytes=z.strides[0], small_width=z.shape[2],
+        y_pixel_bytes=y.strides[2], y_row_bytes=y.strides[1], y_image_bytes=y.strides[0], height=h, width=w,
+        taps=taps, channels=channels, add=int(add), relu=int(relu),
+    )  # fmt: skip
+    run(_enlarge, B * h, operands, numbers, taps * z.shape[2] * channels * 4)
 
 
 def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None, relu: bool, y: np.ndarray) -> None:
@@ -87,10 +104,13 @@ def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None,
     zeros, panel_bytes = constant_operand(padded_bias(None, 9 * _GROUP)), 4 * NR * layer.channels
     for panels, size in zip(layer.groups, layer.sizes):
         z, products, z_bytes = result((*x.shape[:3], 9 * size))
+        packed = constant_operand(panels)
         run_products(
-            1, (x_rows, constant_operand(panels), zeros, products),
-            (x_bytes, count, layer.channels, 9 * size), (z_bytes, PLAIN, 0),
-            (*row_layout(count, len(panels), z_bytes), panel_bytes, STEPS, 0),
+            1,
+            PRODUCT.operands(x=x_rows, panels=packed, bias=zeros, y=products, scale=NOTHING, residual=NOTHING),
+            x_bytes=x_bytes, count=count, steps=layer.channels, out=9 * size, y_bytes=z_bytes, mode=PLAIN,
+            residual_bytes=0, panel_bytes=panel_bytes, steps_per_sum=STEPS, accumulate=0,
+            **row_layout(count, len(panels), z_bytes, get_num_threads()),
         )  # fmt: skip
-        spread(z, y, channel, size, 3, bias, bias is None, relu)
+        enlarge_into(y, z, channel, taps=3, bias=bias, add=bias is None, relu=relu)
         channel += size

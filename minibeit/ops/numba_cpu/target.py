@@ -75,5 +75,5 @@ def choose_tile() -> Tile:
 
 TILE = choose_tile()
 LANES, MR, NR = TILE.lanes, TILE.rows, TILE.columns
-STEPS = 384  # products summed in one go: the rounding errors of a sum of such sums are smaller than of one long sum
-FEW_STEPS = 96  # the same for layers that take little of the time, of which the last one has the last word
+STEPS = 384  # products in a partial sum: a sum of such sums has smaller rounding errors than one long sum
+SHORT_SUM = 96  # shorter partial sums for `linear`, which takes little time: the classifier's rounding shows in logits

@@ -1,7 +1,7 @@
 """3x3 convolution by Winograd's F(4x4, 3x3): 36 products of tiles in place of 144.
 
-Output tiles of 4x4 come from input tiles of 6x6:  Y = A^T [ (G g G^T) * (B^T d B) ] A, where * multiplies number by
-number; summed over input channels that is one matrix product for each of the 36 places.  Points 0, +-NEAR, +-FAR and
+Output tiles of 4x4 come from input tiles of 6x6:  Y = A^T [ (G g G^T) * (B^T d B) ] A, where * multiplies element by
+element; summed over input channels that is one matrix product for each of the 36 places.  Points 0, +-NEAR, +-FAR and
 infinity.  Source: Lavin and Gray 2015.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .gemm import PLAIN, panel_group, run_products
+from .arguments import PLAIN, POINTS, PRODUCT, TRANSFORM_INPUT, TRANSFORM_OUTPUT, TRANSFORM_WEIGHT
+from .gemm import panel_group, run_products
 from .machine_code import Kernel
 from .memory import NOTHING, aligned, constant_operand, operand, result
 from .pack import Hollow, padded_bias
@@ -20,10 +21,6 @@ from .packed import Packed
 from .queue import run
 from .target import LANES, MR, NR, STEPS
 
-POINTS = 36
-# Of all fractions of 16 these gave the smallest peaks: over 256 channels errors of 0.7e-6 relative RMS and peaks of
-# 2.8e-6; the usual 1 and 2 give 1.6e-6 and 1.5e-5.  All that the transforms of maps multiply by is exact in float32.
-NEAR, FAR = 11 / 16, 3 / 2
 _CHUNK = 144 // MR * MR  # tiles in work at a time: 36 * 144 * 768 floats are 16 MB
 _VECTOR = 4 * LANES
 
@@ -41,9 +38,9 @@ class PackedWinograd(Packed):
         return self.panels.shape[2]
 
 
-_transform_input = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_input")
-_transform_output = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_output")
-_transform_weight = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_weight")
+_transform_input = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_input", arguments=TRANSFORM_INPUT)
+_transform_output = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_output", arguments=TRANSFORM_OUTPUT)
+_transform_weight = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_weight", arguments=TRANSFORM_WEIGHT)
 
 
 def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
@@ -54,8 +51,10 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
         return PackedWinograd(panels, out)
     if weight.strides[2:] != (12, 4):
         weight = np.ascontiguousarray(weight)
-    operands = operand(weight), operand(scale), operand(panels)
-    run(_transform_weight, panels.shape[1], operands, (*weight.strides[:2], out, channels), 6 * 3 * 4)
+    operands = TRANSFORM_WEIGHT.operands(weight=operand(weight), scale=operand(scale), panels=operand(panels))
+    out_bytes, in_bytes = weight.strides[:2]
+    numbers = TRANSFORM_WEIGHT.numbers(out_bytes=out_bytes, in_bytes=in_bytes, out=out, channels=channels)
+    run(_transform_weight, panels.shape[1], operands, numbers, 6 * 3 * 4)
     return PackedWinograd(panels, out)
 
 
@@ -71,13 +70,31 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
     group = panel_group(layer.panels.shape[1], POINTS)
     for first in range(0, total, chunk):
         tiles = min(chunk, total - first)
-        run(_transform_input, tiles, (source, tiles_in), (
-            x.strides[2], x.strides[1], x.strides[0], h, w, C, v.strides[1], v.strides[0], first,
-        ), (POINTS + 6) * _VECTOR)  # fmt: skip
-        run_products(
-            POINTS, (tiles_in, panels, zeros, tiles_out), (v.strides[1], tiles, C, layer.out), (m.strides[1], PLAIN, 0),
-            (1, 1, group, MR, 0, v.strides[0], 2 * m.strides[0], m.strides[0], C * NR * 4, STEPS, 0),
+        run(
+            _transform_input,
+            tiles,
+            TRANSFORM_INPUT.operands(x=source, v=tiles_in),
+            TRANSFORM_INPUT.numbers(
+                pixel_bytes=x.strides[2], row_bytes=x.strides[1], image_bytes=x.strides[0], height=h, width=w,
+                channels=C, tile_bytes=v.strides[1], point_bytes=v.strides[0], first_tile=first,
+            ),
+            (POINTS + 6) * _VECTOR,
         )  # fmt: skip
-        run(_transform_output, tiles, (tiles_out, target, addend), (
-            m.strides[1], m.strides[0], layer.out, y.strides[2], y.strides[1], y.strides[0], h, w, int(relu), first,
-        ), 30 * _VECTOR)  # fmt: skip
+        run_products(
+            POINTS,
+            PRODUCT.operands(x=tiles_in, panels=panels, bias=zeros, y=tiles_out, scale=NOTHING, residual=NOTHING),
+            x_bytes=v.strides[1], count=tiles, steps=C, out=layer.out, y_bytes=m.strides[1], mode=PLAIN,
+            residual_bytes=0, side=1, blocks=1, group=group, unit=MR, y_unit_bytes=0, x_product_bytes=v.strides[0],
+            y_pair_bytes=2 * m.strides[0], y_odd_bytes=m.strides[0], panel_bytes=C * NR * 4, steps_per_sum=STEPS,
+            accumulate=0,
+        )  # fmt: skip
+        run(
+            _transform_output,
+            tiles,
+            TRANSFORM_OUTPUT.operands(m=tiles_out, y=target, bias=addend),
+            TRANSFORM_OUTPUT.numbers(
+                tile_bytes=m.strides[1], point_bytes=m.strides[0], channels=layer.out, pixel_bytes=y.strides[2],
+                row_bytes=y.strides[1], image_bytes=y.strides[0], height=h, width=w, relu=int(relu), first_tile=first,
+            ),
+            30 * _VECTOR,
+        )  # fmt: skip

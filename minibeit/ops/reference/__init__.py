@@ -1,5 +1,5 @@
-"""Every op of the seam, defined in NumPy.  Fast backends have the same names and signatures and are tested against
-these.  All keep the dtype of their input (float32 or float64) and change no argument.
+"""Every op of the seam, defined in NumPy.  Fast backends use the same names and signatures and are tested against
+these.  All ops keep the dtype of their input (float32 or float64) and change no argument.
 
 arrays.py       arrays made, moved, joined and checked          maps.py      convolutions, pooling and resizing
 transformer.py  tokens: norms, linear layers, attention         losses.py    one number for a batch

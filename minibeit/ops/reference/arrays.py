@@ -1,4 +1,4 @@
-"""Ops that make, move, join and check arrays, and those that say how others run."""
+"""Ops that make, move, join and check arrays, and those that control how other ops run."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from ...params import table_rows
 
 
 def prepare(params: Any) -> Any:
-    """The parameters as this backend wants them; here as they are.  Fast backends pack, join and fold once."""
+    """The parameters in this backend's layout; here unchanged.  Fast backends pack, join and fold them, once."""
     return params
 
 
 def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:
-    """(layout, {name: array}) of what `prepare` made, for a file.  Raises ValueError where it makes nothing."""
+    """(layout, {name: array}) of prepared parameters, for a file.  Raises ValueError if the backend packs nothing."""
     raise ValueError("this backend prepares nothing that could be stored; use the backend 'numba'")
 
 
 def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
-    """What `prepare` would make of a model with these `shapes`, from what `dump` gave.  Raises ValueError."""
+    """The prepared parameters of a model with these `shapes`, from what `dump` returned.  Raises ValueError."""
     raise ValueError(f"was prepared as '{layout}', which this backend cannot read; load the original checkpoint")
 
 
 def num_threads(count: int | None) -> AbstractContextManager[Any]:
-    """Context of a call; `count` means nothing here, since NumPy follows its BLAS's settings.
+    """Context of a call; `count` is ignored here, since NumPy's BLAS has its own settings.
 
-    Underflow is no error in it whatever the caller's `np.errstate` says: softmax rounds small probabilities to zero.
+    Within it underflow is no error, whatever the caller's `np.errstate`: softmax rounds small probabilities to zero.
     """
     return np.errstate(under="ignore")
 
 
 def queued(wanted: bool = True) -> AbstractContextManager[Any]:
-    """Context in which a backend may queue its kernels and run them when it ends, if `wanted`; here ops run at once.
+    """Context in which, if `wanted`, a backend may queue its kernels until it ends; here ops run at once.
 
-    Within it no Python code but ops may read the elements of an array that an op made.
+    Within it, only ops may read the elements of an array that an op returned.
     """
     return nullcontext()
 
 
 def recompute(function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any:
-    """function(ops, *args).  A tape may keep the arguments alone, and run it again when gradients are asked for."""
+    """function(ops, *args).  A tape may save only the arguments and run it again for the gradients."""
     return function(ops, *args)
 
 
 def stage(x: Any, dtype: str) -> np.ndarray:
-    """What a caller gave, as an array of that dtype which can be checked where it lies; `asarray` then takes it in."""
+    """A caller's array converted to that dtype, not yet uploaded, so that it can be checked before `asarray`."""
     return np.asarray(as_numpy(x), dtype=dtype)
 
 
@@ -64,7 +64,7 @@ def to_host(x: np.ndarray) -> np.ndarray:
 
 
 def concatenate(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
-    """The arrays one after another along `axis`; a first axis of size 1 is broadcast, unless it is `axis` itself."""
+    """The arrays joined along `axis`; a first axis of size 1 is broadcast, unless it is `axis` itself."""
     if axis != 0:
         batch = max(array.shape[0] for array in arrays)
         arrays = [np.broadcast_to(array, (batch, *array.shape[1:])) for array in arrays]
@@ -72,7 +72,7 @@ def concatenate(arrays: Sequence[np.ndarray], axis: int) -> np.ndarray:
 
 
 def all_finite(x: np.ndarray, most: float | None = None) -> bool:
-    """Whether no element is NaN or infinite, or beyond -most ... most."""
+    """Whether every element is finite and, if `most` is given, within -most ... most."""
     if most is None or not x.size:
         return bool(np.isfinite(x).all())
     return bool(-most <= x.min() and x.max() <= most)  # either is NaN if any element is
@@ -90,9 +90,9 @@ def masked_patches(x: np.ndarray, mask: np.ndarray) -> np.ndarray:  # (B, P, D),
 
 
 def relative_position_index(grid: tuple[int, int]) -> np.ndarray:  # -> (N, N) int32
-    """Row of the bias table for every pair of tokens (query, key).
+    """The row of the bias table for every pair of tokens (query, key).
 
-    Two patches at (ha, wa) and (hb, wb): (ha - hb + gh - 1) (2 gw - 1) + (wa - wb + gw - 1).  The last three rows are
+    For patches at (ha, wa) and (hb, wb): (ha - hb + gh - 1) (2 gw - 1) + (wa - wb + gw - 1).  The last three rows are
     for [CLS] to a patch (R - 3), a patch to [CLS] (R - 2) and [CLS] to itself (R - 1).
     Source: BEiT appendix A; Attention in microsoft/unilm beit/modeling_finetune.py.
     """

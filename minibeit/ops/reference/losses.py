@@ -1,4 +1,4 @@
-"""Losses: one number for a batch, the mean over what counts."""
+"""Losses: one number per batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ def cross_entropy(
     """Mean of -log softmax(logits)[label] over the labels that are not `ignore_index`; NaN if there are none.
 
     With `smoothing` s the target of a row is 1 - s for its label plus s / K for every class.
-
     Raises ValueError for a label outside 0 to K - 1.
     """
     K = logits.shape[1]

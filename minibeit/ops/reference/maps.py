@@ -13,7 +13,7 @@ from .arrays import concatenate
 
 
 def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
-    """Convolution of odd kernel k, stride 1, zero padding k // 2: the sum over kernel taps of shifted 1x1 products."""
+    """Convolution with odd kernel size k, stride 1, zero padding k // 2: a sum of shifted 1x1 products, one per tap."""
     out, C, kh, kw = conv.weight.shape
     B, _, h, w = x.shape
     padded = np.pad(x, ((0, 0), (0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2))) if kh * kw > 1 else x
@@ -27,7 +27,7 @@ def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out,
 
 
 def batch_norm(x: np.ndarray, bn: BatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, C, h, w)
-    """(x - running_mean) / sqrt(running_var + 1e-5) * weight + bias per channel (inference form)."""
+    """(x - running_mean) / sqrt(running_var + 1e-5) * weight + bias per channel, as in inference."""
     scale = bn.weight / np.sqrt(bn.running_var + x.dtype.type(BATCH_NORM_EPS))
     y = x - bn.running_mean[:, None, None]
     y *= scale[:, None, None]
@@ -46,13 +46,14 @@ def conv_bn_relu_resized(
 ) -> np.ndarray:  # k x (B, Ci, hi, wi) -> (B, out, h, w)
     """`conv_bn_relu` of the concatenation of `maps`, each resized bilinearly to `size`.
 
-    One op, because convolution and resizing commute: a fast backend convolves the small maps before enlarging them.
+    One op, so that a fast backend can convolve the small maps before it enlarges them: the taps' 1x1 products and
+    resizing commute.
     """
     return conv_bn_relu(concatenate([resize_bilinear(x, size) for x in maps], axis=1), layer)
 
 
 def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
-    """Transposed convolution, kernel 2, stride 2: every pixel becomes a 2x2 square of its own."""
+    """Transposed convolution, kernel 2, stride 2: every pixel becomes a separate 2x2 square."""
     B, C, h, w = x.shape
     out = deconv.weight.shape[1]
     y = deconv.weight.reshape(C, -1).T @ x.reshape(B, C, h * w)  # (B, out * 4, h w)
@@ -68,13 +69,15 @@ def conv_transpose_bn_gelu(
 
 
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
-    """The largest of every 2x2 square; an odd last row or column is left out."""
+    """The largest element of every 2x2 square; an odd last row or column is dropped."""
     B, C, h, w = x.shape
     return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(B, C, h // 2, 2, w // 2, 2).max((3, 5))
 
 
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
-    """Means over size x size cells; cell i of n spans floor(i n / size) to ceil((i + 1) n / size), so cells overlap."""
+    """Means over size x size cells.  Along an axis of length n cell i spans floor(i n / size) to
+    ceil((i + 1) n / size), so cells may overlap.
+    """
     B, C, h, w = x.shape
     y = np.empty((B, C, size, size), x.dtype)
     for i in range(size):
@@ -88,7 +91,7 @@ def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """Bilinear interpolation, pixel centres at half integers (align_corners=False), no antialiasing.
 
-    Source position of target i: max(0, (i + 1/2) old / new - 1/2).
+    Target i reads the source at max(0, (i + 1/2) old / new - 1/2).
     """
     return _resize(x, size, bilinear_taps)
 
@@ -102,7 +105,7 @@ def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C
 
 
 def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
-    """Interpolates rows, then columns: each target is a weighted sum of the sources that `taps` names."""
+    """Interpolates along rows, then along columns: each target is the weighted sum of sources given by `taps`."""
     for axis, new in ((2, size[0]), (3, size[1])):
         old = x.shape[axis]
         if old == new:
@@ -118,7 +121,7 @@ def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
 
 
 def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  # 2 x ((new,), (new,))
-    """For each tap of `resize_bilinear` along one axis: (which source, its weight) for every target."""
+    """For each tap of `resize_bilinear` along one axis: (index of the source, its weight) for every target."""
     position = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
     first = position.astype(int)
     t = position - first
@@ -126,7 +129,7 @@ def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  #
 
 
 def bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:  # 4 x ((new,), (new,))
-    """The same of `resize_bicubic`."""
+    """For each tap of `resize_bicubic` along one axis: (index of the source, its weight) for every target."""
     A = -0.75
     position = (np.arange(new) + 0.5) * (old / new) - 0.5
     first = np.floor(position).astype(int)

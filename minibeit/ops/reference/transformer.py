@@ -16,7 +16,7 @@ from .arrays import relative_position_index
 def mask_tokens(
     x: np.ndarray, mask: np.ndarray, mask_token: np.ndarray
 ) -> np.ndarray:  # (B, P, D), (B, P), (1, 1, D) -> (B, P, D)
-    """The patch tokens, with the mask token in the place of those that the boolean mask marks.
+    """The patch tokens, with those that the boolean mask marks replaced by the mask token.
 
     Source: BEiT section 2.3.
     """
@@ -35,7 +35,7 @@ def dropout(x: np.ndarray, keep: np.ndarray) -> np.ndarray:  # (...), (...) -> (
 
 
 def layer_norm(x: np.ndarray, norm: LayerNorm, eps: float) -> np.ndarray:  # (..., D) -> (..., D)
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, var being the mean square deviation.
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; var divides by D.
 
     Source: Ba et al. 2016.
     """
@@ -45,7 +45,7 @@ def layer_norm(x: np.ndarray, norm: LayerNorm, eps: float) -> np.ndarray:  # (..
 
 
 def linear(x: np.ndarray, layer: Linear | Conv) -> np.ndarray:  # (..., in) -> (..., out)
-    """x W^T + b.  A patch convolution is a linear layer on flattened patches, so its 4-D weight is flattened."""
+    """x W^T + b.  The patch convolution is a linear layer on flattened patches; its 4-D weight is flattened too."""
     weight = layer.weight.reshape(layer.weight.shape[0], -1)  # (out, in)
     y = x.reshape(-1, x.shape[-1]) @ weight.T  # one product for the whole batch
     if layer.bias is not None:
@@ -54,7 +54,7 @@ def linear(x: np.ndarray, layer: Linear | Conv) -> np.ndarray:  # (..., in) -> (
 
 
 def linear_activation(x: np.ndarray, layer: Linear, activation: str) -> np.ndarray:  # (..., in) -> (..., out)
-    """f(x W^T + b), f being named as in a config's `hidden_act`."""
+    """f(x W^T + b), with f named as in a config's `hidden_act`."""
     return ACTIVATIONS[activation](linear(x, layer))
 
 
@@ -65,10 +65,10 @@ def linear_residual(
     residual: np.ndarray,
     keep: np.ndarray | None = None,
 ) -> np.ndarray:  # (..., in) -> (..., out)
-    """residual + keep * scale * (x W^T + b), the end of both halves of a block.
+    """residual + keep * scale * (x W^T + b), the last step of both halves of a block.
 
-    `scale` (out,) is the layer scale, if any; `keep` broadcasts to the result and holds the factors of dropout and
-    stochastic depth, in training.
+    `scale` (out,) is the layer scale, if any; `keep` holds the factors of dropout and stochastic depth in training and
+    broadcasts to the result.
     """
     y = linear(x, layer)
     if scale is not None:
@@ -91,9 +91,9 @@ def project_qkv(
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """exp(x) / sum exp(x) over the last axis, after subtracting the largest so that exp cannot overflow.
+    """exp(x) / sum exp(x) over the last axis, after subtracting the maximum so that exp cannot overflow.
 
-    In float64: NumPy's float32 exp is off by up to 1.5 rounding steps, twice as much as other libraries'.
+    Computed in float64: NumPy's float32 exp is off by up to 1.5 rounding steps, twice as much as other libraries'.
     """
     e = np.exp(x - x.max(-1, keepdims=True), dtype=np.float64)
     e /= e.sum(-1, keepdims=True)
@@ -108,12 +108,11 @@ def attention(
     return_probs: bool = False,
     keep: np.ndarray | None = None,
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
-    """softmax(q k^T / sqrt(d) + bias) v for every head; the D columns are those of the first head, the second, ...
+    """softmax(q k^T / sqrt(d) + bias) v for every head, concatenated along the last axis.
 
-    The bias, bias[h, a, b] = table[index[a, b], h] with the index of `relative_position_index`, is added after the
-    scaling.
+    bias[h, a, b] = table[index[a, b], h], with the index of `relative_position_index`, is added after the scaling.
     `keep` (B, H, N, N) multiplies the probabilities (dropout).  With `return_probs` the result is (context, probs),
-    probs (B, H, N, N) before `keep`.  Goes head by head: one (B, N, N) block of scores is alive at a time.
+    probs (B, H, N, N) before `keep`.  Computed head by head, so only one (B, N, N) array of scores exists at a time.
     Source: BEiT appendix A; Raffel et al. 2020 for the additive bias.
     """
     table, index = (None, None) if bias is None else (bias.table, _index(bias.grid))
@@ -129,7 +128,7 @@ def attend(
     return_probs: bool = False,
     keep: np.ndarray | None = None,
 ) -> Any:  # 3 x (B, H, N, d), (R, H), (N, N) -> (B, N, D)
-    """`attention` with the bias table[index[a, b], h] for any index."""
+    """`attention` with the bias table[index[a, b], h] for an arbitrary index."""
     B, H, N, d = q.shape
     context = np.empty((B, N, H, d), q.dtype)
     all_probs = np.empty((B, H, N, N), q.dtype) if return_probs else None
@@ -155,5 +154,5 @@ def _index(grid: tuple[int, int]) -> np.ndarray:
 
 
 def mean_patches(x: np.ndarray) -> np.ndarray:  # (B, N, D) -> (B, D)
-    """The mean over the patch tokens, CLS left out; in float64, since a float32 sum over tokens would lose two bits."""
+    """The mean over the patch tokens, without CLS; in float64, since a float32 sum over tokens would lose two bits."""
     return x[:, 1:].mean(1, dtype=np.float64).astype(x.dtype, copy=False)

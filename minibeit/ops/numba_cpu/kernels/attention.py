@@ -5,17 +5,18 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..arguments import ATTENTION
 from ..target import LANES, MR, NR, STEPS
 from .micro import multiply_narrow_tile, multiply_tile, prefetch
 from .pack import pack_panel
 from .vector import (
-    arguments,
     exp,
     first_lanes,
     load,
     load_float,
     max_lanes,
     maximum,
+    reader,
     splat,
     store,
     store_float,
@@ -23,6 +24,7 @@ from .vector import (
 )  # fmt: skip
 
 _ZERO, _LOW = np.float32(0), np.float32(-np.inf)
+_read = reader(ATTENTION)
 
 
 # Columns beyond the last whole panel of NR go by panels of LANES: 197 keys are three of 64 and one of 16.
@@ -30,7 +32,7 @@ _ZERO, _LOW = np.float32(0), np.float32(-np.inf)
 
 @njit(error_model="numpy")
 def _pack_keys(keys, row_bytes, count, size, panels, scale):
-    """Keys (N, d) times the number at `scale` as panels (d, NR or LANES) of tokens, zeros beyond the last token."""
+    """Keys (N, d) times the element at `scale` as panels (d, NR or LANES) of tokens, zeros beyond the last token."""
     whole = count // NR * NR
     for first in range(0, whole, NR):
         pack_panel(keys + first * row_bytes, row_bytes, 4, NR, size, panels + first * size * 4, NR, scale, 0)
@@ -60,7 +62,7 @@ def _pack_values(values, row_bytes, count, size, panels):
 
 @njit(error_model="numpy")
 def _scale_row(source, size, factor, target):
-    """target = source * factor, both of `size` numbers."""
+    """target = source * factor, both of `size` elements."""
     whole = size // LANES * LANES
     for e in range(0, whole, LANES):
         store(target + 4 * e, load(source + 4 * e) * splat(factor))
@@ -156,7 +158,7 @@ def _weigh_values(n, scores, score_bytes, count, values, width, tile, context, c
 
 @njit(error_model="numpy")
 def _prefetch_rows(address, row_bytes, count, size):
-    """Asks for `count` rows of `size` numbers, which lie too far apart for the CPU to foresee."""
+    """Prefetches `count` rows of `size` elements, which lie too far apart for the CPU to foresee."""
     for i in range(count):
         for byte in range(0, 4 * size, 64):
             prefetch(address + i * row_bytes + byte)
@@ -164,21 +166,19 @@ def _prefetch_rows(address, row_bytes, count, size):
 
 def attention(args, task, thread):
     """One head of one image, `query_rows` query rows or what is left of them."""
-    (
-        scratch, scratch_bytes, q, k, v, context, scale, table, heads, count, size, query_rows, image_bytes,
-        head_bytes, row_bytes, context_bytes, table_bytes, grid_rows, grid_columns,
-    ) = arguments(args, 19)  # fmt: skip
-    scratch = scratch + thread * scratch_bytes
+    p = _read(args, thread)
+    count, size, row_bytes, context_bytes = p.count, p.size, p.row_bytes, p.context_bytes
+    table, table_bytes, grid_rows, grid_columns = p.table, p.table_bytes, p.grid_rows, p.grid_columns
 
-    chunks = (count + query_rows - 1) // query_rows
-    image, head, chunk = task // (heads * chunks), task // chunks % heads, task % chunks
-    offset = image * image_bytes + head * head_bytes
+    chunks = (count + p.query_rows - 1) // p.query_rows
+    image, head, chunk = task // (p.heads * chunks), task // chunks % p.heads, task % chunks
+    offset = image * p.image_bytes + head * p.head_bytes
     # Where the next head lies, after the last chunk most likely this thread's next task.
-    following = offset + head_bytes if head + 1 < heads else (image + 1) * image_bytes
+    following = offset + p.head_bytes if head + 1 < p.heads else (image + 1) * p.image_bytes
     padded_count = (count + LANES - 1) // LANES * LANES
     padded_size = (size + LANES - 1) // LANES * LANES
 
-    keys = scratch
+    keys = p.scratch
     values = keys + padded_count * size * 4
     score_bytes = padded_count * 4 + 64  # not a power of two
     scores = values + padded_size * count * 4
@@ -186,8 +186,8 @@ def attention(args, task, thread):
     factors = tile + MR * NR * 4
     reversed_ = factors + MR * 4
 
-    _pack_keys(k + offset, row_bytes, count, size, keys, scale)
-    _pack_values(v + offset, row_bytes, count, size, values)
+    _pack_keys(p.k + offset, row_bytes, count, size, keys, p.scale)
+    _pack_values(p.v + offset, row_bytes, count, size, values)
     to_cls = row0 = corner = _ZERO
     if table != 0:
         offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
@@ -196,14 +196,14 @@ def attention(args, task, thread):
         to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
         corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
 
-    first_row = chunk * query_rows
-    last_row = min(first_row + query_rows, count)
+    first_row = chunk * p.query_rows
+    last_row = min(first_row + p.query_rows, count)
     whole_keys, whole_values = count // NR * NR, size // NR * NR
     for row in range(first_row, last_row, MR):
-        n, queries = min(MR, last_row - row), q + offset + row * row_bytes
-        target = context + (image * count + row) * context_bytes + head * size * 4
+        n, queries = min(MR, last_row - row), p.q + offset + row * row_bytes
+        target = p.context + (image * count + row) * context_bytes + head * size * 4
         if chunk == chunks - 1:
-            for part in (q, k, v):
+            for part in (p.q, p.k, p.v):
                 _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
         if table != 0:
             for i in range(n):

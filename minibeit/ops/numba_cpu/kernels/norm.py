@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..norm import ROWS
+from ..arguments import LAYER_NORM, ROWS
 from ..target import LANES
 from .micro import prefetch
-from .vector import arguments, fma, load, load_float, splat, sqrt, store, store_float, sum_lanes
+from .vector import fma, load, load_float, reader, splat, sqrt, store, store_float, sum_lanes
 
 _ONE = np.float32(1)
+_read = reader(LAYER_NORM)
 
 
 def layer_norm(args, task, thread):
     """Two passes over a row that stays in the first-level cache; sums in LANES parts, then the rest one by one."""
-    _, _, x, weight, bias, y, eps_at, x_bytes, count, width, y_bytes = arguments(args, 11)
-    eps = load_float(eps_at)
+    p = _read(args, thread)
+    x_bytes, width, weight, bias = p.x_bytes, p.width, p.weight, p.bias
+    eps = load_float(p.eps)
     whole = width // LANES * LANES
     inverse = _ONE / np.float32(width)
-    for row in range(task * ROWS, min((task + 1) * ROWS, count)):
-        source, target = x + row * x_bytes, y + row * y_bytes
+    for row in range(task * ROWS, min((task + 1) * ROWS, p.count)):
+        source, target = p.x + row * x_bytes, p.y + row * p.y_bytes
         total = splat(np.float32(0))
         for k in range(0, whole, LANES):
             prefetch(source + 2 * x_bytes + 4 * k)  # since it was written the products' weights have passed

@@ -5,20 +5,22 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..arguments import PACK
 from ..target import LANES, NR
-from .vector import arguments, load, load_float, splat, store_float, transpose
+from .vector import load, load_float, reader, splat, store_float, transpose
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_BLOCK = 16  # numbers of a row at a time: a cache line is read, and the lines that are written stay in the cache
+_BLOCK = 16  # elements of a row at a time: a cache line is read, and the lines that are written stay in the cache
+_read = reader(PACK)
 
 
 @njit(error_model="numpy")
 def pack_panel(source, row_bytes, step_bytes, rows, steps, panel, width, scale, scale_bytes):
-    """Panel (steps, width) of `rows` rows of `steps` numbers; zeros beyond the rows.
+    """Panel (steps, width) of `rows` rows of `steps` elements; zeros beyond the rows.
 
-    Row j is multiplied by the number at scale + j * scale_bytes (0 or 4), unless `scale` is 0.
+    Row j is multiplied by the element at scale + j * scale_bytes (0 or 4), unless `scale` is 0.
     """
-    whole = rows // LANES * LANES if step_bytes == 4 else 0  # rows that go by blocks of LANES x LANES numbers
+    whole = rows // LANES * LANES if step_bytes == 4 else 0  # rows that go by blocks of LANES x LANES elements
     for first in range(0, steps, _BLOCK):
         last = min(first + _BLOCK, steps)
         whole_steps = first + (last - first) // LANES * LANES
@@ -41,9 +43,9 @@ def pack_panel(source, row_bytes, step_bytes, rows, steps, panel, width, scale, 
 
 def pack(args, task, thread):
     """Copies rows task * NR ... of a matrix (out, in) into panel `task`, times the row's scale if there is one."""
-    _, _, matrix, panel_at, scale, row_bytes, out, steps, step_bytes = arguments(args, 9)
+    p = _read(args, thread)
     row = task * NR
     pack_panel(
-        matrix + row * row_bytes, row_bytes, step_bytes, min(NR, out - row), steps, panel_at + row * steps * 4, NR,
-        scale + 4 * row if scale != 0 else 0, 4,
+        p.matrix + row * p.row_bytes, p.row_bytes, p.step_bytes, min(NR, p.out - row), p.steps,
+        p.panels + row * p.steps * 4, NR, p.scale + 4 * row if p.scale != 0 else 0, 4,
     )  # fmt: skip

@@ -12,13 +12,25 @@ from __future__ import annotations
 
 from numba import njit
 
-from ..pool import LEFT, MORE, RECORD, SHARES, STARTED
+from ..arguments import (
+    ACTIVE,
+    ARGUMENTS,
+    COUNT,
+    FUNCTION,
+    HEADER,
+    LEFT,
+    LIMIT,
+    MORE,
+    NEXT,
+    OPEN,
+    RECORD,
+    SEQUENCE,
+    SHARES,
+    STARTED,
+)  # fmt: skip
 from .system import DEFAULT_FLOAT_MODE, clock, float_mode, pause, sched_yield, set_float_mode
 from .vector import add_atomic, arguments, call_task, load_atomic, store_atomic
 
-_SEQUENCE, _OPEN, _ACTIVE = 0, 64, 128  # byte offsets
-_FUNCTION, _ARGUMENTS, _COUNT, _LIMIT = 192, 200, 208, 216
-_NEXT = 256  # the next task of each share
 _SPINS = 40_000  # about a millisecond of pauses
 _PATIENCE = 2000  # spins until another thread, which may hold the worker's core, gets its turn
 _TASKS_PER_LOOK = 8  # at the clock, which costs some 50 ns; a task takes microseconds, a few milliseconds at most
@@ -28,12 +40,12 @@ _NEVER = (1 << 63) - 1
 @njit(error_model="numpy")
 def _work(control, thread, deadline):
     """Takes tasks until none is left; False if the deadline came first."""
-    function, arguments = load_atomic(control + _FUNCTION), load_atomic(control + _ARGUMENTS)
-    count, shares = load_atomic(control + _COUNT), min(load_atomic(control + _LIMIT), SHARES)
+    function, arguments = load_atomic(control + FUNCTION), load_atomic(control + ARGUMENTS)
+    count, shares = load_atomic(control + COUNT), min(load_atomic(control + LIMIT), SHARES)
     done = 0
     for i in range(shares):
         share = (thread + i) % shares
-        counter, end = control + _NEXT + 64 * share, count * (share + 1) // shares
+        counter, end = control + NEXT + 64 * share, count * (share + 1) // shares
         task = add_atomic(counter, 1)
         while task < end:
             call_task(function, arguments, task, thread)
@@ -47,25 +59,25 @@ def _work(control, thread, deadline):
 @njit(error_model="numpy")
 def _open(control, record):
     """Opens the job of a record."""
-    function, count, limit, _ = arguments(record, 4)
-    store_atomic(control + _FUNCTION, function)
-    store_atomic(control + _ARGUMENTS, record + 32)
-    store_atomic(control + _COUNT, count)
-    store_atomic(control + _LIMIT, limit)
+    function, count, limit, _ = arguments(record, HEADER)
+    store_atomic(control + FUNCTION, function)
+    store_atomic(control + ARGUMENTS, record + 8 * HEADER)
+    store_atomic(control + COUNT, count)
+    store_atomic(control + LIMIT, limit)
     shares = min(limit, SHARES)
     for share in range(shares):
-        store_atomic(control + _NEXT + 64 * share, count * share // shares)
+        store_atomic(control + NEXT + 64 * share, count * share // shares)
     store_atomic(control + STARTED, 1)
-    add_atomic(control + _SEQUENCE, 1)
-    store_atomic(control + _OPEN, 1)
+    add_atomic(control + SEQUENCE, 1)
+    store_atomic(control + OPEN, 1)
 
 
 @njit(error_model="numpy")
 def _close(control, deadline):
     """Closes the job, of which no task is left to take, when the workers are done; False if the deadline came first."""
-    store_atomic(control + _OPEN, 0)
+    store_atomic(control + OPEN, 0)
     spins = 0
-    while load_atomic(control + _ACTIVE) != 0:
+    while load_atomic(control + ACTIVE) != 0:
         spins += 1
         pause()
         if spins > _PATIENCE:
@@ -85,7 +97,7 @@ def _execute(control, deadline):
         if not _work(control, 0, deadline) or not _close(control, deadline):
             return
         store_atomic(control + STARTED, 0)
-        store_atomic(control + RECORD, record + 32 + 8 * arguments(record, 4)[3])
+        store_atomic(control + RECORD, record + 8 * HEADER + 8 * arguments(record, HEADER)[3])
         add_atomic(control + LEFT, -1)
         if clock() > deadline:
             return
@@ -104,11 +116,11 @@ def execute(control, nanoseconds):
 
 def cancel(control):
     """The caller: forgets the jobs, once no worker is at one of their tasks any more."""
-    store_atomic(control + _OPEN, 0)
+    store_atomic(control + OPEN, 0)
     store_atomic(control + LEFT, 0)
     store_atomic(control + MORE, 0)
     for share in range(SHARES):
-        store_atomic(control + _NEXT + 64 * share, 1 << 62)
+        store_atomic(control + NEXT + 64 * share, 1 << 62)
     _close(control, _NEVER)
     store_atomic(control + STARTED, 0)
 
@@ -118,13 +130,13 @@ def wait(control, asleep, thread):
     set_float_mode(DEFAULT_FLOAT_MODE)
     seen, idle = -1, 0
     while True:
-        if load_atomic(control + _OPEN) == 1 and load_atomic(control + _SEQUENCE) != seen:
-            add_atomic(control + _ACTIVE, 1)  # from here the job cannot end, if it is still open
-            if load_atomic(control + _OPEN) == 1:
-                seen = load_atomic(control + _SEQUENCE)
-                if thread < load_atomic(control + _LIMIT):
+        if load_atomic(control + OPEN) == 1 and load_atomic(control + SEQUENCE) != seen:
+            add_atomic(control + ACTIVE, 1)  # from here the job cannot end, if it is still open
+            if load_atomic(control + OPEN) == 1:
+                seen = load_atomic(control + SEQUENCE)
+                if thread < load_atomic(control + LIMIT):
                     _work(control, thread, _NEVER)
-            add_atomic(control + _ACTIVE, -1)
+            add_atomic(control + ACTIVE, -1)
             store_atomic(asleep, 0)
             idle = 0
         elif idle < _SPINS:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..arguments import ENLARGE
 from ..target import LANES
-from .vector import arguments, fma, load, load_float, load_int, maximum, splat, store
+from .vector import fma, load, load_float, load_int, maximum, reader, splat, store
 
 _VECTOR = 4 * LANES
 _ZERO = np.float32(0)
+_read = reader(ENLARGE)
 
 
 @njit(error_model="numpy")
@@ -21,41 +23,38 @@ def _mix(target, a, b, factor_a, factor_b, size, begin):
         store(target + c, fma(load(b + c), splat(factor_b), total))
 
 
-def spread(args, task, thread):
+def enlarge(args, task, thread):
     """One row of the large map, one group of channels.
 
     First the rows above and below are mixed, and the vertical taps summed, for every small column and horizontal tap;
     then the columns left and right of every large pixel.  Taps beyond the border are left out.
     """
-    (
-        scratch, scratch_bytes, z, y, bias, row_sources, row_factors, column_sources, column_factors, z_pixel, z_row,
-        z_image, small_width, y_pixel, y_row, y_image, height, width, side, size, add, relu,
-    ) = arguments(args, 22)  # fmt: skip
-    mixed = scratch + thread * scratch_bytes
-    row, reach, tap_bytes = task % height, side // 2, size * 4
-    z += task // height * z_image
-    y += task // height * y_image + row * y_row
-    top, bottom = max(0, reach - row), min(side, height - row + reach)
+    p = _read(args, thread)
+    mixed, taps, height, width, small_width = p.scratch, p.taps, p.height, p.width, p.small_width
+    row, reach, tap_bytes = task % height, taps // 2, p.channels * 4
+    z = p.z + task // height * p.z_image_bytes
+    y = p.y + task // height * p.y_image_bytes + row * p.y_row_bytes
+    top, bottom = max(0, reach - row), min(taps, height - row + reach)
     for column in range(small_width):
-        for dx in range(side):
+        for dx in range(taps):
             target = mixed + (dx * small_width + column) * tap_bytes
             for dy in range(top, bottom):
-                line, here = row + dy - reach, z + column * z_pixel + (dy * side + dx) * tap_bytes
-                above, below = load_int(row_sources + 16 * line), load_int(row_sources + 16 * line + 8)
-                factor_a, factor_b = load_float(row_factors + 8 * line), load_float(row_factors + 8 * line + 4)
-                _mix(target, here + above * z_row, here + below * z_row, factor_a, factor_b, tap_bytes, dy == top)
+                line, here = row + dy - reach, z + column * p.z_pixel_bytes + (dy * taps + dx) * tap_bytes
+                sources, factors = p.row_sources + 16 * line, p.row_factors + 8 * line
+                above, below = here + load_int(sources) * p.z_row_bytes, here + load_int(sources + 8) * p.z_row_bytes
+                _mix(target, above, below, load_float(factors), load_float(factors + 4), tap_bytes, dy == top)
     for x in range(width):
-        target = y + x * y_pixel
-        if bias != 0:
+        target = y + x * p.y_pixel_bytes
+        if p.bias != 0:
             for c in range(0, tap_bytes, _VECTOR):
-                store(target + c, load(bias + c))
-        left, right = max(0, reach - x), min(side, width - x + reach)
+                store(target + c, load(p.bias + c))
+        left, right = max(0, reach - x), min(taps, width - x + reach)
         for dx in range(left, right):
             column, here = x + dx - reach, mixed + dx * small_width * tap_bytes
-            a, b = load_int(column_sources + 16 * column), load_int(column_sources + 16 * column + 8)
-            factor_a, factor_b = load_float(column_factors + 8 * column), load_float(column_factors + 8 * column + 4)
-            begin = dx == left and add == 0 and bias == 0
-            _mix(target, here + a * tap_bytes, here + b * tap_bytes, factor_a, factor_b, tap_bytes, begin)
-        if relu != 0:
+            sources, factors = p.column_sources + 16 * column, p.column_factors + 8 * column
+            a, b = here + load_int(sources) * tap_bytes, here + load_int(sources + 8) * tap_bytes
+            begin = dx == left and p.add == 0 and p.bias == 0
+            _mix(target, a, b, load_float(factors), load_float(factors + 4), tap_bytes, begin)
+        if p.relu != 0:
             for c in range(0, tap_bytes, _VECTOR):
                 store(target + c, maximum(splat(_ZERO), load(target + c)))

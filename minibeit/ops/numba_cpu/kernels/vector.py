@@ -8,6 +8,8 @@ is the same on every run.  Addresses are plain integers (`intp`), in bytes.
 from __future__ import annotations
 
 import operator
+from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -17,6 +19,7 @@ from numba.core.datamodel import models
 from numba.core.extending import lower_builtin, type_callable
 from numba.extending import intrinsic, register_model
 
+from ..arguments import Arguments
 from ..target import LANES, target
 
 if config.CPU_NAME and config.CPU_FEATURES is None:
@@ -131,6 +134,23 @@ def arguments(typingctx, block, count):
     return signature, codegen
 
 
+def reader(arguments: Arguments) -> Any:
+    """An intrinsic (args, thread) -> the arguments of a kernel, as a named tuple.
+
+    At `args` lie the scratch memory of all threads, the bytes of it for each, and what `arguments` names.
+    """
+    kind = types.NamedUniTuple(types.intp, len(arguments.names), namedtuple("arguments", arguments.names))
+
+    def emit(builder, args, thread):
+        places = [builder.add(args, ir.Constant(I64, 8 * i)) for i in range(len(arguments.names) + 1)]
+        scratch, size, *others = (_emit_load_int(builder, place) for place in places)
+        return cgutils.pack_array(builder, [builder.add(scratch, builder.mul(thread, size)), *others])
+
+    read = vector_intrinsic((types.intp, types.intp), kind, emit)
+    read.arguments = arguments
+    return read
+
+
 def _reduce(builder, value, combine):
     """Folds the upper half on the lower half until one lane is left: the same order on every target of this width."""
     lanes = LANES
@@ -191,7 +211,7 @@ def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def _emit_transpose(builder, source, row_bytes, target, target_bytes, factors):
-    """A block of LANES x LANES numbers, turned, times `factors`.
+    """A block of LANES x LANES elements, transposed and scaled by `factors`.
 
     A stage of `step` swaps the lanes k + step of row i with the lanes k of row i + step, for i and k without that bit.
     """

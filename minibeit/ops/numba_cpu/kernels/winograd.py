@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..arguments import FAR, NEAR, POINTS, TRANSFORM_INPUT, TRANSFORM_OUTPUT, TRANSFORM_WEIGHT
 from ..target import LANES, NR
-from ..winograd import FAR, NEAR, POINTS
-from .vector import arguments, fma, load, load_float, maximum, splat, store, store_float
+from .vector import fma, load, load_float, maximum, reader, splat, store, store_float
 
 _VECTOR = 4 * LANES
 _ZERO = np.float32(0)
 _NEAR, _NEAR_2, _FAR, _FAR_2 = (np.float32(number) for number in (NEAR, NEAR**2, FAR, FAR**2))
+_read_input, _read_output, _read_weight = reader(TRANSFORM_INPUT), reader(TRANSFORM_OUTPUT), reader(TRANSFORM_WEIGHT)
 
 
 @njit(error_model="numpy")
@@ -45,18 +46,22 @@ def _output_line(source, source_step, target, target_step):
 
 def transform_input(args, task, thread):
     """Transforms one tile of the map, all channels."""
-    (
-        scratch, scratch_bytes, x, v, pixel, row, image, height, width, channels, tile_bytes, point_bytes,
-        first_tile,
-    ) = arguments(args, 13)  # fmt: skip
-    work = scratch + thread * scratch_bytes
+    p = _read_input(args, thread)
+    work, height, width, pixel, row, point_bytes = (
+        p.scratch,
+        p.height,
+        p.width,
+        p.pixel_bytes,
+        p.row_bytes,
+        p.point_bytes,
+    )
     down, across = (height + 3) // 4, (width + 3) // 4
-    nth = first_tile + task
+    nth = p.first_tile + task
     top, left = nth // across % down * 4 - 1, nth % across * 4 - 1
-    x += nth // (across * down) * image
+    x = p.x + nth // (across * down) * p.image_bytes
     column = work + POINTS * _VECTOR
-    target = v + task * tile_bytes
-    for c in range(0, channels * 4, _VECTOR):
+    target = p.v + task * p.tile_bytes
+    for c in range(0, p.channels * 4, _VECTOR):
         for j in range(6):
             if left + j < 0 or left + j >= width:
                 for i in range(6):
@@ -76,43 +81,47 @@ def transform_input(args, task, thread):
 
 def transform_output(args, task, thread):
     """Transforms one tile of products back and puts it into the map: f(products + bias, or + what is there)."""
-    (
-        scratch, scratch_bytes, m, y, bias, tile_bytes, point_bytes, channels, pixel, row, image, height, width, relu,
-        first_tile,
-    ) = arguments(args, 15)  # fmt: skip
-    work = scratch + thread * scratch_bytes
+    p = _read_output(args, thread)
+    work, height, width, pixel, row, point_bytes = (
+        p.scratch,
+        p.height,
+        p.width,
+        p.pixel_bytes,
+        p.row_bytes,
+        p.point_bytes,
+    )
     down, across = (height + 3) // 4, (width + 3) // 4
-    nth = first_tile + task
+    nth = p.first_tile + task
     top, left = nth // across % down * 4, nth % across * 4
-    y += nth // (across * down) * image + top * row + left * pixel
+    y = p.y + nth // (across * down) * p.image_bytes + top * row + left * pixel
     line = work + 24 * _VECTOR
-    source = m + task * tile_bytes
-    for c in range(0, channels * 4, _VECTOR):
+    source = p.m + task * p.tile_bytes
+    for c in range(0, p.channels * 4, _VECTOR):
         for j in range(6):
             _output_line(source + c + j * point_bytes, 6 * point_bytes, work + j * _VECTOR, 6 * _VECTOR)
         for i in range(min(4, height - top)):
             _output_line(work + i * 6 * _VECTOR, _VECTOR, line, _VECTOR)
             for j in range(min(4, width - left)):
                 target = y + c + i * row + j * pixel
-                value = load(line + j * _VECTOR) + load(bias + c if bias != 0 else target)
-                store(target, maximum(splat(_ZERO), value) if relu != 0 else value)
+                value = load(line + j * _VECTOR) + load(p.bias + c if p.bias != 0 else target)
+                store(target, maximum(splat(_ZERO), value) if p.relu != 0 else value)
 
 
 def transform_weight(args, task, thread):
     """G g G^T in float64 of the kernels of one panel of output channels, times the batch norm's scale."""
-    scratch, scratch_bytes, weight, scale, panels, out_bytes, in_bytes, out, channels = arguments(args, 9)
-    point_bytes = (out + NR - 1) // NR * channels * NR * 4
-    half = scratch + thread * scratch_bytes  # G g: 6 x 3
-    for k in range(channels):
+    p = _read_weight(args, thread)
+    point_bytes = (p.out + NR - 1) // NR * p.channels * NR * 4
+    half = p.scratch  # G g: 6 x 3
+    for k in range(p.channels):
         for j in range(NR):
             o = task * NR + j
-            target = panels + (task * channels + k) * NR * 4 + 4 * j
-            if o >= out:
-                for p in range(POINTS):
-                    store_float(target + p * point_bytes, _ZERO)
+            target = p.panels + (task * p.channels + k) * NR * 4 + 4 * j
+            if o >= p.out:
+                for point in range(POINTS):
+                    store_float(target + point * point_bytes, _ZERO)
                 continue
-            g = weight + o * out_bytes + k * in_bytes
-            factor = np.float64(load_float(scale + 4 * o))
+            g = p.weight + o * p.out_bytes + k * p.in_bytes
+            factor = np.float64(load_float(p.scale + 4 * o))
             for b in range(3):
                 _weight_line(
                     load_float(g + 4 * b) * factor, load_float(g + 4 * (3 + b)) * factor,
@@ -128,7 +137,7 @@ def transform_weight(args, task, thread):
 
 @njit(error_model="numpy")
 def _weight_line(g0, g1, g2, target, step):
-    """G g of three numbers: six."""
+    """G g of three elements: six."""
     near, far = 2 * NEAR**2 * (NEAR**2 - FAR**2), 2 * FAR**2 * (FAR**2 - NEAR**2)
     near_even, far_even = g0 + g2 * NEAR**2, g0 + g2 * FAR**2
     store_float(target, np.float32(g0 / (NEAR**2 * FAR**2)))

@@ -1,0 +1,70 @@
+"""Methods that code written for transformers calls on a model: they do what is asked or say how it is done here."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+Self = TypeVar("Self", bound="EcosystemMethods")
+
+
+class EcosystemMethods:
+    """What remains of a PyTorch module where there is none: a model is ready for inference, on the device it is on."""
+
+    dtype: str
+    ops: Any
+
+    def eval(self: Self) -> Self:
+        """The model itself: noise is switched on by the call that wants it (`rng=`), never by a mode."""
+        return self
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """The model itself for `mode` False.  Raises ValueError for True: there is no such mode."""
+        if mode:
+            raise ValueError("a model has no training mode; minibeit.value_and_grad gives the gradients of a batch")
+        return self
+
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
+        """The model itself: what gradients are taken of is said to `minibeit.value_and_grad`."""
+        return self
+
+    def to(self: Self, *places: Any, device: Any = None, dtype: Any = None, **_: Any) -> Self:
+        """The model itself if it is there already, as float32 on a CPU it mostly is.
+
+        Raises ValueError for another device or dtype: both are chosen when a model is loaded.
+        """
+        for place in (*places, device, dtype):
+            if place is not None:
+                self._check_place(str(place).removeprefix("torch."))
+        return self
+
+    def cpu(self: Self) -> Self:
+        """The same as `to("cpu")`."""
+        return self.to("cpu")
+
+    def cuda(self: Self, device: int | None = None) -> Self:
+        """The same as `to("cuda")`."""
+        return self.to("cuda" if device is None else f"cuda:{device}")
+
+    def float(self: Self) -> Self:
+        """The same as `to("float32")`."""
+        return self.to("float32")
+
+    def half(self: Self) -> Self:
+        """The same as `to("float16")`."""
+        return self.to("float16")
+
+    def _check_place(self, place: str) -> None:
+        on_gpu = self.ops.backend == "cupy"
+        if place.startswith("cuda"):
+            if not on_gpu:
+                raise ValueError(
+                    f"this model runs on the CPU, {place!r} was asked for; load it with from_pretrained(..., "
+                    "backend='cupy', device=0)"
+                )
+        elif place == "cpu":
+            if on_gpu:
+                raise ValueError("this model is on a GPU, 'cpu' was asked for; load it with backend='numba'")
+        elif place != self.dtype:
+            raise ValueError(
+                f"this model is {self.dtype}, {place!r} was asked for; load it with from_pretrained(..., dtype=...)"
+            )

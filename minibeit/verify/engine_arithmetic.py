@@ -1,0 +1,135 @@
+"""float32 as engines compute it: sums one after the other, source positions of a resize in float32.
+
+The NumPy reference adds the tokens' mean in float64 and places the sources of a resize in float64.  PyTorch and ONNX
+Runtime do both in float32, which costs up to thirty times as much, and are right to.  A yardstick has to do as they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .float64_model import Call
+
+DRAWS = 16  # orders of summation that a result of few rows is measured with
+FEW_ROWS = 8
+MOST_ELEMENTS = 1 << 14  # of a result; more are no longer one draw
+
+
+def mean_patches(x: np.ndarray) -> np.ndarray:  # (B, N, D) -> (B, D)
+    """`reference.mean_patches`, added up token by token in float32."""
+    return _in_order(x[:, 1:], 1) / x.dtype.type(x.shape[1] - 1)
+
+
+def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`reference.bilinear_taps` with source positions in float32."""
+    position = np.maximum(_positions(old, new), np.float32(0))
+    first = position.astype(int)
+    t = position - first.astype(np.float32)
+    return [(np.minimum(first, old - 1), 1 - t), (np.minimum(first + 1, old - 1), t)]
+
+
+def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
+    """`reference.resize_bicubic` with source positions in float32."""
+    return _resized(x, size, _bicubic_taps)
+
+
+def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
+    """`reference.resize_bilinear` with source positions in float32."""
+    return _resized(x, size, bilinear_taps)
+
+
+def draws(calls: list[Call]) -> Iterator[np.ndarray]:
+    """Results of the same ops in float32, each added up one after the other in another random order.
+
+    Nothing for results of many rows, whose root mean square is steady, and for ops without sums of this kind.
+    """
+    steps = [call for call in calls if call.op in ORDERED]
+    if not steps or len(steps) != len([call for call in calls if call.op not in EXACT]):
+        return
+    result = steps[-1].result
+    if result.ndim != 2 or result.shape[0] > FEW_ROWS or result.size > MOST_ELEMENTS:
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        x = _single(steps[0].args[0])
+        for call in steps:
+            x = ORDERED[call.op](rng, x, *call.args[1:])
+        yield x
+
+
+# One op in one random order -----------------------------------------------------------------------------------------
+
+
+def _shuffled_mean(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
+    order = np.concatenate([[0], 1 + rng.permutation(x.shape[1] - 1)])
+    return mean_patches(x[:, order])
+
+
+def _shuffled_norm(rng: np.random.Generator, x: np.ndarray, norm: Any, eps: float) -> np.ndarray:
+    order, D = rng.permutation(x.shape[1]), np.float32(x.shape[1])
+    centred = x - (_in_order(x[:, order], 1) / D)[:, None]
+    var = _in_order(np.square(centred[:, order]), 1) / D
+    return centred / np.sqrt(var + np.float32(eps))[:, None] * _single(norm.weight) + _single(norm.bias)
+
+
+def _shuffled_linear(rng: np.random.Generator, x: np.ndarray, layer: Any) -> np.ndarray:
+    order = rng.permutation(x.shape[1])
+    weight = np.ascontiguousarray(_single(layer.weight).T[order])  # (in, out)
+    y = np.stack([_in_order((weight * row[order, None])[None], 1)[0] for row in x])
+    return y if layer.bias is None else y + _single(layer.bias)
+
+
+ORDERED: dict[str, Callable[..., np.ndarray]] = {
+    "mean_patches": _shuffled_mean,
+    "layer_norm": _shuffled_norm,
+    "linear": _shuffled_linear,
+}
+EXACT = ("to_dtype", "concatenate", "slice")
+
+
+def _in_order(x: np.ndarray, axis: int) -> np.ndarray:
+    """The sum along an axis, one term after the other."""
+    return np.add.accumulate(x, axis=axis, dtype=x.dtype).take(-1, axis)
+
+
+def _single(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float32)
+
+
+# Resizing -----------------------------------------------------------------------------------------------------------
+
+
+def _positions(old: int, new: int) -> np.ndarray:
+    scale = np.float32(old) / np.float32(new)
+    return (np.arange(new, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+
+
+def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    A = np.float32(-0.75)
+    position = _positions(old, new)
+    first = np.floor(position)
+    t = position - first
+    taps = []
+    for step in (-1, 0, 1, 2):
+        s = np.abs(t - np.float32(step))
+        near = ((A + 2) * s - (A + 3)) * s * s + 1
+        far = ((A * s - 5 * A) * s + 8 * A) * s - 4 * A
+        index = np.clip(first.astype(int) + step, 0, old - 1)
+        taps.append((index, np.where((step == 0) | (step == 1), near, far)))
+    return taps
+
+
+def _resized(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
+    for axis, new in ((2, size[0]), (3, size[1])):
+        if x.shape[axis] != new:
+            shape = [1] * 4
+            shape[axis] = new
+            x = sum(
+                np.take(x, index, axis) * weight.astype(x.dtype).reshape(shape)
+                for index, weight in taps(x.shape[axis], new)
+            )
+    return x
