@@ -161,7 +161,7 @@ class Backbone:
 
 
 def shapes(config: BeitConfig, task: str) -> Any:
-    """The parameter tree of `task` (a key of `TASKS`) with shape tuples as leaves."""
+    """The parameter tree of `task` (a key of `task_table.TASKS`) with shape tuples as leaves."""
     return _SHAPES[task](config)
 
 

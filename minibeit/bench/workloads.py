@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 OUT_INDICES = {"base": (3, 5, 7, 11), "large": (7, 11, 15, 23), "digits": (1, 2, 3, 4)}
 
-# what people say -> (name in `task_table`, classes, image size)
+# name of the task -> (name in `task_table`, classes, image size)
 TASKS: dict[str, tuple[str, int, int]] = {
     "classification": ("image_classification", 1000, 224),
     "mim": ("masked_image_modeling", 2, 224),

@@ -1,4 +1,4 @@
-"""One file per task; each model is the encoder and a head.  `base` holds what they share."""
+"""The models, one file per task: the encoder and a head.  `base` holds what they share."""
 
 from __future__ import annotations
 
