@@ -299,8 +299,14 @@ def test_what_is_there_is_not_overwritten(capsys, data, model, tmp_path):
     code, _, err = run(capsys, *words)
     assert code == 2 and "this folder exists; choose another --output" in err
     assert run(capsys, *words, "--overwrite")[0] == 0 and (output / "mine.txt").read_text() == "mine"
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
     code, _, err = run(capsys, *words, "--resume", "--epochs", 3)
     assert code == 1 and "was saved with other settings" in err
+    code, _, err = run(capsys, *words, "--resume", "--image-size", 24)
+    assert code == 1 and "was saved with other config" in err
+    assert before == {path.name: path.read_bytes() for path in output.iterdir()}
+    code, _, err = run(capsys, *words[:4], "-o", tmp_path / "none", "--resume", *QUICK)
+    assert code == 1 and "no stopped training here" in err and not (tmp_path / "none").exists()
     code, _, err = run(capsys, "finetune", data, "-m", model, "-o", model, *QUICK, "--overwrite")
     assert code == 2 and "this is the checkpoint to start from" in err
 

@@ -47,6 +47,4 @@ def trainer(data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, **o
     )
     model = BeitForImageClassification(settings, backend="numpy", seed=seed)
     folder.mkdir(exist_ok=True)
-    processor = BeitImageProcessor(size=16, resample=2)
-    processor.save_pretrained(folder)
-    return Trainer(model, examples, processor, recipe, folder, **options)
+    return Trainer(model, examples, BeitImageProcessor(size=16, resample=2), recipe, folder, **options)

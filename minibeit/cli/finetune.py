@@ -134,8 +134,6 @@ def _train(
     frozen = frozen_patterns(args.freeze, model.config)
     if not parameters_learned(model, frozen):
         raise UsageError("--freeze: nothing is left to be learned")
-    _make(args, output)
-    processor.save_pretrained(output)
     with StatusLine(args.quiet) as line:
         trainer = Trainer(
             model, examples, processor, recipe, output,
@@ -145,6 +143,7 @@ def _train(
         if args.resume:
             trainer.resume()
             say(f"goes on after step {trainer.state.step} of {trainer.steps}")
+        _make(args, output)
         learned = parameters_learned(model, frozen)
         say(f"{trainer.steps} steps of {trainer.batch_size} pictures, {learned:,} numbers learned")
         try:

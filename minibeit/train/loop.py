@@ -52,7 +52,7 @@ class NotFinite(ValueError):
 
 
 class Trainer:
-    """Trains a `BeitForImageClassification` on `examples` as `recipe` says and writes the best model to `folder`.
+    """Trains a `BeitForImageClassification` on `examples` as `recipe` says; `folder` gets the best model.
 
     `frozen` has the names or patterns of what is not learned, `accumulate` in how many pieces a batch is computed,
     `recompute` trades time for memory, `workers` threads decode pictures.  `tell` gets a `Progress` after each step.
@@ -245,6 +245,7 @@ class Trainer:
         best = next((r for r in reversed(self.state.history) if r["best"]), None)
         row["best"] = better(row, best, self.examples.problem)
         if row["best"]:
+            self.processor.save_pretrained(self.folder)
             self.model.save_pretrained(self.folder)
 
     # What is kept -----------------------------------------------------------------------------------------------------
