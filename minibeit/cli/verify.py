@@ -26,6 +26,7 @@ EXAMPLES = """\
   minibeit verify --model DIR --against torch            the chosen backend beside PyTorch (extra "verify")
   minibeit verify --model DIR                            the same without PyTorch; NumPy float32 is the yardstick
   minibeit verify --model DIR --against THEIRS.safetensors   another implementation's trace, made anywhere
+  minibeit verify --gradients --against torch            every gradient, layer by layer, beside autograd's
   minibeit verify --list-names --model DIR               names and shapes such a trace has
   minibeit verify --weights A B                          two checkpoints, tensor by tensor
 """
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--test-weights", metavar="DIR", help="write a checkpoint of the same config in which every parameter matters"
     )
+    parser.add_argument("--gradients", action="store_true", help="judge gradients and cotangents, not the forward")
     parser.add_argument("--list-names", action="store_true", help="print the names and shapes of all arrays")
     parser.add_argument("--weights", nargs=2, metavar=("A", "B"), help="compare two checkpoints tensor by tensor")
     parser.add_argument("--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads")
@@ -68,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
         return _weights(args)
     if args.published:
         return _published(args)
+    if args.gradients:
+        from .verify_gradients import run_gradients
+
+        return run_gradients(args)
     from ..verify.trace_file import TraceFile
 
     args.model = args.model or str(shipped_checkpoint())
