@@ -15,7 +15,7 @@ from minibeit.cli import verify as command
 from minibeit.ops import backward, reference
 from minibeit.ops.backward.activations import gelu_tanh_derivative
 from minibeit.params import LayerNorm, Linear
-from minibeit.verify.float64_model import CLASSES
+from minibeit.task_table import CLASSES
 from minibeit.verify.golden_pack import check_sums
 from minibeit.verify.gradients import LOSSES, check_gradients, model_gradients, with_labels
 from minibeit.verify.report_text import verdict

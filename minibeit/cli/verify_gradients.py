@@ -55,7 +55,7 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> GradientJob:
 
 def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, Any]]:
     """(label, gradients) of minibeit's own backward."""
-    from ..verify.float64_model import task_class
+    from ..tasks import task_class
     from ..verify.gradients import model_gradients
     from .verify import _cast
 

@@ -21,12 +21,12 @@ import numpy as np
 
 from ..params import flatten
 from ..tape import Node, Tape, mapped
+from ..tasks import task_class
 from ..trace import Trace
 from ..train.gradients import recorded
 from . import budget
 from .budget import Yardstick
 from .difference import difference, distance, heat_map
-from .float64_model import task_class
 from .gradient_diagnosis import diagnose
 from .lockstep import Job, Report, Row
 from .trace_names import trace_shapes
