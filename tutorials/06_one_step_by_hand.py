@@ -310,8 +310,8 @@ assert all(curve[-1] < curve[0] for curve, _, _ in results.values())
 # Without decay all layers go about as far, whatever the loss needed of them; with it the embeddings stay nearer to what
 # pre-training left, and what changes is near the head. It has a price, and the numbers above show it: at the same rate
 # the loss falls more slowly, and in these few steps fewer of the other digits are read rightly. That is why recipes
-# with a decay (0.65 for base models) have larger rates and many epochs. What is measured here is *where the change goes*,
-# not that decay wins: a task as small as ours cannot show that.
+# with a decay (0.65 for base models) have larger rates and many epochs. What is measured here is *where the change*
+# *goes*, not that decay wins: a task as small as ours cannot show that.
 #
 # ## 7. In practice
 #
