@@ -110,7 +110,8 @@ def norm_backward(dy, x, norm, name):
 
 r = f["attention.residual"]
 z = f["norm2"] @ p.fc1.weight.T + p.fc1.bias
-u = ACTIVATIONS[config.hidden_act](z)
+gelu = ACTIVATIONS[config.hidden_act]
+u = gelu(z)
 if p.lambda_2 is not None:
     mine["lambda_2"] = rows(dy * (u @ p.fc2.weight.T + p.fc2.bias)).sum(axis=0)
 scale_2 = 1 if p.lambda_2 is None else p.lambda_2
