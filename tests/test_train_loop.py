@@ -159,6 +159,22 @@ def test_a_loss_that_is_no_number_stops_with_the_first_array(data, tmp_path, wha
     assert again.state.step == 2 and np.isfinite(again.optimizer.weights).all()
 
 
+def test_weights_that_are_no_numbers_are_not_saved_by_a_stop(data, tmp_path):
+    made = trainer(data, tmp_path)
+
+    def spoil_and_stop(progress):
+        if progress.step == 3:
+            made.optimizer.weights[0] = np.inf
+            signal.raise_signal(signal.SIGTERM)
+
+    made.tell = spoil_and_stop
+    with pytest.raises(NotFinite, match=r"the weights beit\.embeddings"):
+        made.run()
+    again = trainer(data, tmp_path)
+    again.resume()
+    assert again.state.step == 2
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(finished, data, tmp_path, monkeypatch):
     made = trainer(data, tmp_path)
     real, calls = state.write_safetensors, []
