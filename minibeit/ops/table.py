@@ -42,7 +42,8 @@ class Op:
 
     `shape` gives the shape of the result (a list of shapes for several) from the arguments of a call, without looking
     into arrays; `products` the number of multiplications, from the arguments and the result, by the direct count.
-    `error_budget` is how far from the truth the op may be, relative to what others are allowed.
+    `error_budget` is how far from the truth the op may be, relative to what others are allowed.  `backwards` are the
+    backends with a `NAME_backward` of their own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Op:
     products: Callable[..., int] | None = None
     backends: tuple[str, ...] = ()
     error_budget: float = 1.0
+    backwards: tuple[str, ...] = ()
 
     @property
     def is_arithmetic(self) -> bool:
@@ -76,6 +78,11 @@ def names_of(*kinds: str) -> set[str]:
     return {name for name, entry in TABLE.items() if entry.kind in kinds}
 
 
+def fast_backwards(backend: str) -> tuple[str, ...]:
+    """The names of the ops that `backend` has a backward of its own of."""
+    return tuple(name for name, entry in TABLE.items() if backend in entry.backwards)
+
+
 def served_by(backend: str) -> tuple[str, ...]:
     """The names of the ops that `backend` has a version of its own of."""
     return tuple(name for name, entry in TABLE.items() if backend in entry.backends)
@@ -85,6 +92,7 @@ def served_by(backend: str) -> tuple[str, ...]:
 
 FAST = ("numba", "cupy")
 GPU = ("cupy",)
+CPU = ("numba",)
 # Winograd's convolutions trade digits for speed: measured up to 5.5 times NumPy's error, 10.1 at the peak.  Mistakes in
 # a convolution cost thousands of times.
 WINOGRAD = 3.0
@@ -228,28 +236,29 @@ class Ops(Protocol):
     @op(backends=GPU, shape=_same)
     def dropout(self, x: Array, keep: Array) -> Array: ...
 
-    @op(backends=FAST, shape=_same)
+    @op(backends=FAST, backwards=CPU, shape=_same)
     def layer_norm(self, x: Array, norm: Any, eps: float) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear(self, x: Array, layer: Any) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear_activation(self, x: Array, layer: Any, activation: str) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear_residual(
         self, x: Array, layer: Any, scale: Array | None, residual: Array, keep: Array | None = None
     ) -> Array: ...
 
     @op(
         backends=FAST,
+        backwards=CPU,
         shape=_qkv,
         products=lambda args, result: sum(part.size for part in result) * args[0].shape[-1],
     )
     def project_qkv(self, x: Array, p: Any, num_heads: int) -> tuple[Array, Array, Array]: ...
 
-    @op(backends=FAST, shape=_attention, products=_attention_products)
+    @op(backends=FAST, backwards=CPU, shape=_attention, products=_attention_products)
     def attention(
         self,
         q: Array,

@@ -74,7 +74,7 @@ class AdamW:
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
         self.betas, self.eps = betas, eps
-        named = flatten(model.params)
+        named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
         L, start, self.slots = model.config.num_hidden_layers, 0, []
@@ -118,9 +118,13 @@ class AdamW:
 
 
 def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:
-    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable."""
-    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(model.params).items()}
-    model.params = unflatten(model.params, named)
+    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable.
+
+    From here no backend keeps a packed copy, which would be that of yesterday's weights: it packs where it computes.
+    """
+    params = model.plain_params
+    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(params).items()}
+    model.params = unflatten(params, named)
     model._arrays = named
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from .machine_code import Kernel
-from .memory import Operand, constant_operand, result
-from .operands import rows, scalar
+from .memory import Operand, constant_operand, operand, result
+from .operands import contiguous, rows, scalar
 from .packed import Packed
 from .queue import run
 
@@ -18,6 +18,7 @@ _SMALL = 1 << 16  # numbers; some microseconds
 
 
 _layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm")
+_layer_norm_backward = Kernel("minibeit.ops.numba_cpu.kernels.norm_gradients", "layer_norm_backward")
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,17 @@ def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray: 
     operands = x_rows, *norm.operands, output, scalar(eps)
     run(_layer_norm, -(-count // ROWS), operands, (x_bytes, count, x.shape[-1], y_bytes), small=x.size < _SMALL)
     return y
+
+
+def norm_gradients(
+    g: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (..., D) -> (..., D), (D,), (D,)
+    """(dx, dweight, dbias); the parts that tasks have of the two sums are added in their order."""
+    (g_rows, count, g_bytes), (x_rows, _, x_bytes) = rows(g), rows(x)
+    D, tasks = x.shape[-1], -(-count // ROWS)
+    dx, output, dx_bytes = result(x.shape)
+    parts = result((tasks * 2 * D,))[0].reshape(tasks, 2, D)
+    operands = g_rows, x_rows, operand(contiguous(weight)), output, operand(parts), scalar(eps)
+    run(_layer_norm_backward, tasks, operands, (g_bytes, x_bytes, dx_bytes, count, D), small=x.size < _SMALL)
+    d_weight, d_bias = parts.sum(0, dtype=np.float64).astype(np.float32)
+    return dx, d_weight, d_bias
