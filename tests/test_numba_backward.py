@@ -163,6 +163,27 @@ def test_attention_whose_results_are_few_and_whose_queue_is_open():
     assert all(map(np.array_equal, found[:3], OPS.attention_backward(normal(2, 1, 5, 6), None, q, k, v, None)[:3]))
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 100_001])
+def test_steps_of_adamw_are_numpys_to_rounding(count):
+    factors = (1e-2, 0.3, (0.8, 0.95), 1e-6)
+    start = normal(0, count), np.zeros(count, np.float32), np.zeros(count, np.float32)
+    results = []
+    for threads in (1, 2, 5):
+        fast = mapped(start, np.copy)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pool, "usable_cpus", lambda threads=threads: threads)
+            with OPS.num_threads(threads):
+                for t in range(1, 8):
+                    OPS.adamw(fast[0], normal(t, count, scale=0.1**t), *fast[1:], factors, t)
+        results.append(fast)
+    wide = mapped(start, np.float64)
+    for t in range(1, 8):
+        reference.adamw(wide[0], normal(t, count, scale=0.1**t).astype(np.float64), *wide[1:], factors, t)
+    for found, truth, before in zip(results[0], wide, start):
+        assert distance(found, truth) < BACKWARD32 * EPS32 and not np.array_equal(found, before)
+    assert all(np.array_equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 # Whole models ---------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 ARITHMETIC = "arithmetic"  # computes new numbers
 ARRAYS = "arrays"  # makes, moves, joins or checks arrays; every number in the result was there before
-CONTROL = "control"  # prepares weights, or says how the other ops run
+CONTROL = "control"  # prepares or updates weights, or says how the other ops run
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,17 @@ class Ops(Protocol):
 
     @op(kind=CONTROL)
     def recompute(self, function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any: ...
+
+    @op(kind=CONTROL, backends=CPU)
+    def adamw(
+        self,
+        weights: Array,
+        gradient: Array,
+        mean: Array,
+        square: Array,
+        factors: tuple[float, float, tuple[float, float], float],
+        step: int,
+    ) -> None: ...
 
     # Arrays
 
