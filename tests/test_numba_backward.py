@@ -12,14 +12,14 @@ pytest.importorskip("numba")
 from conftest import distance, make, tiny_config
 from tolerances import BACKWARD32, EPS32, REMAINDER
 
-from minibeit import BeitForImageClassification, BeitForMaskedImageModeling
+from minibeit import BeitForImageClassification, BeitForMaskedImageModeling, BeitForSemanticSegmentation
 from minibeit.noise import Noise
 from minibeit.ops import PositionBias, backward, get_ops, numba_cpu, reference
 from minibeit.ops.numba_cpu import pool
 from minibeit.ops.table import fast_backwards
 from minibeit.params import Attention, Conv, LayerNorm, Linear, flatten, table_rows
 from minibeit.train.gradients import value_and_grad
-from minibeit.train.optimizer import AdamW
+from minibeit.train.optimizer import AdamW, set_running
 
 # Gradients of small models in float32 beside float64, in EPS32 of a gradient's root mean square, beyond twice NumPy's
 # error.  Measured: 5.1 in all where NumPy, whose GELU and sums over rows are made in float64, has 1.7.
@@ -255,3 +255,14 @@ def test_every_fast_backward_of_the_table_is_there():
     only = get_ops("numba", only=["linear"])
     assert hasattr(only, "linear_backward") and not hasattr(only, "linear_residual_backward")
     assert not hasattr(get_ops("numpy"), "linear_backward")
+
+
+def test_new_running_statistics_are_used_at_once():
+    config = tiny_config(num_hidden_layers=4, out_indices=(1, 2, 3, 4), image_size=32, patch_size=8)
+    model = make(BeitForSemanticSegmentation, config, backend="numba")
+    x = normal(1, 1, 3, 32, 32)
+    before = model(x).logits.copy()
+    running = {name: array + 0.5 for name, array in model.arrays.items() if ".running_" in name}
+    set_running(model, running)
+    now = BeitForSemanticSegmentation(config, backend="numpy", arrays=model.arrays)(x).logits
+    assert running and distance(model(x).logits, now) < 1e-4 < distance(now, before)
