@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .ops import backward as reference_backward
+from .ops import reference
 from .params import flatten, unflatten
 from .trace import SILENT, Scope
 
@@ -163,6 +164,7 @@ class Tape:
             if hasattr(reference_backward, f"{name}_backward"):
                 table[name] = self._noting(name)
         table["recompute"] = self.recompute
+        table["queued"] = reference.queued  # a tape reads arrays as they are made
         table["to_host"] = lambda x: x if isinstance(x, Node) else self.base.to_host(x)
         return SimpleNamespace(**table)
 

@@ -184,6 +184,31 @@ def test_without_faults_nothing_is_found():
     assert done.stdout.split()[-2:] == ["True", "True"]
 
 
+GRADIENTS = """
+from minibeit.train.gradients import value_and_grad
+from minibeit.train.optimizer import AdamW
+for width, heads, size, batch in ((36, 3, 48, 2), (65, 5, 32, 3), (96, 2, 80, 1)):
+    config = minibeit.BeitConfig(
+        hidden_size=width, num_attention_heads=heads, intermediate_size=2 * width + 1, num_hidden_layers=2,
+        image_size=size, num_labels=5, use_relative_position_bias=True, drop_path_rate=0.3,
+    )
+    model = minibeit.BeitForImageClassification(config, backend="numba", num_threads=2)
+    optimizer = AdamW(model)
+    pixels = normal(batch, 3, size, size)
+    for recompute in (False, True):
+        found = value_and_grad(model, pixels, labels=np.arange(batch), rng=minibeit.Noise(1), recompute=recompute)
+        optimizer.step(found.grads, 1e-3)
+    assert np.isfinite(found.loss) and np.isfinite(optimizer.weights).all()
+print("learned")
+"""
+
+
+def test_gradients_in_guard_mode():
+    done = guarded("import minibeit\n" + START + GRADIENTS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "learned"
+
+
 def test_random_configurations_in_guard_mode():
     done = guarded(f"import guard_runs; print(guard_runs.run(100, {RUNS}, 60))")
     assert done.returncode == 0, done.stderr[-2000:]

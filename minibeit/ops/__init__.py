@@ -13,7 +13,7 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from .table import ARITHMETIC, ARRAYS, TABLE, Ops, PositionBias, names_of, served_by
+from .table import ARITHMETIC, ARRAYS, TABLE, Ops, PositionBias, fast_backwards, names_of, served_by
 
 __all__ = ["BACKENDS", "Ops", "PositionBias", "default_backend", "get_ops", "host_dtype"]
 
@@ -51,7 +51,8 @@ def get_ops(
     """All ops of `backend` in one namespace; an op it lacks is served by its NumPy definition.
 
     With `only`, just the named fast ops are used, so that a difference can be traced to one of them.  `origin` of the
-    result says which backend serves each op.  `dtype` is the model's, `device` the number of a GPU (None: the first).
+    result says which backend serves each op; a backend's own `NAME_backward` and `NAME_forward`, for a tape, are there
+    too.  `dtype` is the model's, `device` the number of a GPU (None: the first).
     Raises ValueError for an unknown backend or op, or a dtype or device that the backend lacks, and ImportError or
     DeviceError if its library or its device is missing.
     """
@@ -71,6 +72,7 @@ def get_ops(
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
+        ops |= _halves(backend, fast, origin)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
@@ -82,6 +84,13 @@ def _wanted(backend: str, only: Iterable[str] | None) -> set[str]:
     if unknown:
         raise ValueError(f"only: backend {backend} has no op named {', '.join(sorted(unknown))}")
     return wanted
+
+
+def _halves(backend: str, fast: Any, origin: dict[str, str]) -> dict[str, Callable[..., Any]]:
+    """The fast `NAME_forward` and `NAME_backward`, for a tape, of the ops that are fast."""
+    names = [name for name in fast_backwards(backend) if origin[name] == backend]
+    halves = [f"{name}_{half}" for name in names for half in ("forward", "backward")]
+    return {half: getattr(fast, half) for half in halves if hasattr(fast, half)}
 
 
 def _beside_fast_ops(

@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 ARITHMETIC = "arithmetic"  # computes new values
 ARRAYS = "arrays"  # makes, moves, joins or checks arrays, without computing new values
-CONTROL = "control"  # prepares weights, or says how the other ops run
+CONTROL = "control"  # prepares or updates weights, or says how the other ops run
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Op:
 
     `shape` computes the shape of the result (a list of shapes for several) from the arguments of a call, without
     reading elements; `products` the number of multiplications of the direct method, from the arguments and the result.
-    `error_budget` is the op's allowed error as a multiple of that of other ops.
+    `error_budget` is the op's allowed error as a multiple of that of other ops.  `backwards` are the
+    backends with a `NAME_backward` of their own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Op:
     products: Callable[..., int] | None = None
     backends: tuple[str, ...] = ()
     error_budget: float = 1.0
+    backwards: tuple[str, ...] = ()
 
     @property
     def is_arithmetic(self) -> bool:
@@ -76,6 +78,11 @@ def names_of(*kinds: str) -> set[str]:
     return {name for name, entry in TABLE.items() if entry.kind in kinds}
 
 
+def fast_backwards(backend: str) -> tuple[str, ...]:
+    """The names of the ops that `backend` has a backward of its own of."""
+    return tuple(name for name, entry in TABLE.items() if backend in entry.backwards)
+
+
 def served_by(backend: str) -> tuple[str, ...]:
     """The names of the ops of which `backend` has its own version."""
     return tuple(name for name, entry in TABLE.items() if backend in entry.backends)
@@ -85,6 +92,7 @@ def served_by(backend: str) -> tuple[str, ...]:
 
 FAST = ("numba", "cupy")
 GPU = ("cupy",)
+CPU = ("numba",)
 # Winograd's convolutions trade accuracy for speed: up to 5.5 times NumPy's error was measured, 10.1 times at the worst
 # element.  A bug in a convolution causes thousands of times that error.
 WINOGRAD = 3.0
@@ -191,6 +199,17 @@ class Ops(Protocol):
     @op(kind=CONTROL)
     def recompute(self, function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> Any: ...
 
+    @op(kind=CONTROL, backends=CPU)
+    def adamw(
+        self,
+        weights: Array,
+        gradient: Array,
+        mean: Array,
+        square: Array,
+        factors: tuple[float, float, tuple[float, float], float],
+        step: int,
+    ) -> None: ...
+
     # Arrays
 
     @op(kind=ARRAYS, backends=GPU)
@@ -228,28 +247,29 @@ class Ops(Protocol):
     @op(backends=GPU, shape=_same)
     def dropout(self, x: Array, keep: Array) -> Array: ...
 
-    @op(backends=FAST, shape=_same)
+    @op(backends=FAST, backwards=CPU, shape=_same)
     def layer_norm(self, x: Array, norm: Any, eps: float) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear(self, x: Array, layer: Any) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear_activation(self, x: Array, layer: Any, activation: str) -> Array: ...
 
-    @op(backends=FAST, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
     def linear_residual(
         self, x: Array, layer: Any, scale: Array | None, residual: Array, keep: Array | None = None
     ) -> Array: ...
 
     @op(
         backends=FAST,
+        backwards=CPU,
         shape=_qkv,
         products=lambda args, result: sum(part.size for part in result) * args[0].shape[-1],
     )
     def project_qkv(self, x: Array, p: Any, num_heads: int) -> tuple[Array, Array, Array]: ...
 
-    @op(backends=FAST, shape=_attention, products=_attention_products)
+    @op(backends=FAST, backwards=CPU, shape=_attention, products=_attention_products)
     def attention(
         self,
         q: Array,

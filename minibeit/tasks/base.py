@@ -165,6 +165,11 @@ class BeitPreTrainedModel(EcosystemMethods):
             )
         return self._arrays
 
+    @property
+    def plain_params(self) -> Any:
+        """The tree of parameters in plain arrays, whatever the backend has packed: what training learns."""
+        return self.params if self.ops.backend == "numpy" else unflatten(shapes(self.config, self.task), self.arrays)
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
         return count_parameters(self.config, self.task)

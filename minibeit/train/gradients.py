@@ -17,6 +17,7 @@ from ..tape import Node, Tape, gradients, values
 from ..trace import Trace
 
 Array = Any
+BACKENDS = ("numpy", "numba")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ def value_and_grad(
     Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
     raises it for.
     """
-    if model.ops.backend != "numpy":
-        raise ValueError(f"gradients: expected a model of the backend 'numpy', found {model.ops.backend!r}")
+    if model.ops.backend not in BACKENDS:
+        names = " or ".join(map(repr, BACKENDS))
+        raise ValueError(f"gradients: expected a model of the backend {names}, found {model.ops.backend!r}")
     statistics = BatchStatistics() if batch_statistics is True else batch_statistics or None
     tape = Tape(model.ops, statistics, recompute)
-    named = flatten(model.params)
-    watched = tape.watch(model.params, matching(named, frozen))
+    params = model.plain_params
+    named = flatten(params)
+    watched = tape.watch(params, matching(named, frozen))
     noted = Trace(() if trace is None else trace.select)
     with model.ops.num_threads(model.num_threads):
         output = recorded(model, tape, watched).forward(pixel_values, rng=rng, trace=noted, **inputs)
@@ -76,7 +79,7 @@ def value_and_grad(
         for name, array in noted.items():
             trace.record(name, values(array))
     grads = unflatten(
-        model.params,
+        params,
         {name: gradients(leaf) if isinstance(leaf, Node) else None for name, leaf in flatten(watched).items()},
     )
     plain = type(output)(**{name: values(value) for name, value in output.items()})

@@ -74,7 +74,8 @@ class AdamW:
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
         self.betas, self.eps = betas, eps
-        named = flatten(model.params)
+        self._ops, self._num_threads = model.ops, model.num_threads
+        named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
         L, start, self.slots = model.config.num_hidden_layers, 0, []
@@ -98,34 +99,33 @@ class AdamW:
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"learning rate: expected a number of at least 0, found {rate}")
         named = flatten(grads)
-        for i, slot in enumerate(self.slots):
-            gradient = named.get(slot.name)
-            if gradient is not None:
-                self.steps[i] += 1
-                self._update(slot, gradient.reshape(-1), rate * slot.rate, int(self.steps[i]))
+        with self._ops.num_threads(self._num_threads):
+            for i, slot in enumerate(self.slots):
+                gradient = named.get(slot.name)
+                if gradient is not None:
+                    self.steps[i] += 1
+                    self._update(slot, gradient.reshape(-1), rate * slot.rate, int(self.steps[i]))
 
     def _update(self, slot: Slot, g: np.ndarray, rate: float, t: int) -> None:
         w, m, v = (vector[slot.start : slot.stop] for vector in (self.weights, self.mean, self.square))
-        b1, b2 = self.betas
-        w *= 1 - rate * slot.decay
-        m += (1 - b1) * (g - m)
-        v *= b2
-        v += (1 - b2) * np.square(g)
-        root = np.sqrt(v)
-        root /= math.sqrt(1 - b2**t)
-        root += self.eps
-        w -= rate / (1 - b1**t) * m / root
+        self._ops.adamw(w, g, m, v, (rate, slot.decay, self.betas, self.eps), t)
 
 
 def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:
-    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable."""
-    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(model.params).items()}
-    model.params = unflatten(model.params, named)
+    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable.
+
+    From here no backend keeps a packed copy, which would be that of yesterday's weights: it packs where it computes.
+    """
+    params = model.plain_params
+    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(params).items()}
+    model.params = unflatten(params, named)
     model._arrays = named
 
 
 def set_running(model: Any, running: Mapping[str, np.ndarray]) -> None:
     """Writes new running statistics of batch norms, by canonical name, into the model's own arrays."""
+    if model.ops.backend != "numpy":  # its packed convolutions have the old statistics folded into them
+        adopt(model, {name: array for name, array in flatten(model.plain_params).items() if name not in running})
     named = flatten(model.params)
     for name, array in running.items():
         named[name][...] = array

@@ -10,6 +10,7 @@ cache.py, machine_code.py, pool.py, cpus.py   machine code, where it is kept on 
 memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels that wait for their turn
 guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
+gradients.py, backward.py   what the backward of an op needs, and those backwards
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   these call the kernels;   ops.py   the ops
 """
 
@@ -24,7 +25,9 @@ from typing import Any
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 if COMPILED:
+    from .backward import *
     from .ops import *
+    from .optimizer import adamw
     from .prepare import prepare
     from .queue import queued, synchronous
     from .stored import dump, restore

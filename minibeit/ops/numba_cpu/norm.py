@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import LAYER_NORM, ROWS
+from .arguments import LAYER_NORM, LAYER_NORM_BACKWARD, ROWS
 from .machine_code import Kernel
-from .memory import Operand, constant_operand, result
-from .operands import rows, scalar
+from .memory import Operand, constant_operand, operand, result
+from .operands import contiguous, rows, scalar
 from .packed import Packed
 from .queue import run
 
@@ -19,6 +19,9 @@ _SMALL = 1 << 16  # elements; some microseconds
 
 
 _layer_norm = Kernel("minibeit.ops.numba_cpu.kernels.norm", "layer_norm", arguments=LAYER_NORM)
+_layer_norm_backward = Kernel(
+    "minibeit.ops.numba_cpu.kernels.norm_gradients", "layer_norm_backward", arguments=LAYER_NORM_BACKWARD
+)
 
 
 @dataclass(frozen=True)
@@ -49,3 +52,20 @@ def layer_norm_rows(x: np.ndarray, norm: PackedNorm, eps: float) -> np.ndarray: 
 def _numbers(x_bytes: int, count: int, width: int, y_bytes: int) -> tuple[int, ...]:
     """The kernel's numbers, the same from block to block and image to image."""
     return LAYER_NORM.numbers(x_bytes=x_bytes, count=count, width=width, y_bytes=y_bytes)
+
+
+def norm_gradients(
+    g: np.ndarray, x: np.ndarray, weight: np.ndarray, eps: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (..., D) -> (..., D), (D,), (D,)
+    """(dx, dweight, dbias); the parts that tasks have of the two sums are added in their order."""
+    (g_rows, count, g_bytes), (x_rows, _, x_bytes) = rows(g), rows(x)
+    D, tasks = x.shape[-1], -(-count // ROWS)
+    dx, output, dx_bytes = result(x.shape)
+    parts = result((tasks * 2 * D,))[0].reshape(tasks, 2, D)
+    operands = LAYER_NORM_BACKWARD.operands(
+        g=g_rows, x=x_rows, weight=operand(contiguous(weight)), dx=output, parts=operand(parts), eps=scalar(eps)
+    )
+    numbers = LAYER_NORM_BACKWARD.numbers(g_bytes=g_bytes, x_bytes=x_bytes, dx_bytes=dx_bytes, count=count, width=D)
+    run(_layer_norm_backward, tasks, operands, numbers, small=x.size < _SMALL)
+    d_weight, d_bias = parts.sum(0, dtype=np.float64).astype(np.float32)
+    return dx, d_weight, d_bias

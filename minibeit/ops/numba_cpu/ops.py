@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...params import Attention, Linear
+from ...params import Attention, Conv, LayerNorm, Linear
 from .. import reference
 from ..activations import ACTIVATIONS
 from ..table import TABLE
@@ -27,8 +27,9 @@ from .maps import (
     resize,
 )
 from .norm import PackedNorm, layer_norm_rows
+from .operands import contiguous
 from .pack import PackedLinear
-from .prepare import PackedAttention, is_float32
+from .prepare import PackedAttention, is_float32, pack_linear
 from .queue import flush, synchronous
 from .target import SHORT_SUM
 
@@ -38,6 +39,8 @@ _numpy = SimpleNamespace(**{name: synchronous(getattr(reference, name)) for name
 
 def layer_norm(x: np.ndarray, norm: Any, eps: float) -> np.ndarray:  # (..., D) -> (..., D)
     """See `reference.layer_norm`."""
+    if isinstance(norm, LayerNorm) and is_float32(norm.weight, norm.bias):
+        norm = PackedNorm(contiguous(norm.weight), contiguous(norm.bias))
     if not isinstance(norm, PackedNorm) or not is_float32(x) or x.size == 0:
         return _numpy.layer_norm(x, norm, eps)
     return layer_norm_rows(x, norm, eps)
@@ -45,6 +48,7 @@ def layer_norm(x: np.ndarray, norm: Any, eps: float) -> np.ndarray:  # (..., D) 
 
 def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear`."""
+    layer = _packed(x, layer)
     if not _fits(x, layer):
         return _numpy.linear(x, _plain(layer))
     return gemm.product(x, layer, steps_per_sum=SHORT_SUM)
@@ -52,6 +56,7 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
 
 def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_activation`; GELU and ReLU are applied while the product is in registers."""
+    layer = _packed(x, layer)
     if not _fits(x, layer):
         return _numpy.linear_activation(x, _plain(layer), activation)
     if activation in _GELUS:
@@ -67,15 +72,21 @@ def linear_residual(
     x: np.ndarray, layer: Any, scale: np.ndarray | None, residual: np.ndarray, keep: np.ndarray | None = None
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
-    if not _fits(x, layer) or not is_float32(scale, residual) or keep is not None:
+    layer = _packed(x, layer)
+    if not _fits(x, layer) or not is_float32(scale, residual, keep):
         return _numpy.linear_residual(x, _plain(layer), scale, residual, keep)
-    return gemm.product(x, layer, RESIDUAL, scale, residual)
+    if keep is None:
+        return gemm.product(x, layer, RESIDUAL, scale, residual)
+    y = gemm.product(x, layer)
+    flush()
+    return residual + (y if scale is None else y * scale) * keep
 
 
 def project_qkv(
     x: np.ndarray, p: Any, num_heads: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (B, N, D) -> 3 x (B, H, N, d)
     """See `reference.project_qkv`; one product, whose result `attention` reads where it lies."""
+    p = _packed_attention(x, p)
     if not isinstance(p, PackedAttention) or not is_float32(x) or x.size == 0:
         return _numpy.project_qkv(x, _plain_attention(p), num_heads)
     B, N, _ = x.shape
@@ -161,6 +172,18 @@ def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
     return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
+
+
+def _packed(x: np.ndarray, layer: Any) -> Any:
+    """A layer in training, whose weights change at every step, packed for this one call; others as they are."""
+    return pack_linear([layer], False) if isinstance(layer, (Linear, Conv)) and is_float32(x) and x.size else layer
+
+
+def _packed_attention(x: np.ndarray, p: Any) -> Any:
+    if not isinstance(p, Attention) or not is_float32(x) or not x.size:
+        return p
+    joined = pack_linear([p.query, p.key, p.value], False)
+    return PackedAttention(joined, p.output) if isinstance(joined, PackedLinear) else p
 
 
 def _fits(x: np.ndarray, layer: Any) -> bool:

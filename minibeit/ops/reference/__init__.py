@@ -3,6 +3,7 @@ these.  All ops keep the dtype of their input (float32 or float64) and change no
 
 arrays.py       arrays made, moved, joined and checked          maps.py      convolutions, pooling and resizing
 transformer.py  tokens: norms, linear layers, attention         losses.py    one number for a batch
+optimizer.py    a step of the optimizer
 
 Letters: B batch, N tokens, D width, H heads, d head size, K classes, R rows of the bias table, C channels, h x w map.
 """
@@ -10,4 +11,5 @@ Letters: B batch, N tokens, D width, H heads, d head size, K classes, R rows of 
 from .arrays import *
 from .losses import *
 from .maps import *
+from .optimizer import *
 from .transformer import *

@@ -199,15 +199,26 @@ _ERF = (
 )  # fmt: skip
 
 
-def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """x/2 * (1 + erf(x / sqrt 2)): absolute error of erf below 1.7e-7, that is 1.5 ulp of 1."""
+def _erf_of_root_half(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """erf(x / sqrt 2): absolute error below 1.7e-7, that is 1.5 ulp of 1."""
     y = builder.fmul(x, constant(0.7071067811865476))
     u = fma_ir(builder, builder.fmul(y, y), constant(0.125), constant(-1.0))
     erf = builder.fmul(y, polynomial_ir(builder, u, _ERF))
     erf = builder.select(builder.fcmp_ordered(">=", y, constant(4.0)), constant(1.0), erf)
-    erf = builder.select(builder.fcmp_ordered("<=", y, constant(-4.0)), constant(-1.0), erf)
+    return builder.select(builder.fcmp_ordered("<=", y, constant(-4.0)), constant(-1.0), erf)
+
+
+def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x/2 * (1 + erf(x / sqrt 2))."""
     half = builder.fmul(x, constant(0.5))
-    return fma_ir(builder, half, erf, half)
+    return fma_ir(builder, half, _erf_of_root_half(builder, x), half)
+
+
+def emit_gelu_derivative(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """(1 + erf(x / sqrt 2)) / 2 + x exp(-x^2 / 2) / sqrt(2 pi)."""
+    density = emit_exp(builder, builder.fmul(builder.fmul(x, x), constant(-0.5)))
+    slope = builder.fmul(builder.fmul(x, constant(0.3989422804014327)), density)
+    return builder.fadd(fma_ir(builder, _erf_of_root_half(builder, x), constant(0.5), constant(0.5)), slope)
 
 
 def _emit_transpose(builder, source, row_bytes, target, target_bytes, factors):
@@ -256,11 +267,14 @@ store_float = vector_intrinsic((types.intp, types.float32), types.void, _emit_st
 transpose = vector_intrinsic((*(types.intp,) * 4, vector), types.void, _emit_transpose)
 first_lanes = vector_intrinsic((vector, types.intp, vector), vector, _emit_first_lanes)
 sqrt = vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
+root = vector_intrinsic((vector,), vector, lambda builder, v: call_ir(builder, "sqrt", v))
+divide = vector_intrinsic((vector, vector), vector, lambda builder, a, b: builder.fdiv(a, b))
 splat = vector_intrinsic((types.float32,), vector, lambda builder, x: splat_ir(builder, x))
 fma = vector_intrinsic((vector, vector, vector), vector, fma_ir)
 maximum = vector_intrinsic((vector, vector), vector, _maximum)
 exp = vector_intrinsic((vector,), vector, emit_exp)
 gelu = vector_intrinsic((vector,), vector, emit_gelu)
+gelu_derivative = vector_intrinsic((vector,), vector, emit_gelu_derivative)
 sum_lanes = vector_intrinsic((vector,), types.float32, lambda builder, v: _reduce(builder, v, builder.fadd))
 max_lanes = vector_intrinsic(
     (vector,), types.float32, lambda builder, v: _reduce(builder, v, lambda a, b: _maximum(builder, a, b))
