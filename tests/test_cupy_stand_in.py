@@ -129,7 +129,8 @@ def test_views_that_begin_anywhere(start, cupy):
 
 def test_every_op_is_the_devices_own(cupy):
     ops = get_ops("cupy")
-    assert {name for name, code in ops.origin.items() if code != "cupy"} == {"dump", "restore", "queued", "recompute"}
+    on_host = {"adamw", "dump", "restore", "queued", "recompute"}  # no gradients on a GPU yet
+    assert {name for name, code in ops.origin.items() if code != "cupy"} == on_host
     assert set(ops.origin) == set(TABLE)
 
 
