@@ -118,6 +118,7 @@ def test_mistakes_are_reported(cupy, backwards, name, threads, extra, words, mon
     module = cupy.RawModule(code=samples.MISTAKES)
     with pytest.raises(KernelError, match=words):
         module.get_function(name)((1,), (threads,), (x, *map(np.int32, extra)))
+        x.get()
     again = cupy.zeros(64, "float32")
     module.get_function("races_forwards")((1,), (1,), (again,))  # the emulation goes on after a mistake
     assert again.get()[1:].tolist() == [0] * 63

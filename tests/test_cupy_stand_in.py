@@ -15,7 +15,8 @@ import random_configs
 from conftest import distance, on_host, random_weights, tiny_config
 from cuda_on_cpu import kernels
 from cuda_on_cpu.backend import cupy_backend, outputs
-from cuda_on_cpu.world import Event, counted, world
+from cuda_on_cpu.streams import Event
+from cuda_on_cpu.world import counted, world
 from tolerances import EPS32, EPS64, FACTOR
 
 import minibeit
@@ -355,4 +356,5 @@ def test_events_measure_milliseconds(cupy):
     start.record()
     made("model", tiny_config(), "cupy", "float32")(PIXELS)
     end.record()
+    end.synchronize()
     assert 0 < cupy.cuda.get_elapsed_time(start, end) < 60_000

@@ -1,21 +1,27 @@
-"""The pretended `cupy.ndarray` and the functions on it, calculated by NumPy.
+"""The pretended `cupy.ndarray` and the functions on it, calculated by NumPy when their turn in the stream comes.
 
 As in CuPy a NumPy array is accepted nowhere but in `asarray`, `array`, `set` and index arrays, and a device array
 becomes a NumPy array by `get` or `asnumpy` alone; each such copy is counted, and so is the hidden one of `bool(x)`,
 `float(x)`, `x.item()` and of an index with a mask.
+
+What waits in a stream keeps no array alive: it knows addresses alone, as on a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from .world import Device, MemoryPointer, allocator, world
+from .memory import SPOILT, MemoryPointer, allocator
+from .queues import HazardError, Use, caller, launch
+from .streams import Device, Stream, get_current_stream
+from .world import world
 
 KINDS = "biufc"
 
@@ -62,16 +68,25 @@ class ndarray:
         flags = self._host.flags
         return SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous, forc=flags.forc)
 
+    def use(self, write: bool) -> Use:
+        """That a job reads or writes the bytes between the array's first and last."""
+        steps = [(n - 1) * step for n, step in zip(self.shape, self.strides)]
+        first, end = (int(self.data.ptr) + sum(f(step, 0) for step in steps) for f in (min, max))
+        return self.data.mem.use(write, first, end + self.itemsize if self.size else first)
+
     # To the host: counted
     def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
         world.note_copy("download", self.nbytes)
-        if out is None:
-            return np.array(self._host, order=order)
-        if not isinstance(out, np.ndarray) or out.dtype != self.dtype:
+        owned = out is None
+        if owned:
+            out = np.empty_like(self._host, order=order)
+        elif not isinstance(out, np.ndarray) or out.dtype != self.dtype:
             raise TypeError(f"{getattr(out, 'dtype', type(out))} array cannot be obtained from {self.dtype} array")
-        if out.shape != self.shape:
+        elif out.shape != self.shape:
             raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {out.shape}")
-        out[...] = self._host
+        _download(self, out, stream, owned)
+        if blocking:
+            (stream or get_current_stream()).synchronize()
         return out
 
     def set(self, arr: np.ndarray, stream: Any = None) -> None:
@@ -82,7 +97,7 @@ class ndarray:
         if arr.shape != self.shape:
             raise ValueError(f"Shape mismatch. Expected shape: {self.shape}, actual shape: {arr.shape}")
         world.note_copy("upload", arr.nbytes)
-        self._host[...] = arr
+        fill(self, np.array(arr), stream)
 
     def item(self, *args: Any) -> Any:
         return self.get().item(*args)
@@ -133,13 +148,18 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, key: Any) -> ndarray:
-        return _wrapped(self._host[_index(key)], [self])
+        given = [self]
+        index, host = _index(key, given), self._host
+        return _launched("getitem", lambda: host[index], lambda: host[_tame(index)], given)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        index = _index(key)
+        given: list[ndarray] = []
+        index, host = _index(key, given), self._host
         if isinstance(value, np.ndarray) and value.ndim:
             raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
-        self._host[index] = _unwrapped(value, [self])
+        value = _unwrapped(value, given)
+        np.broadcast_to(value, np.broadcast_shapes(np.shape(value), host[_tame(index)].shape))
+        launch("setitem", lambda: host.__setitem__(index, value), [self.use(True), *(x.use(False) for x in given)])
 
     # Methods that are functions
     def reshape(self, *shape: Any, order: str = "C") -> ndarray:
@@ -182,6 +202,9 @@ for _name in _METHODS.split():
     setattr(ndarray, _name, _method(getattr(np, _name)))
 
 
+FUNCTIONS: dict[str, Callable] = {}  # of the module by name; functions.py fills it
+
+
 # Calling NumPy ------------------------------------------------------------------------------------------------------
 
 
@@ -207,27 +230,68 @@ def _unwrapped(x: Any, found: list[ndarray]) -> Any:
     return x
 
 
-def _wrapped(result: Any, given: list[ndarray]) -> Any:
+def _is_view(result: Any, given: list[ndarray]) -> bool:
+    """Whether NumPy's result lies in the memory of an array that was given."""
+    return isinstance(result, np.ndarray) and _owner(result, given) is not None
+
+
+def _owner(result: np.ndarray, given: list[ndarray]) -> ndarray | None:
+    address = result.__array_interface__["data"][0]
+    for x in given:
+        memory = x.data.mem
+        if result is x._host or (result.size and memory.ptr <= address < memory.ptr + memory.size):
+            return x
+    return None
+
+
+def wrapped(result: Any, given: list[ndarray]) -> Any:
     """NumPy's result as a device array: one of those given, a view of its memory, or an array of its own."""
     if isinstance(result, (list, tuple)):
-        return type(result)(_wrapped(part, given) for part in result)
+        return type(result)(wrapped(part, given) for part in result)
     if not isinstance(result, (np.ndarray, np.generic)):
         return result
     result = np.asanyarray(result)
-    address = result.__array_interface__["data"][0]
-    for x in given:
-        if result is x._host:
-            return x
-        memory = x.data.mem
-        if result.size and memory.ptr <= address < memory.ptr + memory.size:
-            view = object.__new__(ndarray)
-            view.data = MemoryPointer(memory, address - memory.ptr)
-            view._host = result
-            return view
+    owner = _owner(result, given)
+    if owner is None:
+        made = _like(result)
+        fill(made, result)
+        return made
+    if result is owner._host:
+        return owner
+    view = object.__new__(ndarray)
+    view.data = owner.data + (result.__array_interface__["data"][0] - owner.data.ptr)
+    view._host = result
+    return view
+
+
+def _like(result: np.ndarray) -> ndarray:
+    """A device array of that shape, dtype and, if no bytes lie between its numbers, layout."""
     made = ndarray(result.shape, result.dtype)
     made._host = _host_view(made.data, result.shape, result.dtype, result.strides if _dense(result) else None)
-    made._host[...] = result
     return made
+
+
+def fill(x: ndarray, value: Any, stream: Stream | None = None) -> None:
+    """Queues x = value, of the host, which nobody changes meanwhile."""
+    host = x._host
+    launch("an upload", lambda: np.copyto(host, value, casting="unsafe"), [x.use(True)], stream and stream.queue)
+
+
+def _download(x: ndarray, out: np.ndarray, stream: Stream | None, weak: bool) -> None:
+    """Queues out = x.  Until then `out` is spoilt; if `weak` it must still be there by then."""
+    spoilt = np.frombuffer(SPOILT * x.itemsize, x.dtype)[0] if x.size else 0
+    if world.asynchronous:
+        out[...] = spoilt
+    host, place, before = x._host, caller(), out.tobytes() if world.asynchronous else b""
+    target = weakref.ref(out) if weak else lambda: out
+
+    def run() -> None:
+        there = target()
+        if there is None or (world.asynchronous and there.tobytes() != before):
+            raise HazardError(f"host memory was changed or freed before a download (asked for at {place}) wrote it")
+        there[...] = host
+
+    launch("a download", run, [x.use(False)], stream and stream.queue)
 
 
 def _dense(x: np.ndarray) -> bool:
@@ -235,18 +299,30 @@ def _dense(x: np.ndarray) -> bool:
     return bool(x.size) and x.transpose(np.argsort(x.strides, kind="stable")[::-1]).flags.c_contiguous
 
 
-def _index(key: Any) -> Any:
-    """An index with its device arrays as NumPy arrays; host arrays and lists are uploads, a mask's count a download."""
+def _index(key: Any, given: list[ndarray]) -> Any:
+    """An index for NumPy; its device arrays are added to `given`.
+
+    Host arrays and lists are uploads; a mask is a download, as its count is the result's length.
+    """
     if isinstance(key, tuple):
-        return tuple(_index(part) for part in key)
+        return tuple(_index(part, given) for part in key)
     if isinstance(key, ndarray):
         check_device(key)
         if key.dtype == bool:
-            world.note_copy("download", 8)
+            return key.get()
+        given.append(key)
         return key._host
     if isinstance(key, (np.ndarray, list)):
         world.note_copy("upload", np.asarray(key).nbytes)
+        return np.array(key)
     return key
+
+
+def _tame(index: Any) -> Any:
+    """An index with which a result's shape can be found before the numbers in it are known."""
+    if isinstance(index, tuple):
+        return tuple(map(_tame, index))
+    return np.zeros_like(index) if isinstance(index, np.ndarray) and index.dtype != bool else index
 
 
 def call(function: Callable, *args: Any, out: Any = None, **kwargs: Any) -> Any:
@@ -255,21 +331,59 @@ def call(function: Callable, *args: Any, out: Any = None, **kwargs: Any) -> Any:
     given: list[ndarray] = []
     arguments = [_unwrapped(x, given) for x in args]
     options = {name: _unwrapped(x, given) for name, x in kwargs.items()}
-    world.launches.append(getattr(function, "__name__", "copy"))
+    name = getattr(function, "__name__", "copy")
+    world.launches.append(name)
+    tamed = [*arguments[:1], *map(_tame, arguments[1:])] if function in (np.take, np.take_along_axis) else arguments
+
+    def calculate() -> Any:
+        return _calculated(function, arguments, options)
+
+    def show() -> Any:
+        return _calculated(function, tamed, options)
+
+    if out is None:
+        return _launched(name, calculate, show, given)
+    if not isinstance(out, ndarray):
+        raise TypeError(f"Unsupported type {type(out)}")
+    check_device(out)
+    host = out._host
+    if world.asynchronous:
+        np.copyto(np.empty_like(host), show(), casting="same_kind")  # raises what is wrong with shapes and dtypes now
+    run = lambda: np.copyto(host, calculate(), casting="same_kind")  # noqa: E731
+    launch(name, run, [out.use(True), *(x.use(False) for x in given)])
+    return out
+
+
+def _calculated(function: Callable, arguments: list, options: dict[str, Any]) -> Any:
     narrow = arguments and getattr(arguments[0], "dtype", None) == np.float16
     with np.errstate(all="ignore"):
         if narrow and function in (np.sum, np.prod, np.matmul, np.dot, np.mean) and options.get("dtype") is None:
             wide = [x.astype(np.float32) if getattr(x, "dtype", None) == np.float16 else x for x in arguments]
-            result = np.asarray(function(*wide, **options)).astype(np.float16)
-        else:
-            result = function(*arguments, **options)
-    if out is None:
-        return _wrapped(result, given)
-    if not isinstance(out, ndarray):
-        raise TypeError(f"Unsupported type {type(out)}")
-    check_device(out)
-    np.copyto(out._host, result, casting="same_kind")
-    return out
+            return np.asarray(function(*wide, **options)).astype(np.float16)
+        return function(*arguments, **options)
+
+
+def _launched(name: str, calculate: Callable[[], Any], show: Callable[[], Any], given: list[ndarray]) -> Any:
+    """The device array that `calculate` will fill.
+
+    `show` is the same with whatever is in memory now: it tells shape, dtype and layout, and which results are views,
+    which need no work.  A result that is no array (a truth, several arrays) is waited for.
+    """
+    if not world.asynchronous:
+        return wrapped(calculate(), given)
+    shown = show()
+    parts = shown if isinstance(shown, (list, tuple)) else [shown]
+    if all(_is_view(part, given) for part in parts):
+        return wrapped(shown, given)
+    uses = [x.use(False) for x in given]
+    if not isinstance(shown, (np.ndarray, np.generic)):
+        launch(name, lambda: None, uses)
+        get_current_stream().synchronize()
+        return wrapped(calculate(), given)
+    made = _like(np.asanyarray(shown))
+    host = made._host
+    launch(name, lambda: np.copyto(host, calculate()), [made.use(True), *uses])
+    return made
 
 
 def _operator(ufunc: np.ufunc, swapped: bool = False) -> Callable:
@@ -298,98 +412,3 @@ for _name, _full in _COMPARE.items():
 for _name, _ufunc in {"neg": np.negative, "invert": np.invert, "abs": np.absolute}.items():
     setattr(ndarray, f"__{_name}__", _method(_ufunc))
 ndarray.__hash__ = None
-
-
-# Functions of the module --------------------------------------------------------------------------------------------
-
-_UFUNCS = (
-    "abs absolute add arctan ceil clip cos divide equal exp exp2 expm1 fabs floor floor_divide fmax fmin greater "
-    "greater_equal invert isfinite isinf isnan less less_equal log log1p log2 logical_and logical_not logical_or "
-    "maximum minimum mod multiply negative not_equal power remainder rint sign sin sqrt square subtract tanh "
-    "true_divide"
-)
-_OTHERS = (
-    "all amax amin any argmax argmin argsort broadcast_to concatenate cumsum diff dot einsum expand_dims flip "
-    "hstack matmul max mean min moveaxis nan_to_num pad prod ravel repeat reshape roll rollaxis sort split squeeze "
-    "stack std sum swapaxes take take_along_axis tensordot tile transpose triu var vstack where"
-)
-FUNCTIONS: dict[str, Callable] = {}
-
-
-def _function(name: str) -> Callable:
-    made = getattr(np, name)
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return call(made, *args, **kwargs)
-
-    function.__name__ = name
-    return function
-
-
-for _name in (_UFUNCS + " " + _OTHERS).split():
-    FUNCTIONS[_name] = _function(_name)
-
-
-def asarray(a: Any, dtype: Any = None, order: Any = None, blocking: bool = False) -> ndarray:
-    """`a` itself if it is a device array of that dtype, else a copy; from the host it is a counted upload."""
-    if isinstance(a, ndarray):
-        return a if dtype is None or np.dtype(dtype) == a.dtype else a.astype(dtype)
-    return array(a, dtype, order=order)
-
-
-def array(obj: Any, dtype: Any = None, copy: Any = True, order: Any = "K", **kwargs: Any) -> ndarray:
-    """A new device array, from the host or from another."""
-    if isinstance(obj, ndarray):
-        return obj.astype(dtype or obj.dtype)
-    host = np.asarray(obj, dtype, order="C" if order is None else order)
-    made = ndarray(host.shape, host.dtype, order="F" if host.flags.fnc else "C")
-    world.note_copy("upload", host.nbytes)
-    made._host[...] = host
-    return made
-
-
-def ascontiguousarray(a: Any, dtype: Any = None) -> ndarray:
-    """`a` itself if it is contiguous and of that dtype, else a copy; a single number becomes an array of one."""
-    if not isinstance(a, ndarray):
-        raise TypeError(f"Argument 'a' has incorrect type (expected cupy._core.core._ndarray_base, got {type(a)})")
-    dtype = a.dtype if dtype is None else np.dtype(dtype)
-    a = a if a.ndim else a.reshape(1)
-    return a if a.flags.c_contiguous and a.dtype == dtype else a.astype(dtype, order="C")
-
-
-def asnumpy(a: Any, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
-    """`a` on the host: a counted download."""
-    return a.get(stream, order, out) if isinstance(a, ndarray) else np.asarray(a, order=order)
-
-
-def filled(shape: Any, value: Any, dtype: Any = None, order: str = "C") -> ndarray:
-    """An array of one value."""
-    dtype = np.asarray(value).dtype if dtype is None else dtype
-    made = ndarray(shape, dtype, order=order)
-    made._host[...] = value
-    world.launches.append("fill")
-    return made
-
-
-def arange(*args: Any, dtype: Any = None) -> ndarray:
-    """NumPy's arange, made on the device."""
-    return _wrapped(np.arange(*args, dtype=dtype), [])
-
-
-FUNCTIONS.update(
-    asarray=asarray,
-    array=array,
-    ascontiguousarray=ascontiguousarray,
-    asnumpy=asnumpy,
-    arange=arange,
-    empty=lambda shape, dtype=float, order="C": ndarray(shape, dtype, order=order),
-    zeros=lambda shape, dtype=float, order="C": filled(shape, 0, dtype, order),
-    ones=lambda shape, dtype=float, order="C": filled(shape, 1, dtype, order),
-    full=lambda shape, fill_value, dtype=None, order="C": filled(shape, fill_value, dtype, order),
-    empty_like=lambda a, dtype=None: ndarray(a.shape, dtype or a.dtype),
-    zeros_like=lambda a, dtype=None: filled(a.shape, 0, dtype or a.dtype),
-    ones_like=lambda a, dtype=None: filled(a.shape, 1, dtype or a.dtype),
-    full_like=lambda a, fill_value, dtype=None: filled(a.shape, fill_value, dtype or a.dtype),
-    nonzero=lambda a: (world.note_copy("download", 8), call(np.nonzero, a))[1],
-    array_equal=lambda a, b: call(np.array_equal, a, b),
-)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import numpy as np
 
-from .world import Memory, where_is, world
+from .memory import memory_at, where_is
+from .queues import Use, launch
+from .world import world
 
 CUBLAS_OP_N, CUBLAS_OP_T = 0, 1
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC, CUBLAS_COMPUTE_64F, CUBLAS_COMPUTE_32F_FAST_TF32 = 68, 69, 70, 77
@@ -69,36 +70,40 @@ def gemmStridedBatchedEx(
     double = computeType == CUBLAS_COMPUTE_64F
     scalar = ctypes.c_double if double else ctypes.c_float
     factor, old = scalar.from_address(int(alpha)).value, scalar.from_address(int(beta)).value
-    a = _wide(_matrices("A", A, Atype, lda, strideA, batchCount, *((k, m) if transa else (m, k))), Atype)
-    b = _wide(_matrices("B", B, Btype, ldb, strideB, batchCount, *((n, k) if transb else (k, n))), Btype)
-    left, right = (a.swapaxes(1, 2) if transa else a), (b.swapaxes(1, 2) if transb else b)
-    product = np.ascontiguousarray(left) @ np.ascontiguousarray(right)  # for other strides NumPy adds one by one
-    if factor != 1:
-        product = product * product.dtype.type(factor)
-    c = _matrices("C", C, Ctype, ldc, strideC, batchCount, m, n)
-    if old:
-        product = product + product.dtype.type(old) * _wide(c, Ctype)
-    with np.errstate(all="ignore"):
-        c[...] = bfloat16_bits(product) if Ctype == BFLOAT16 else product
+    a, read_a = _matrices("A", A, Atype, lda, strideA, batchCount, *((k, m) if transa else (m, k)))
+    b, read_b = _matrices("B", B, Btype, ldb, strideB, batchCount, *((n, k) if transb else (k, n)))
+    c, write_c = _matrices("C", C, Ctype, ldc, strideC, batchCount, m, n, write=True)
+
+    def run() -> None:
+        left, right = (_wide(x, kind) for x, kind in ((a, Atype), (b, Btype)))
+        left, right = (left.swapaxes(1, 2) if transa else left), (right.swapaxes(1, 2) if transb else right)
+        product = np.ascontiguousarray(left) @ np.ascontiguousarray(right)  # for other strides NumPy adds one by one
+        if factor != 1:
+            product = product * product.dtype.type(factor)
+        if old:
+            product = product + product.dtype.type(old) * _wide(c, Ctype)
+        with np.errstate(all="ignore"):
+            c[...] = bfloat16_bits(product) if Ctype == BFLOAT16 else product
+
+    launch("a product of cuBLAS", run, [read_a, read_b, write_c])
 
 
-def _matrices(name: str, address: int, kind: int, ld: int, stride: int, batch: int, rows: int, columns: int) -> Any:
+def _matrices(
+    name: str, address: int, kind: int, ld: int, stride: int, batch: int, rows: int, columns: int, write: bool = False
+) -> tuple[np.ndarray, Use]:
     """(batch, rows, columns) column-major matrices at an address, which must lie in one allocation entirely."""
     dtype = np.dtype(STORED[kind])
     if address % dtype.itemsize:
         raise CUBLASError(f"{name}: address {address} is not aligned to {dtype}")
     reach = (stride * (batch - 1) + ld * (columns - 1) + rows) * dtype.itemsize if rows * columns else 0
-    for reference in list(world.allocations.values()):
-        memory: Memory | None = reference()
-        if memory is not None and memory.ptr <= address <= address + reach <= memory.ptr + memory.size:
-            if memory.device_id != world.current:
-                raise CUBLASError(f"{name}: lies on device {memory.device_id}, the handle's is {world.current}")
-            break
-    else:
+    memory = memory_at(address, reach)
+    if memory is None:
         raise CUBLASError(f"{name}: {reach} bytes from address {address}, {where_is(address)}: outside it")
+    if memory.device_id != world.current:
+        raise CUBLASError(f"{name}: lies on device {memory.device_id}, the handle's is {world.current}")
     raw = (ctypes.c_char * max(reach, 1)).from_address(address)
     strides = (stride * dtype.itemsize, dtype.itemsize, ld * dtype.itemsize)
-    return np.ndarray((batch, rows, columns), dtype, raw, 0, strides)
+    return np.ndarray((batch, rows, columns), dtype, raw, 0, strides), memory.use(write, int(address), address + reach)
 
 
 def _wide(x: np.ndarray, kind: int) -> np.ndarray:

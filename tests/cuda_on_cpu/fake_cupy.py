@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, cublas, kernels
-from . import world as pretended
-from .world import CUDADriverError, CUDARuntimeError, MemoryPointer, world
+from . import arrays, cublas, functions, kernels, memory, queues, streams
+from .memory import MemoryPointer, memory_at
+from .world import CUDADriverError, CUDARuntimeError, OutOfMemoryError, world
 
 VERSION = "14.2.0"
 DTYPES = "float16 float32 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool_"
@@ -28,11 +28,6 @@ class CompileException(Exception):
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
-
-
-def _address_ok(value: int) -> bool:
-    refs = list(world.allocations.values())
-    return value == 0 or any(m is not None and m.ptr <= value < m.ptr + m.size for m in (ref() for ref in refs))
 
 
 def argument(value: Any, parameter: str, where: str) -> Any:
@@ -59,7 +54,7 @@ def argument(value: Any, parameter: str, where: str) -> Any:
     if not isinstance(value, (bool, int, float, np.generic)):
         raise TypeError(f"Unsupported type {type(value)}")
     if pointer:
-        if isinstance(value, (int, np.int64, np.uint64)) and _address_ok(int(value)):
+        if isinstance(value, (int, np.int64, np.uint64)) and (value == 0 or memory_at(value)):
             return ctypes.c_void_p(int(value))
         raise TypeError(f"{where}: a kernel parameter {parameter} is given {value!r}, no address of a device array")
     scalar = np.asarray(value)
@@ -67,6 +62,17 @@ def argument(value: Any, parameter: str, where: str) -> Any:
     if not small_int and (scalar.itemsize != width or {scalar.dtype.kind, kind} not in ({kind}, {"i", "u"})):
         raise TypeError(f"{where}: a kernel parameter {parameter} is given {value!r} as {scalar.dtype}")
     return ctypes.create_string_buffer(scalar.astype(f"{'?' if kind == 'b' else kind + str(width)}").tobytes())
+
+
+def use(value: Any, parameter: str) -> queues.Use | None:
+    """What a kernel does with an argument's memory: it reads const arrays, writes others; by address, all of one."""
+    write = parameter[-1] == "m"
+    if parameter[0] != "*" or value is None:
+        return None
+    if isinstance(value, arrays.ndarray):
+        return value.use(write)
+    found = memory_at(value.ptr if isinstance(value, MemoryPointer) else int(value))
+    return found and found.use(write)
 
 
 NAMES = {"f": "float", "i": "int", "u": "uint"}
@@ -101,15 +107,31 @@ class RawKernel:
         values = [
             argument(v, p, f"{self.name}, parameter {i}") for i, (v, p) in enumerate(zip(args, kernel.parameters))
         ]
+        uses = [u for u in map(use, args, kernel.parameters) if u is not None]
         world.launches.append(self.name)
-        try:
-            kernel.launch([ctypes.addressof(v) for v in values], grid, block, int(shared_mem), world.backwards)
-        except kernels.KernelError as error:
-            place = f": {pretended.where_is(error.address)}" if error.address else ""
-            raise kernels.KernelError(f"{error}{place}", error.address) from None
-        for i, value in enumerate(args):
-            if isinstance(value, arrays.ndarray) and not value.data.mem.spoilt_outside():
-                raise kernels.KernelError(f"{self.name} wrote just outside the array of parameter {i}", value.data.ptr)
+        around = {i: _place(v) for i, v in enumerate(args) if isinstance(v, arrays.ndarray)}
+        size, backwards = int(shared_mem), world.backwards
+
+        def run() -> None:
+            _run(kernel, values, (grid, block, size, backwards), around)
+
+        queues.launch(f"kernel {self.name}", run, uses, stream and stream.queue)
+
+
+def _place(x: arrays.ndarray) -> tuple[memory.Block, int, int]:
+    return x.data.mem.block, x.data.mem.ptr, x.data.mem.size
+
+
+def _run(kernel: kernels.Kernel, values: list, how: tuple, around: dict[int, tuple[memory.Block, int, int]]) -> None:
+    """Runs a kernel, then looks whether it wrote beside the arrays that are `around` its parameters."""
+    try:
+        kernel.launch([ctypes.addressof(v) for v in values], *how)
+    except kernels.KernelError as error:
+        place = f": {memory.where_is(error.address)}" if error.address else ""
+        raise kernels.KernelError(f"{error}{place}", error.address) from None
+    for i, (block, ptr, size) in around.items():
+        if not block.spoilt_outside(ptr, size):
+            raise kernels.KernelError(f"{kernel.name} wrote just outside the array of parameter {i}", ptr)
 
 
 class RawModule:
@@ -180,7 +202,12 @@ def _properties(device: int) -> dict[str, Any]:
 
 
 def _set_device(device: int) -> None:
-    pretended.Device(device).use()
+    streams.Device(device).use()
+
+
+def _synchronize() -> None:
+    world.check()
+    queues.finish_device(world.current)
 
 
 def _available() -> bool:
@@ -206,13 +233,13 @@ def build() -> dict[str, ModuleType]:
             parent, _, last = name.rpartition(".")
             setattr(modules[parent], last, module)
     cupy, cuda = modules["cupy"], modules["cupy.cuda"]
-    vars(cupy).update(arrays.FUNCTIONS)
+    vars(cupy).update(functions.FUNCTIONS)
     vars(cupy).update(
         ndarray=arrays.ndarray,
         RawModule=RawModule,
         RawKernel=RawKernel,
         __version__=VERSION,
-        get_default_memory_pool=lambda: pretended.default_pool,
+        get_default_memory_pool=lambda: memory.default_pool,
         newaxis=None,
         inf=np.inf,
         nan=np.nan,
@@ -222,18 +249,16 @@ def build() -> dict[str, ModuleType]:
     for name in DTYPES.split():
         setattr(cupy, name, getattr(np, name))
     vars(cuda).update(
-        Device=pretended.Device,
-        Stream=pretended.Stream,
-        Event=pretended.Event,
-        MemoryPool=pretended.MemoryPool,
+        Device=streams.Device,
+        Stream=streams.Stream,
+        Event=streams.Event,
+        MemoryPool=memory.MemoryPool,
         MemoryPointer=MemoryPointer,
-        alloc_pinned_memory=pretended.alloc_pinned_memory,
-        get_elapsed_time=pretended.get_elapsed_time,
-        get_current_stream=lambda device_id=-1: pretended.null_stream,
-        get_allocator=lambda: pretended.allocator[0],
-        set_allocator=lambda allocator=None: pretended.allocator.__setitem__(
-            0, allocator or pretended.default_pool.malloc
-        ),
+        alloc_pinned_memory=memory.alloc_pinned_memory,
+        get_elapsed_time=streams.get_elapsed_time,
+        get_current_stream=streams.get_current_stream,
+        get_allocator=lambda: memory.allocator[0],
+        set_allocator=lambda allocator=None: memory.allocator.__setitem__(0, allocator or memory.default_pool.malloc),
         is_available=_available,
         cublas=cublas,
     )
@@ -245,12 +270,12 @@ def build() -> dict[str, ModuleType]:
         getDeviceProperties=_properties,
         runtimeGetVersion=_version(12090),
         driverGetVersion=_version(12090),
-        deviceSynchronize=world.check,
-        memGetInfo=lambda: pretended.Device().mem_info,
+        deviceSynchronize=_synchronize,
+        memGetInfo=lambda: streams.Device().mem_info,
     )
-    vars(cuda.memory).update(OutOfMemoryError=pretended.OutOfMemoryError, MemoryPool=pretended.MemoryPool)
-    vars(cuda.device).update(Device=pretended.Device, get_cublas_handle=_handle, get_device_id=_device)
-    vars(cuda.stream).update(Stream=pretended.Stream, Event=pretended.Event)
+    vars(cuda.memory).update(OutOfMemoryError=OutOfMemoryError, MemoryPool=memory.MemoryPool)
+    vars(cuda.device).update(Device=streams.Device, get_cublas_handle=_handle, get_device_id=_device)
+    vars(cuda.stream).update(Stream=streams.Stream, Event=streams.Event)
     cuda.nvrtc.getVersion = lambda: (12, 9)
     vars(cuda.compiler).update(CompileException=CompileException)
     modules["cupy.cuda.cublas"] = cublas
@@ -266,21 +291,34 @@ def build() -> dict[str, ModuleType]:
 def pretend(fresh: tuple[str, ...] = (), **settings: Any) -> Iterator[ModuleType]:
     """Puts the pretended `cupy` in place; modules whose names begin with one of `fresh` are imported anew inside.
 
-    `settings` are fields of World (devices=, memory=, driver=, backwards=).
+    `settings` are fields of World (devices=, memory=, driver=, backwards=, asynchronous=).
     """
     ours = ("cupy", "cupyx", "cupy_backends", *fresh)
     saved = {name: sys.modules.pop(name) for name in list(sys.modules) if _belongs(name, ours)}
     before = {name: getattr(world, name) for name in (*settings, "current")}
-    vars(world).update(settings)
+    _change(settings)
     modules = build()
     sys.modules.update(modules)
+    failed = True
     try:
         yield modules["cupy"]
+        failed = False
     finally:
         for name in [name for name in sys.modules if _belongs(name, ours)]:
             del sys.modules[name]
         sys.modules.update(saved)
-        vars(world).update(before)
+        try:
+            queues.finish_all(quietly=failed)
+        finally:
+            _change(before)
+
+
+def _change(settings: dict[str, Any]) -> None:
+    """Changes the world when nothing waits in it."""
+    queues.finish_all()
+    memory.unmap_free()
+    for name, value in settings.items():
+        setattr(world, name, value)
 
 
 def _belongs(name: str, families: tuple[str, ...]) -> bool:

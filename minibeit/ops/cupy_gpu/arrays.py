@@ -56,9 +56,11 @@ def _upload(x: np.ndarray) -> Array:
         staged[piece] = source[piece]
         return piece
 
-    for piece in _piece_by_piece(move, x.nbytes, PIECE_BYTES):
-        (y.data + piece.start).copy_from_host_async(pinned.ptr + piece.start, piece.stop - piece.start, stream)
-    stream.synchronize()  # before the pinned memory goes back to its pool
+    try:
+        for piece in _piece_by_piece(move, x.nbytes, PIECE_BYTES):
+            (y.data + piece.start).copy_from_host_async(pinned.ptr + piece.start, piece.stop - piece.start, stream)
+    finally:
+        stream.synchronize()  # before the pinned memory goes back to its pool, also when a copy is interrupted
     return y
 
 

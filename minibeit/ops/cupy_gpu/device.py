@@ -100,8 +100,12 @@ def peak_memory(index: int) -> int:
 
 @contextmanager
 def session(index: int, dtype: str) -> Iterator[Any]:
-    """Within it a model of `dtype` works on device `index`.  Raises MemoryError, saying what would fit."""
-    with cupy.cuda.Device(index):
+    """Within it a model of `dtype` works on device `index`.  Raises MemoryError, saying what would fit.
+
+    Whatever stream is current outside, the model's work is queued on the null stream of the device: threads share its
+    weights and what it keeps from call to call, and CuPy gives freed memory out again in the order of one stream alone.
+    """
+    with cupy.cuda.Device(index), _on_null_stream():
         try:
             yield
         except cupy.cuda.memory.OutOfMemoryError as error:
@@ -111,6 +115,21 @@ def session(index: int, dtype: str) -> Iterator[Any]:
             message = _out_of_memory(index, dtype, pool.used_bytes(), taken, str(error))
             pool.free_all_blocks()
             raise MemoryError(message) from None
+
+
+@contextmanager
+def _on_null_stream() -> Iterator[None]:
+    """The null stream is current, after what the caller's stream has to do; what comes later there is after this."""
+    callers, null = cupy.cuda.get_current_stream(), cupy.cuda.Stream.null
+    if callers.ptr == null.ptr:
+        yield
+        return
+    null.wait_event(callers.record())
+    try:
+        with null:
+            yield
+    finally:
+        callers.wait_event(null.record())
 
 
 def _out_of_memory(index: int, dtype: str, before: int, taken: int, reason: str) -> str:

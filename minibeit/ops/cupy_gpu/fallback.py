@@ -28,7 +28,9 @@ def on_device(
 
     def prepare_there(params: Any) -> Any:
         with session(number, dtype):
-            return prepare(params, bool(on_cpu), dtype)
+            prepared = prepare(params, bool(on_cpu), dtype)
+            cupy.cuda.get_current_stream().synchronize()  # ops outside a session may be called on any stream
+            return prepared
 
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
     bound.update({name: getattr(arrays, name) for name in placing})
