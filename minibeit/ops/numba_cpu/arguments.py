@@ -252,9 +252,7 @@ CONTROL_BYTES = NEXT + 64 * SHARES
 
 COMBINE_GELU, COMBINE_DERIVATIVE, COMBINE_PRODUCT = 0, 1, 2  # modes of COMBINE
 GRADIENT_ROWS = 16  # rows per task of COMBINE and SCALE_GRADIENT
-QUERY_ROWS = (
-    96  # whose probabilities are alive at a time in ATTENTION_BACKWARD; a multiple of MR and LANES on every CPU
-)
+QUERY_ROWS = 96  # with probabilities alive in ATTENTION_BACKWARD; a multiple of MR and LANES on every CPU
 CHUNK = 1 << 14  # weights per task of ADAMW
 
 PACK_COLUMNS = Arguments(

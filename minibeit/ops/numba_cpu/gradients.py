@@ -83,8 +83,8 @@ def weight_gradient(g: Turned, panels: np.ndarray, columns: int) -> np.ndarray: 
             x=g.rows.at(4 * first), panels=b.at(4 * NR * first), bias=bias, y=c, scale=NOTHING, residual=NOTHING
         )
         gemm.run_products(
-            1, operands, x_bytes=g.row_bytes, count=out, steps=last - first, out=columns, y_bytes=4 * columns, mode=PLAIN,
-            residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS, accumulate=int(part > 0), **layout,
+            1, operands, x_bytes=g.row_bytes, count=out, steps=last - first, out=columns, y_bytes=4 * columns,
+            mode=PLAIN, residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS, accumulate=int(part > 0), **layout,
         )  # fmt: skip
     return dw
 

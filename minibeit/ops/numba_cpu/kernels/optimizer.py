@@ -12,7 +12,7 @@ _read = reader(ADAMW)
 
 
 def adamw(args, task, thread):
-    """Weights task * CHUNK ...; see minibeit/train/optimizer.py for the formula and `optimizer.adamw` for its factors."""
+    """Weights task * CHUNK ...; the formula is in `reference.adamw`, the factors are those of `optimizer.adamw`."""
     p = _read(args, thread)
     weights, gradient, mean, square, numbers = p.weights, p.gradient, p.mean, p.square, p.factors
     keep, grow_mean = load_float(numbers), load_float(numbers + 4)
