@@ -41,6 +41,14 @@ def _plain(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
 
 
+def as_real(x: Any, dtype: Any) -> np.ndarray:
+    """`as_numpy(x)` in that dtype.  Raises ValueError for complex numbers, whose imaginary part would be lost."""
+    array = as_numpy(x)
+    if array.dtype.kind == "c":
+        raise ValueError("expected real numbers, found complex ones")
+    return np.asarray(array, dtype)
+
+
 def as_torch(x: np.ndarray) -> Any:
     """`x` as a tensor of PyTorch that shares its memory.  Raises ImportError where PyTorch is missing."""
     try:

@@ -25,8 +25,9 @@ FUNCTIONS = {
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
 LAUNCHERS = ("along_rows", "warp_by_row", "over_channels", "kernel")
-# There is nothing to store, a GPU queues every kernel by itself, and a tape computes again, not a backend.
-NUMPYS = {"dump", "restore", "queued", "recompute"}
+# There is nothing to store, a GPU queues every kernel by itself, a tape computes again and not a backend, and training
+# is for CPUs.
+NUMPYS = {"dump", "restore", "queued", "recompute", "adamw"}
 DTYPES = ("float32", "float64", *HALF_DTYPES)
 
 

@@ -178,7 +178,7 @@ PROCESSOR_BOMBS = {
     "size: expected at most 67108864 pixels in all": {"size": 30_000},
     "size: expected at most 67108864 pixels in all, .*shortest": {"size": {"shortest_edge": 50_000}},
     "size: expected the keys .* found a0, a1, a2, a3, a4, a5, ...$": {"size": {f"a{i}": 1 for i in range(1000)}},
-    "image_mean: expected 1, 3 or 4 numbers, found 200000": {"image_mean": [0.5] * 200_000},
+    "image_mean: expected at most 4096 numbers, one per channel, found 200000": {"image_mean": [0.5] * 200_000},
     "image_std: expected numbers of at least 1e-06": {"image_std": 1e-300},
     "rescale_factor: expected a number within 1e.06 of 0": {"rescale_factor": 1e300},
     "resample: .* found 9223372036854775807": {"resample": (1 << 63) - 1},

@@ -188,7 +188,7 @@ def test_reports_of_a_hostile_trace(capsys, tmp_path):
     reports = [tmp_path / f"report{suffix}" for suffix in (".html", ".md", ".json")]
     words = [word for path in reports for word in ("--report", path)]
     shown = run(capsys, "verify", "-m", tmp_path, "--against", file, *words)
-    assert shown[0] == 1 and "alert(2)" in assert_harmless_run(shown, None)
+    assert shown[0] == 0 and "alert(2)" in assert_harmless_run(shown, None)  # arrays beside the model are no fault
     page, paper, data = (path.read_text(encoding="utf-8") for path in reports)
     for content in (page, paper, data):
         assert_harmless(content, None)

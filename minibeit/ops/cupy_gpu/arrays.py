@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...foreign import as_numpy
+from ...foreign import as_real
 from ...params import table_rows
 from .. import reference
 from .device import cupy
@@ -29,7 +29,7 @@ def num_threads(count: int | None) -> AbstractContextManager[Any]:
 
 def stage(x: Any, dtype: str) -> Array:
     """See `reference.stage`: an array in main memory stays there, to be checked before it is uploaded."""
-    return asarray(x, dtype) if isinstance(x, cupy.ndarray) else np.asarray(as_numpy(x), _numpy_dtype(dtype))
+    return asarray(x, dtype) if isinstance(x, cupy.ndarray) else as_real(x, _numpy_dtype(dtype))
 
 
 def asarray(x: Any, dtype: str) -> Array:

@@ -84,7 +84,8 @@ def weight_gradient(g: Turned, panels: np.ndarray, columns: int) -> np.ndarray: 
         )
         gemm.run_products(
             1, operands, x_bytes=g.row_bytes, count=out, steps=last - first, out=columns, y_bytes=4 * columns,
-            mode=PLAIN, residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS, accumulate=int(part > 0), **layout,
+            mode=PLAIN, residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS, accumulate=int(part > 0),
+            **layout,
         )  # fmt: skip
     return dw
 

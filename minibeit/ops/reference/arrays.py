@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...foreign import as_numpy
+from ...foreign import as_real
 from ...params import table_rows
 
 
@@ -50,7 +50,7 @@ def recompute(function: Callable[..., Any], ops: Any, args: tuple[Any, ...]) -> 
 
 def stage(x: Any, dtype: str) -> np.ndarray:
     """A caller's array converted to that dtype, not yet uploaded, so that it can be checked before `asarray`."""
-    return np.asarray(as_numpy(x), dtype=dtype)
+    return as_real(x, dtype)
 
 
 def asarray(x: Any, dtype: str) -> np.ndarray:
