@@ -342,7 +342,7 @@ def test_the_status_line_is_overwritten_on_a_terminal_only(monkeypatch):
 
 
 def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
-    text = (Path(HOME) / "docs" / "finetune.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
     program = text.partition("```python\n")[2].partition("```")[0]
     class_folders(tmp_path / "flowers", 4)
     (tmp_path / "checkpoint").symlink_to(model)
@@ -352,7 +352,7 @@ def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
 
 
 def test_the_options_that_the_guide_names_exist():
-    text = (Path(HOME) / "docs" / "finetune.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
     known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
              for option in action.option_strings}  # fmt: skip
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
