@@ -25,7 +25,7 @@ class Dlpack:
     """Speaks DLPack and nothing else."""
 
     def __init__(self, array):
-        self.array = array
+        self.array = array.astype(np.uint8) if array.dtype == bool else array  # DLPack had no booleans until 1.0
 
     def __dlpack__(self, **options):
         return self.array.__dlpack__(**options)

@@ -176,7 +176,7 @@ def test_steps_of_adamw_are_numpys_to_rounding(count):
                 for t in range(1, 8):
                     OPS.adamw(fast[0], normal(t, count, scale=0.1**t), *fast[1:], factors, t)
         results.append(fast)
-    wide = mapped(start, np.float64)
+    wide = mapped(start, lambda array: array.astype(np.float64))
     for t in range(1, 8):
         reference.adamw(wide[0], normal(t, count, scale=0.1**t).astype(np.float64), *wide[1:], factors, t)
     for found, truth, before in zip(results[0], wide, start):

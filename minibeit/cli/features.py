@@ -115,6 +115,8 @@ def pooled(states: np.ndarray, pool: str) -> np.ndarray:  # (B, N, D) -> (B, D) 
 
 
 def _write(output: Path, rows: list[np.ndarray], files: list[str], facts: dict[str, Any]) -> None:
+    import zipfile
+
     import numpy as np
 
     from ..checkpoint.formats import write_safetensors
@@ -122,9 +124,12 @@ def _write(output: Path, rows: list[np.ndarray], files: list[str], facts: dict[s
 
     features = np.stack(rows)
     if output.suffix == ".npz":
-        with atomic_write(output) as stream:
-            arrays: dict[str, Any] = {"features": features, "files": np.array(files), **facts}
-            np.savez(stream, **arrays)
+        arrays: dict[str, Any] = {"features": features, "files": np.array(files), **facts}
+        # numpy.savez does the same, but before NumPy 2 it leaves the archive open if the disk is full.
+        with atomic_write(output) as stream, zipfile.ZipFile(stream, "w") as archive:
+            for name, value in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asanyarray(value), allow_pickle=False)
     else:
         metadata = {"files": json.dumps(files), **{k: str(v) for k, v in facts.items()}}
         write_safetensors(output, {"features": features}, metadata)
