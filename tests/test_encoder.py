@@ -9,6 +9,7 @@ from conftest import distance, make, random_weights, tiny_config
 from tolerances import NAIVE_MODEL
 
 from minibeit import BeitBackbone, BeitModel
+from minibeit.ops import numba_cpu
 from minibeit.ops.reference import transformer
 
 PIXELS = np.random.default_rng(3).standard_normal((2, 3, 12, 8))
@@ -83,6 +84,7 @@ def test_a_call_leaves_no_mark_on_the_next():
     assert np.array_equal(model(PIXELS).last_hidden_state, one)
 
 
+@pytest.mark.skipif(not numba_cpu.COMPILED, reason="NumPy serves every op, and reads the index")
 def test_the_fused_attention_makes_no_index(monkeypatch):
     """An (N, N) index that nobody reads would take 16 GB for an image of 4096x4096 pixels."""
     model = make(BeitModel, tiny_config(use_relative_position_bias=True), dtype="float32", backend="numba")
