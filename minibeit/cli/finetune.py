@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--linear-probe", action="store_true", help="learn one linear layer on each block's features")
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="compute a batch in N pieces")
     parser.add_argument("--recompute", action="store_true", help="less memory for a third more time")
-    parser.add_argument("--backend", choices=["numpy", "numba"], help="what computes")
+    parser.add_argument("--backend", choices=["numpy", "numba"], help="what computes (default numba)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads that compute (default: all cores)")
     parser.add_argument("--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
                         help="threads that decode pictures (default: one a core, at most 8)")  # fmt: skip

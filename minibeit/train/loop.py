@@ -278,13 +278,13 @@ class Trainer:
 
     def _check_weights(self) -> None:
         if not np.isfinite(self.optimizer.weights).all():
-            raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.params))}"))
+            raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.plain_params))}"))
 
     def _first_not_finite(self, found: Gradients, pixels: np.ndarray) -> str:
         """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients."""
         if not np.isfinite(pixels).all():
             return self._sentence("the pixel values")
-        if name := _first(flatten(self.model.params)):
+        if name := _first(flatten(self.model.plain_params)):
             return self._sentence(f"the weights {name}")
         if not math.isfinite(found.loss):
             trace = Trace()

@@ -19,7 +19,6 @@ from .examples import Examples
 from .recipes import PRESETS
 
 HEAD_SCALE = 0.001  # of a new head's random weights, so that training begins at even odds (unilm's init_scale)
-BACKEND = "numpy"  # what has gradients
 KEPT_WIDE, KEPT_MLP = 8, 3  # arrays of (N, D) and (N, F) that a block keeps for its backward
 PASSING_MLP, PASSING_SCORES = 6, 2  # arrays of (N, F) and (H, N, N) that one block needs for a moment
 
@@ -52,7 +51,7 @@ def from_checkpoint(
     if image_size is not None and config.image_shape != (image_size, image_size):
         fields["image_size"] = image_size
     model = BeitForImageClassification.from_pretrained(
-        path, backend=backend or BACKEND, seed=seed, num_threads=num_threads, **fields
+        path, backend=backend, seed=seed, num_threads=num_threads, **fields
     )
     return for_classification(model, seed, new_head=not keep_classes)
 
@@ -80,7 +79,7 @@ def from_scratch(
     if image_size is not None:
         fields["image_size"] = image_size
     config = config.replace(**fields)
-    return BeitForImageClassification(config, seed=seed, backend=backend or BACKEND, num_threads=num_threads)
+    return BeitForImageClassification(config, seed=seed, backend=backend, num_threads=num_threads)
 
 
 def for_classification(model: BeitForImageClassification, seed: int, new_head: bool) -> BeitForImageClassification:
@@ -208,6 +207,6 @@ def parameters_learned(model: Any, frozen: Sequence[str]) -> int:
     """How many numbers a training changes."""
     from .gradients import matching
 
-    named = flatten(model.params)
+    named = flatten(model.plain_params)
     left_out = matching(named, frozen)
     return sum(array.size for name, array in named.items() if name not in left_out)
