@@ -227,11 +227,7 @@ class BeitConfig:
         Raises TypeError for any other keyword, FileNotFoundError if there is no such file and CheckpointError, naming
         the file, if it cannot be used.
         """
-        file, overrides = resolve_settings(path, keywords, _known(cls))
-        if file.is_dir():
-            file = file / CONFIG_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: there is no {CONFIG_NAME} here; give the folder of a checkpoint")
+        file, overrides = resolve_settings(path, keywords, _known(cls), CONFIG_NAME)
         try:
             return cls.from_dict(read_json(file), **overrides)
         except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
@@ -34,6 +35,11 @@ def variant_name(name: str, variant: str | None) -> str:
         raise ValueError(f"variant: expected a word such as 'fp16', found {variant!r}")
     stem, dot, ending = name.rpartition(".")
     return f"{stem}.{variant}{dot}{ending}"
+
+
+def beside(checkpoint: Path, name: str) -> Path:
+    """The path of the file `name` in a checkpoint's folder, or in the folder that holds a checkpoint's one file."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
 
 
 def folder_files(variant: str | None = None, use_safetensors: bool | None = None) -> tuple[str, ...]:

@@ -55,14 +55,21 @@ def not_here(id: str) -> FileNotFoundError:
 
 
 def resolve_settings(
-    path_or_id: str | os.PathLike[str], keywords: Mapping[str, Any], known: Iterable[str]
+    path_or_id: str | os.PathLike[str], keywords: Mapping[str, Any], known: Iterable[str], name: str
 ) -> tuple[Path, dict[str, Any]]:
-    """The path of config or processor settings, and the settings (among `known`) that the keywords replace.
+    """The file of settings, given itself, its folder, where it is called `name`, or an id on the Hub; and the settings
+    (among `known`) that the keywords replace.
 
-    Raises TypeError for a keyword that is neither in `known` nor a field of `Where`, and what `resolve` raises.
+    Raises TypeError for a keyword that is neither in `known` nor a field of `Where`, FileNotFoundError if there is no
+    such file, and what `resolve` raises.
     """
     where, settings = split_keywords(keywords, known)
-    return resolve(path_or_id, where, weights=False), settings
+    file = resolve(path_or_id, where, weights=False)
+    if file.is_dir():
+        file = file / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no {name} here; give the folder of a checkpoint")
+    return file, settings
 
 
 def _within(path: Path, subfolder: str) -> Path:

@@ -186,11 +186,7 @@ class BeitImageProcessor:
         models take them.  Raises TypeError for any other keyword, FileNotFoundError when there is none and
         CheckpointError, naming the file, when it cannot be used.
         """
-        file, overrides = resolve_settings(path, keywords, (*SETTINGS, *_RENAMED))
-        if file.is_dir():
-            file = file / PROCESSOR_NAME
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: there is no {PROCESSOR_NAME} here; give the folder of a checkpoint")
+        file, overrides = resolve_settings(path, keywords, (*SETTINGS, *_RENAMED), PROCESSOR_NAME)
         try:
             values = read_json(file)
             processor = cls.from_dict(values)

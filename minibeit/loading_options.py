@@ -54,6 +54,9 @@ class Where:
             raise ValueError(f"subfolder: expected a folder within the checkpoint's, found {self.subfolder!r}")
 
 
+FETCHED = Where(local_files_only=True)  # for what is asked of the Hub again by a program that has just asked
+
+
 @dataclass(frozen=True)
 class Loading(Where):
     """How a checkpoint is read.

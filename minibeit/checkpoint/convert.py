@@ -16,7 +16,7 @@ import numpy as np
 from ..catalogue import manifest
 from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
-from ..file_names import CONFIG_NAME, PREPARED_NAME, PROCESSOR_NAME, WEIGHTS_NAME
+from ..file_names import CONFIG_NAME, PREPARED_NAME, PROCESSOR_NAME, WEIGHTS_NAME, beside
 from ..files import scratch_folder
 from ..loading_options import split_model_keywords
 from ..params import BATCH_NORM_EPS, count_parameters, param_shapes, random_arrays
@@ -156,8 +156,7 @@ def _processor(
     checkpoint: Checkpoint, source: str, old: tuple[int, int], new: tuple[int, int], notes: list[str]
 ) -> dict[str, Any] | None:
     """The image processor's settings for the new image size, from the source's folder or else the manifest."""
-    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    file = folder / PROCESSOR_NAME
+    file = beside(checkpoint.path, PROCESSOR_NAME)
     known = manifest()
     entry = known.get(source) or known.get(Path(source).stem) or known.get(f"timm/{Path(source).stem}")
     if file.is_file():

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
-from ..file_names import CONFIG_NAME, PREPARED_NAME, folder_files
+from ..file_names import CONFIG_NAME, PREPARED_NAME, beside, folder_files
 from ..hub import resolve
 from ..loading_options import Loading, split_model_keywords
 from ..params import param_shapes, random_arrays
@@ -70,6 +70,20 @@ def open_checkpoint(
     those of its base model.  Raises FileNotFoundError or CheckpointError.
     """
     loading = loading or Loading(dialect=dialect)
+    return _interpreted(_read(path, loading), loading, config_overrides or {})
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a checkpoint, opened; what they mean depends on the config's overrides."""
+
+    asked: str  # the path or id that was given
+    source: Path
+    loaded: Loaded
+    adapter: Adapter | None
+
+
+def _read(path: str | os.PathLike[str], loading: Loading) -> _Files:
     source = resolve(path, loading)
     adapter = read_adapter(source) if source.is_dir() else None
     if adapter is not None and not _is_whole(source, loading):
@@ -81,12 +95,16 @@ def open_checkpoint(
             f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU "
             f"and by the name {PREPARED_NAME}; give the checkpoint that it was made from"
         )
+    return _Files(str(path), source, loaded, adapter)
+
+
+def _interpreted(files: _Files, loading: Loading, overrides: Mapping[str, Any]) -> Checkpoint:
+    source = files.source
     try:
-        naming = recognise(loaded.tensors, loading.dialect, None if loaded.chosen else loading.weights)
-        found = _opened(source, loaded, naming, dict(config_overrides or {}), str(path), adapter)
+        naming = recognise(files.loaded.tensors, loading.dialect, None if files.loaded.chosen else loading.weights)
+        return _opened(files, naming, overrides)
     except CheckpointError as error:
         raise CheckpointError(str(error) if str(error).startswith(str(source)) else f"{source}: {error}") from None
-    return found
 
 
 def load_checkpoint(
@@ -109,11 +127,12 @@ def load_checkpoint(
     shape raises CheckpointError.  float32 tensors of mapped files are views of the file, not copies.
     """
     loading, overrides = split_model_keywords(config_overrides or {}, CONFIG_FIELDS)
-    checkpoint = open_checkpoint(path, overrides, loading=loading)
+    opened = _read(path, loading)
+    checkpoint = _interpreted(opened, loading, overrides)
     match = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming)
     size = overrides.pop("image_size", None)
     if size is not None and any(name.endswith(GRID_TENSORS) for name in match.mismatched):
-        native = open_checkpoint(path, overrides, loading=loading)  # with the image size of its tensors
+        native = _interpreted(opened, loading, overrides)  # with the image size of its tensors
         native_match = match_names(native.tensors, native.config, task, native.naming)
         if not any(name.endswith(GRID_TENSORS) for name in native_match.mismatched):
             checkpoint, match = native, native_match
@@ -162,10 +181,9 @@ def _is_whole(folder: Path, loading: Loading) -> bool:
     return (folder / CONFIG_NAME).is_file() and any((folder / name).is_file() for name in weights)
 
 
-def _opened(
-    source: Path, loaded: Loaded, naming: Naming, overrides: dict[str, Any], name: str, adapter: Adapter | None
-) -> Checkpoint:
-    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+def _opened(files: _Files, naming: Naming, overrides: Mapping[str, Any]) -> Checkpoint:
+    source, loaded, adapter = files.source, files.loaded, files.adapter
+    file = beside(source, CONFIG_NAME)
     values = _config_values(file) if file.is_file() else None
     task, assumed = None, []
     if values is None or _is_timm(values):
@@ -174,7 +192,7 @@ def _opened(
         config, named = name_classes(inferred.config, inferred.task, loaded.extra, said.get("label_names"))
         task, assumed = inferred.task, [*inferred.assumed, *named]
     else:
-        config = with_names(_config(file, values, overrides), name)
+        config = with_names(_config(file, values, overrides), files.asked)
         if config.num_hidden_layers > len(loaded.tensors):  # before lists of that length are made
             raise CheckpointError(
                 f"num_hidden_layers is {config.num_hidden_layers} in {CONFIG_NAME}, but the file has only "

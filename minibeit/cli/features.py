@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", "(?s).*another task's head are not used")  # features need no head
         model = BeitBackbone.from_pretrained(
             args.model,
+            local_files_only=True,  # `config_of` has fetched it
             dtype=args.dtype,
             backend=args.backend,
             device=args.device,

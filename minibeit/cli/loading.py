@@ -50,8 +50,10 @@ def load_model(model_class: Any, args: argparse.Namespace) -> Any:
 
     Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
-    check_head(args.model, model_class.task)
-    return model_class.from_pretrained(args.model, dtype=args.dtype, backend=args.backend, device=args.device)
+    check_head(args.model, model_class.task)  # which fetches it, if it is on the Hub
+    return model_class.from_pretrained(
+        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True
+    )
 
 
 def config_of(model: str) -> BeitConfig:
@@ -87,13 +89,14 @@ def check_head(model: str, task: str) -> None:
 
 
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
-    """The image processor of a checkpoint; where it has none, a plain one, which a line on stderr describes."""
-    from ..file_names import PROCESSOR_NAME
+    """The image processor of a checkpoint that was loaded; where it has none, a plain one, described on stderr."""
+    from ..file_names import PROCESSOR_NAME, beside
     from ..hub import resolve
     from ..image_processor import BeitImageProcessor
+    from ..loading_options import FETCHED
 
-    place = Path(resolve(model))
-    file = (place if place.is_dir() else place.parent) / PROCESSOR_NAME
+    place = resolve(model, FETCHED)
+    file = beside(place, PROCESSOR_NAME)
     if file.is_file():
         return BeitImageProcessor.from_pretrained(file)
     height, width = config.image_shape

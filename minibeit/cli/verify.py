@@ -155,21 +155,18 @@ def _test_weights(args: argparse.Namespace, job: Job) -> int:
     import shutil
 
     from ..checkpoint.save import save_checkpoint
-    from ..file_names import PROCESSOR_NAME
+    from ..file_names import PROCESSOR_NAME, beside
     from ..hub import resolve
-    from ..task_table import CLASSES
+    from ..loading_options import FETCHED
+    from ..task_table import TASKS
     from ..verify.informative import informative_weights
 
     folder, seed = Path(args.test_weights), args.random_seed or 0
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"--test-weights: expected a folder that is empty or not there yet, found {folder}")
-    name = CLASSES[job.task]
-    if job.config.model_type == "data2vec-vision":
-        name = name.replace("Beit", "Data2VecVision")
-    config = job.config.replace(architectures=[name])
+    config = job.config.replace(architectures=[TASKS[job.task].architecture(job.config.model_type)])
     save_checkpoint(folder, config, job.task, informative_weights(job.config, job.task, seed))
-    place = Path(resolve(args.model))
-    settings = (place if place.is_dir() else place.parent) / PROCESSOR_NAME
+    settings = beside(resolve(args.model, FETCHED), PROCESSOR_NAME)
     if settings.is_file():
         shutil.copyfile(settings, folder / PROCESSOR_NAME)
     out(f"wrote {folder}: seed {seed}; give both sides this checkpoint")

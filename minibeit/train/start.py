@@ -12,7 +12,10 @@ import numpy as np
 
 from ..checkpoint.load import open_checkpoint
 from ..config import BeitConfig
-from ..image_processor import PROCESSOR_NAME, BeitImageProcessor
+from ..file_names import PROCESSOR_NAME, beside
+from ..hub import resolve
+from ..image_processor import BeitImageProcessor
+from ..loading_options import FETCHED
 from ..params import flatten, param_shapes
 from ..tasks.image_classification import BeitForImageClassification
 from .examples import Examples
@@ -51,7 +54,7 @@ def from_checkpoint(
     if image_size is not None and config.image_shape != (image_size, image_size):
         fields["image_size"] = image_size
     model = BeitForImageClassification.from_pretrained(
-        path, backend=backend, seed=seed, num_threads=num_threads, **fields
+        path, backend=backend, seed=seed, num_threads=num_threads, local_files_only=True, **fields
     )
     return for_classification(model, seed, new_head=not keep_classes)
 
@@ -97,25 +100,19 @@ def for_classification(model: BeitForImageClassification, seed: int, new_head: b
 
 
 def processor_for(config: BeitConfig, checkpoint: str | os.PathLike[str] | None) -> BeitImageProcessor:
-    """The checkpoint's image processor at the size of the config; without one, straight to that size by bicubic."""
+    """The image processor of a checkpoint that was loaded, at the size of the config; without one, straight to that
+    size by bicubic."""
     height, width = config.image_shape
     size = {"height": height, "width": width}
-    folder = None if checkpoint is None else Path(checkpoint)
-    file = None if folder is None else (folder if folder.is_dir() else folder.parent) / PROCESSOR_NAME
-    if file is not None and not file.is_file() and not folder.exists():  # type: ignore[union-attr]
-        from ..hub import resolve
-
-        file = Path(resolve(checkpoint)) / PROCESSOR_NAME  # type: ignore[arg-type]
+    file = None if checkpoint is None else beside(resolve(checkpoint, FETCHED), PROCESSOR_NAME)
     if file is None or not file.is_file():
         half = [0.5] * config.num_channels
         return BeitImageProcessor(size=size, image_mean=half, image_std=half)
     processor = BeitImageProcessor.from_pretrained(file)
     made = processor.crop_size if processor.do_center_crop else processor.size
     if made != size:
-        changes: dict[str, Any] = {"crop_size": size} if processor.do_center_crop else {"size": size}
-        if processor.do_center_crop:
-            changes["size"] = size
-        processor = BeitImageProcessor.from_dict({**processor.to_dict(), **changes})
+        crop = {"crop_size": size} if processor.do_center_crop else {}
+        processor = BeitImageProcessor.from_dict({**processor.to_dict(), "size": size, **crop})
     return processor
 
 
