@@ -57,7 +57,8 @@ class AdamW:
         w = w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     The rate of a parameter in layer i of L + 1 (see `layer_number`) is `layer_decay`^(L + 1 - i) times that of the
-    step.  `frozen` has names or glob patterns of what is not learned.  Raises ValueError for numbers out of range.
+    step, and that of position bias tables `table_rate` times as large.  `frozen` has names or glob patterns of what is
+    not learned.  Raises ValueError for numbers out of range.
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; LayerDecayValueAssigner in microsoft/unilm beit.
     """
 
@@ -70,6 +71,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay_tables: bool = True,
+        table_rate: float = 1.0,
         frozen: str | Iterable[str] = (),
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
@@ -81,7 +83,7 @@ class AdamW:
         L, start, self.slots = model.config.num_hidden_layers, 0, []
         for name in learned:
             shape = named[name].shape
-            rate = layer_decay ** (L + 1 - layer_number(name, L))
+            rate = layer_decay ** (L + 1 - layer_number(name, L)) * (table_rate if name.endswith("bias_table") else 1)
             decay = weight_decay if decayed(name, shape, decay_tables) else 0.0
             stop = start + math.prod(shape)
             self.slots.append(Slot(name, start, stop, rate, decay))

@@ -7,12 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from .schedule import Cosine, Polynomial
+
 
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained.  Raises ValueError, one sentence, for a number that makes no training.
 
-    `lr` is that of `batch_size`; `warmup` counts epochs; `mixup` and `cutmix` are the alphas of their beta
+    `lr` is that of `batch_size`, and falls to `floor` by half a cosine, or as a polynomial of degree `power` if that is
+    not 0; `warmup` counts epochs; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for off; `clip` bounds the norm of the gradients and `average` is the decay of an average of the
     weights, 0 for none.  `table_rate` multiplies the rate of position bias tables.
     """
@@ -21,6 +24,7 @@ class Recipe:
     batch_size: int = 32
     lr: float = 2e-4
     floor: float = 1e-6
+    power: float = 0.0
     warmup: float = 2
     layer_decay: float = 0.65
     weight_decay: float = 0.05
@@ -47,7 +51,7 @@ class Recipe:
                 raise ValueError(f"{name}: expected a whole number of at least 1, found {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: expected a learning rate above 0, found {self.lr}; 2e-4 is usual for fine-tuning")
-        for name in ("warmup", "weight_decay", "mixup", "cutmix", "clip", "floor"):
+        for name in ("warmup", "weight_decay", "mixup", "cutmix", "clip", "floor", "power"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}: expected a number of at least 0, found {getattr(self, name)}")
         if not 0 < self.layer_decay <= 1:
@@ -55,6 +59,13 @@ class Recipe:
         for name in ("smoothing", "average", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a number from 0 up to but not 1, found {getattr(self, name)}")
+
+    def schedule(self, steps: int, steps_per_epoch: int) -> Cosine | Polynomial:
+        """The rate of each of so many steps."""
+        warmup = min(round(self.warmup * steps_per_epoch), steps - 1)
+        if self.power:
+            return Polynomial(self.lr, steps, warmup, self.power, min(self.floor, self.lr))
+        return Cosine(self.lr, steps, warmup, min(self.floor, self.lr))
 
     def changed(self, **values: Any) -> Recipe:
         """The recipe with those fields that are not None replaced.
@@ -99,10 +110,3 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "base": dict(use_relative_position_bias=True, layer_norm_eps=1e-6),
 }  # fmt: skip
-
-
-def recipe(name: str) -> Recipe:
-    """The recipe of that name.  Raises ValueError, with the names there are, for another."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
-    return RECIPES[name]
