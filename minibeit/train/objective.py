@@ -42,7 +42,7 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """What the model is given beside the pixels."""
-        return {} if self.mask is None else {"bool_masked_pos": self.mask}
+        return {} if self.mask is None else {"bool_masked_pos": self.mask, "return_all_tokens": False}
 
 
 class Score:
