@@ -216,7 +216,7 @@ def test_pieces_count_masked_patches_alike(data, tmp_path):
     mask[0] = False
     mask[0, 0] = True  # an image with a single masked patch
     batch = dataclasses.replace(batch, mask=mask)
-    a, b = whole._gradients(batch), pieces._gradients(batch)
+    a, b = whole._learned(batch), pieces._learned(batch)
     assert a.loss == pytest.approx(b.loss, rel=1e-6)
     for x, y in zip(pretraining_leaves(a.grads), pretraining_leaves(b.grads)):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)

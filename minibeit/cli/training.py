@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_arguments(
-    parser: argparse.ArgumentParser, recipes: dict[str, Recipe], default: str, without: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser, recipes: Mapping[str, Recipe], default: str, without: tuple[str, ...] = ()
 ) -> None:
     """--recipe, and an option for each of its settings but some."""
     parser.add_argument(
@@ -80,7 +80,7 @@ def speaker(args: argparse.Namespace) -> Say:
     return (lambda text: None) if args.quiet else note
 
 
-def recipe_of(args: argparse.Namespace, recipes: dict[str, Recipe]) -> Recipe:
+def recipe_of(args: argparse.Namespace, recipes: Mapping[str, Recipe]) -> Recipe:
     """The recipe that the options choose and change.  Raises UsageError for a number that makes no training."""
     try:
         return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in (*SETTINGS, "masked")})

@@ -83,9 +83,9 @@ class MaskedModeling(Objective):
     def terms(self, batch: Batch) -> int:
         return len(_labels(batch))
 
-    def right(self, logits: np.ndarray, batch: Batch) -> tuple[float, int]:
+    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
         labels = _labels(batch)
-        return float((logits.argmax(1) == labels).sum()), len(labels)
+        return float((output.logits.argmax(1) == labels).sum()), len(labels)
 
     def score(self) -> Score:
         return _MaskedTokens(self.tokenizer.config.vocab_size)
@@ -102,9 +102,9 @@ class _MaskedTokens(Score):
         self.loss, self.right, self.masked = 0.0, 0, 0
         self.counts = np.zeros(vocab_size, np.int64)
 
-    def add(self, logits: np.ndarray, batch: Batch) -> None:
+    def add(self, output: Any, batch: Batch) -> None:
         labels = _labels(batch)
-        x = logits.astype(np.float64)
+        x = output.logits.astype(np.float64)
         x -= x.max(1, keepdims=True)
         own = x[np.arange(len(labels)), labels]
         self.loss += float((np.log(np.exp(x).sum(1)) - own).sum())
