@@ -227,6 +227,21 @@ def max_pool2x2(x: np.ndarray) -> np.ndarray:
     return y
 
 
+def upsample2x2(x: np.ndarray) -> np.ndarray:
+    B, C, h, w = x.shape
+    y = np.empty((B, C, 2 * h, 2 * w))
+    for b, c, i, j in pixels_of(y):
+        y[b, c, i, j] = x[b, c, i // 2, j // 2]
+    return y
+
+
+def one_hot(ids: np.ndarray, V: int) -> np.ndarray:  # (B, h, w) -> (B, V, h, w)
+    y = np.zeros((ids.shape[0], V, *ids.shape[1:]))
+    for b, i, j in pixels_of(ids):
+        y[b, ids[b, i, j], i, j] = 1.0
+    return y
+
+
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:
     B, C, h, w = x.shape
     y = np.empty((B, C, size, size))

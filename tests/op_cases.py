@@ -11,7 +11,7 @@ import naive
 import numpy as np
 
 from minibeit.ops import PositionBias
-from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, table_rows
+from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, ReluConv, table_rows
 
 
 @dataclass
@@ -217,6 +217,38 @@ def conv2d(shape, out, kernel, bias=True) -> Case:
     )
 
 
+def relu_conv2d(shape, out, kernel) -> Case:
+    return Case(
+        "relu_conv2d",
+        unit_arrays(shape, out, kernel),
+        lambda ops, a: ops.relu_conv2d(a.x, ops.prepare(ReluConv(a.w, a.c))),
+        lambda a: naive.conv2d(naive.activation(a.x, "relu"), a.w, a.c),
+    )
+
+
+def relu_conv2d_residual(shape, out, kernel, gain) -> Case:
+    arrays = {**unit_arrays(shape, out, kernel), **draw({"r": (shape[0], out, *shape[2:])}, 1)}
+    return Case(
+        "relu_conv2d_residual",
+        arrays,
+        lambda ops, a: ops.relu_conv2d_residual(a.x, ops.prepare(ReluConv(a.w, a.c)), gain, a.r),
+        lambda a: a.r + gain * naive.conv2d(naive.activation(a.x, "relu"), a.w, a.c),
+    )
+
+
+def conv2d_one_hot(B, h, w, V, out, bias=True) -> Case:
+    arrays = draw({"w": (out, V, 1, 1), "b": (out,)})
+    arrays["ids"] = np.random.default_rng(1).integers(0, V, (B, h, w))
+    return Case(
+        "conv2d_one_hot",
+        arrays,
+        lambda ops, a: ops.conv2d_one_hot(
+            ops.asarray(a.ids, "int64"), ops.prepare(Conv(a.w, a.b if bias else None))
+        ),
+        lambda a: naive.conv2d(naive.one_hot(a.ids, V), a.w, a.b if bias else None),
+    )
+
+
 def conv_bn_relu(shape, out, kernel) -> Case:
     return Case(
         "conv_bn_relu",
@@ -345,6 +377,16 @@ CASES = {
     "conv2d 3x3": conv2d((2, 3, 5, 4), 4, 3),
     "conv2d one pixel": conv2d((1, 3, 1, 1), 4, 3, bias=False),
     "conv2d row": conv2d((1, 2, 1, 7), 1, 3),
+    "conv2d 7x7 small": conv2d((2, 1, 4, 5), 3, 7),
+    "relu_conv2d 1x1": relu_conv2d((2, 5, 3, 4), 6, 1),
+    "relu_conv2d 3x3": relu_conv2d((2, 3, 5, 4), 5, 3),
+    "relu_conv2d one pixel": relu_conv2d((1, 3, 1, 1), 4, 3),
+    "relu_conv2d_residual 1x1": relu_conv2d_residual((2, 5, 3, 4), 6, 1, 0.25),
+    "relu_conv2d_residual 3x3": relu_conv2d_residual((1, 3, 5, 4), 5, 3, 1 / 9),
+    "conv2d_one_hot": conv2d_one_hot(2, 3, 2, 7, 5),
+    "conv2d_one_hot no bias": conv2d_one_hot(1, 1, 1, 1, 3, bias=False),
+    "upsample2x2": on_map("upsample2x2", (2, 3, 2, 3)),
+    "upsample2x2 one pixel": on_map("upsample2x2", (1, 1, 1, 1)),
     "conv_bn_relu 1x1": conv_bn_relu((2, 5, 3, 4), 6, 1),
     "conv_bn_relu 3x3": conv_bn_relu((1, 3, 4, 5), 4, 3),
     "conv_bn_relu_resized": conv_bn_relu_resized([(1, 2, 6, 4), (1, 3, 3, 2), (1, 1, 1, 1)], 4, (6, 4)),
