@@ -11,7 +11,17 @@ import naive
 import numpy as np
 
 from minibeit.ops import PositionBias
-from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, ReluConv, table_rows
+from minibeit.params import (
+    Attention,
+    BatchNorm,
+    Conv,
+    ConvBatchNorm,
+    ConvTranspose,
+    LayerNorm,
+    Linear,
+    ReluConv,
+    table_rows,
+)
 
 
 @dataclass
@@ -242,9 +252,7 @@ def conv2d_one_hot(B, h, w, V, out, bias=True) -> Case:
     return Case(
         "conv2d_one_hot",
         arrays,
-        lambda ops, a: ops.conv2d_one_hot(
-            ops.asarray(a.ids, "int64"), ops.prepare(Conv(a.w, a.b if bias else None))
-        ),
+        lambda ops, a: ops.conv2d_one_hot(ops.asarray(a.ids, "int64"), ops.prepare(Conv(a.w, a.b if bias else None))),
         lambda a: naive.conv2d(naive.one_hot(a.ids, V), a.w, a.b if bias else None),
     )
 

@@ -18,7 +18,17 @@ from minibeit.ops import PositionBias, backward, get_ops, reference
 from minibeit.ops.backward import losses, maps
 from minibeit.ops.backward.activations import DERIVATIVES, derivative
 from minibeit.ops.table import ARITHMETIC, names_of
-from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, ReluConv, table_rows
+from minibeit.params import (
+    Attention,
+    BatchNorm,
+    Conv,
+    ConvBatchNorm,
+    ConvTranspose,
+    LayerNorm,
+    Linear,
+    ReluConv,
+    table_rows,
+)
 
 OPS = get_ops("numpy")
 METHODS = {
