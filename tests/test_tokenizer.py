@@ -9,6 +9,7 @@ import naive
 import naive_gradients
 import numpy as np
 import pytest
+from colour_tokenizer import colour_tokenizer, colours
 from conftest import distance
 from PIL import Image
 from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32
@@ -290,3 +291,12 @@ def test_gray_images_for_a_tokenizer_of_one_channel():
     assert x.shape == (1, 1, 6, 6)
     assert np.allclose(x, 0.9)
     assert tokenizer.encode(x).shape == (1, 3, 3)
+
+
+def test_a_tokenizer_of_colours_gives_back_what_it_was_given():
+    """Weights made by hand: squares of one colour become that colour's token, and are drawn in it again."""
+    tokenizer = colour_tokenizer(num_groups=3)
+    ids = np.random.default_rng(0).integers(0, 64, (2, 3, 5))
+    x = colours()[ids].transpose(0, 3, 1, 2).repeat(4, 2).repeat(4, 3).astype(np.float32)
+    assert np.array_equal(tokenizer.encode(x), ids)
+    assert np.abs(tokenizer.decode(ids) - unmap_pixels(x)).max() < 1e-5

@@ -27,6 +27,7 @@ COMMANDS = (
     "segment",
     "features",
     "mask",
+    "tokenize",
     "inspect",
     "convert",
     "verify",
