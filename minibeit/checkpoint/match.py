@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,13 +170,18 @@ def _group_found(name: str, match: Match) -> bool:
 
 def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> set[str]:
     """Names in the file of everything that any task may have outside the encoder's blocks."""
-    changed = config.replace(use_mean_pooling=not config.use_mean_pooling)
     names: set[str] = set()
-    for variant in (config, changed):
-        for task in TASKS:
-            heads = [name for name in param_shapes(variant, task) if name.startswith(HEADS)]
-            names.update(place.name for place in naming.places(heads, present).values() if place)
+    for shapes in every_variant(config):
+        heads = [name for name in shapes if name.startswith(HEADS)]
+        names.update(place.name for place in naming.places(heads, present).values() if place)
     return names
+
+
+def every_variant(config: BeitConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The parameters' shapes by canonical name, for every task and both places of the final norm, in a fixed order."""
+    for variant in (config, config.replace(use_mean_pooling=not config.use_mean_pooling)):
+        for task in TASKS:
+            yield param_shapes(variant, task)
 
 
 def listed(names: Iterable[str]) -> str:
