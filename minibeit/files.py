@@ -47,7 +47,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with _through(path) as file:
             yield file
         return
-    with _naming(path), _temporary_file(target.parent, path) as (temporary, file):
+    with _naming(path), _temporary_file(target.parent) as (temporary, file):
         yield file
         file.flush()
         with suppress(OSError):  # the replaced file may belong to another user
@@ -95,7 +95,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     folder = target.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    with _naming(path), _temporary_file(folder, path) as (_, file):
+    with _naming(path), _temporary_file(folder) as (_, file):
         file.write(b"\0")
         file.flush()
 
@@ -151,7 +151,7 @@ def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tuple[Path, BinaryIO]]:
+def _temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """(path, open file) of a new file with default permissions; removed at the end if it still exists."""
     _clean(folder)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -162,12 +162,7 @@ def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tupl
             break
     try:
         with os.fdopen(descriptor, "w+b") as file:
-            try:
-                yield temporary, file
-            except OSError as error:
-                if error.filename is None and error.errno in _NAMELESS:
-                    raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-                raise
+            yield temporary, file
     finally:
         with suppress(OSError):
             os.unlink(temporary)

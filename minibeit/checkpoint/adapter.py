@@ -133,9 +133,7 @@ class Adapter:
             arrays.get("magnitude_vector"),
         )
 
-    def _places(
-        self, wanted: list[str], base: Collection[str], naming: Naming, config: BeitConfig
-    ) -> dict[str, str]:
+    def _places(self, wanted: list[str], base: Collection[str], naming: Naming, config: BeitConfig) -> dict[str, str]:
         """{the adapter's name of a tensor: the base file's name}, matched by canonical name."""
         places = naming.known(dict.fromkeys(name for shapes in every_variant(config) for name in shapes))
         # Two parameters may share one name in the adapter: the one that the base has, or else the first, is meant.
@@ -173,7 +171,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         return None
     try:
         settings = read_json(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: expected a mapping of settings, found {type(settings).__name__}")

@@ -60,7 +60,6 @@ class Checkpoint:
 def open_checkpoint(
     path: str | os.PathLike[str],
     config_overrides: Mapping[str, Any] | None = None,
-    dialect: str | None = None,
     loading: Loading | None = None,
 ) -> Checkpoint:
     """Opens a folder, a file of any format, or an id on the Hub; reads no tensor yet.
@@ -69,7 +68,7 @@ def open_checkpoint(
     from the shapes.  A LoRA adapter in the folder is merged, with the weights beside it or, where there are none, with
     those of its base model.  Raises FileNotFoundError or CheckpointError.
     """
-    loading = loading or Loading(dialect=dialect)
+    loading = loading or Loading()
     return _interpreted(_read(path, loading), loading, config_overrides or {})
 
 
@@ -283,7 +282,7 @@ def _config_values(file: Path) -> Any:
     """The content of a config.json."""
     try:
         return read_json(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from None
 
 

@@ -14,7 +14,7 @@ from ..params import param_shapes
 from ..task_table import TASKS
 from ..text import shown_name
 from .dialects import Place
-from .names import IGNORED, Naming, recognise
+from .names import IGNORED, Naming
 
 if TYPE_CHECKING:
     from .load import Checkpoint
@@ -48,9 +48,8 @@ class Match:
         return not (self.missing or self.mismatched or self.unexpected)
 
 
-def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | None = None) -> Match:
-    """Finds the tensor of every parameter of `task`; `naming` is by default recognised from the tensors' names."""
-    naming = naming or recognise(tensors)
+def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming) -> Match:
+    """Finds the tensor of every parameter of `task`."""
     shapes = param_shapes(config, task)
     found, missing, mismatched, used = {}, {}, {}, set()
     for name, place in _with_shared_table(naming.places(shapes, tensors), config, naming, tensors).items():
@@ -87,7 +86,7 @@ def _with_shared_table(
     return {**places, **dict.fromkeys(own, shared)}
 
 
-def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -> None:
+def check_match(match: Match, checkpoint: Checkpoint, task: str) -> None:
     """Raises CheckpointError for a checkpoint that is damaged or of another architecture.
 
     Warns about heads of other tasks, and about tensors of a larger model outside encoder and head.
@@ -124,7 +123,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -
         )
 
 
-def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[list[str], list[str]]:
+def _unused(match: Match, checkpoint: Checkpoint, task: str) -> tuple[list[str], list[str]]:
     """Unexpected names that belong to other tasks' heads, and those outside the model.
 
     Raises CheckpointError for names within the encoder or the task's head: they mean another architecture.
@@ -134,9 +133,7 @@ def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[lis
     rest = [name for name in match.unexpected if name not in known]
     has = {name.split(".")[0] for name in (*match.found, *match.missing)}  # no classifier where num_labels is 0
     # parts of such a head that the model lacks would mean another head of the same name
-    made_for = TASKS.get(task or str(checkpoint.task))
-    own_heads = made_for.heads if made_for else ()
-    stray = naming.within(rest, [head for head in own_heads if head in has])
+    stray = naming.within(rest, [head for head in TASKS[task].heads if head in has])
     if stray:
         raise CheckpointError(
             f"{checkpoint.path}: {len(stray)} tensors have no place in the model that the config describes: "
