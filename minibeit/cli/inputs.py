@@ -14,18 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..file_names import IMAGE_SUFFIXES
 from ..files import check_writable, identity
 from ..text import one_line
 from .terminal import UsageError, note, progress
 
 if TYPE_CHECKING:
     import numpy as np
-
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".pgm", ".ppm"),
-    *(".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico"),
-)
-
 
 STDIN, STDIN_NAME = "-", "standard input"
 MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
@@ -116,7 +111,9 @@ def _expand(word: str, recursive: bool) -> list[Found]:
         if not folder.is_dir():
             return [Found(word)]
         entries = folder.rglob("*") if recursive else folder.iterdir()
-        files = [str(path) for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+        files = [
+            str(path) for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        ]
         files = [file for file in files if os.path.isfile(file)]
     except OSError as error:
         return [Found(word, f"{word}: the folder cannot be read ({error.strerror})")]
