@@ -8,17 +8,16 @@ removes those that are not locked.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import platform
-import shutil
 import stat
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import mmap
 
 try:
     import fcntl
@@ -64,6 +63,8 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises OSError that names `path`.
     """
+    import shutil
+
     parent = Path(os.path.abspath(path)).parent
     with _naming(path):
         _clean(parent)
@@ -114,6 +115,8 @@ def mapped_file(array: Any) -> mmap.mmap | None:
 
     Pages of such a map may be dropped: they are read from the file again.  In a writable map that would lose changes.
     """
+    import mmap
+
     base = array
     while hasattr(base, "flags") or isinstance(base, memoryview):
         if not base.readonly if isinstance(base, memoryview) else base.flags.writeable:
@@ -141,7 +144,8 @@ def _target(path: str | os.PathLike[str]) -> Path | None:
 @contextmanager
 def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file whose content is copied to a pipe or a device at the end."""
-    import tempfile  # rarely needed
+    import shutil
+    import tempfile
 
     with tempfile.TemporaryFile() as file:
         yield file  # type: ignore[misc]
@@ -186,6 +190,9 @@ def _name() -> str:
 
 
 def _host() -> str:
+    import platform
+    import zlib
+
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -229,6 +236,8 @@ def _clean(folder: Path) -> None:
 
 
 def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
+    import shutil
+
     seen = entry.stat(follow_symlinks=False)
     folder = stat.S_ISDIR(seen.st_mode)
     if not folder and not stat.S_ISREG(seen.st_mode):
