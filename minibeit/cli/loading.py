@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..task_table import in_words
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -93,6 +92,7 @@ def check_head(model: str, task: str) -> None:
     from ..checkpoint.load import listed, match_names, open_checkpoint
     from ..checkpoint.packed_file import prepared_file
     from ..errors import CheckpointError
+    from ..task_table import in_words
 
     if prepared_file(model):
         return  # loading refuses missing tensors, so no weights are random

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError
+from ..file_names import IMAGE_SUFFIXES
 from ..images.loading import read_picture
 from ..strict_json import brief, parse_json
 from ..text import shown_name
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".jp2", ".avif")
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 UNLABELLED = "unlabelled"  # images for pre-training
@@ -197,7 +197,7 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
 
 
@@ -292,7 +292,7 @@ def _label(where: str, key: str, value: Any, folder: Path) -> Any:
 
 
 def _is_picture(value: Any, folder: Path) -> bool:
-    return isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES and (folder / value).is_file()
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES and (folder / value).is_file()
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
