@@ -28,7 +28,7 @@ LAYERS = [
     {"catalogue", "loading_options"},
     {"hub", "labels", "task_table"},
     {"config", "config_checks"},
-    {"params", "trace", "outputs", "masking", "noise"},
+    {"params", "trace", "outputs", "masking", "noise", "metrics"},
     {"checkpoint", "ops", "images"},
     {"tape"},
     {"model", "image_processor"},
