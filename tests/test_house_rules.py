@@ -31,7 +31,7 @@ LAYERS = [
     {"params", "trace", "outputs", "masking", "noise", "metrics"},
     {"checkpoint", "ops", "images"},
     {"tape"},
-    {"model", "image_processor"},
+    {"model", "image_processor", "sliding"},
     {"tasks"},
     {"auto", "flax", "train"},
     {"verify", "bench"},

@@ -71,3 +71,8 @@ REMAINDER = 1e-4
 # the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before
 # a batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
 STEPS64 = 1e-9
+
+# Logits of a float64 model for images in one batch beside one at a time, relative to the largest: BLAS adds up in
+# another order for another number of rows.  Measured: 8.7e-16 at most over 30 draws of a tiny segmentation model; five
+# times that, since every BLAS has an order of its own.
+MODEL_IN_BATCHES = 4e-15
