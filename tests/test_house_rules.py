@@ -34,6 +34,7 @@ LAYERS = [
     {"model", "image_processor", "sliding"},
     {"tasks"},
     {"auto", "flax", "train"},
+    {"evaluate"},
     {"verify", "bench"},
     {"cli"},
     {"__main__", "__init__"},

@@ -25,6 +25,7 @@ COMMANDS = (
     "classify",
     "finetune",
     "segment",
+    "evaluate",
     "features",
     "mask",
     "inspect",

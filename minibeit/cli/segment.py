@@ -12,7 +12,7 @@ from ..text import one_line, shown_name
 from . import results
 from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, failed, find_images
 from .loading import add_model_arguments, load_model, load_processor
-from .terminal import UsageError, out, print_json_list, progress, table
+from .terminal import UsageError, out, positive, print_json_list, progress, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
     parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
+    parser.add_argument("-b", "--batch-size", type=positive, metavar="B", help="windows computed at a time (default 1)")
     add_view_arguments(parser)
 
 

@@ -15,7 +15,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:
-    """--slide, --whole and what changes them."""
+    """--slide, --whole and what changes them; `args.batch_size` is left to the command."""
     from ..config import FEATURE_CONVENTIONS
 
     group = parser.add_argument_group(
@@ -39,9 +39,6 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--flip", action="store_true", help="also the mirror image of each view")
     group.add_argument(
-        "-b", "--batch-size", type=positive, default=1, metavar="B", help="windows computed at a time (default 1)"
-    )
-    group.add_argument(
         "--imagenet-mean",
         action="store_true",
         help="normalise by ImageNet's mean and standard deviation, with which the published ADE20K models were trained",
@@ -52,6 +49,22 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         help="which hidden states the head reads: those it was trained with (unilm), or those that transformers takes "
         "(default: as the checkpoint says)",
     )
+
+
+def view_options(args: argparse.Namespace) -> list[str]:
+    """The options of `add_view_arguments` that are given, as the user writes them."""
+    names = (
+        "slide",
+        "whole",
+        "window",
+        "stride",
+        "short_side",
+        "scales",
+        "flip",
+        "imagenet_mean",
+        "feature_convention",
+    )
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
 
 
 def config_changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +90,7 @@ def inference_of(args: argparse.Namespace, config: BeitConfig) -> Inference:
             short_side=args.short_side or window,
             scales=tuple(args.scales or (1.0,)),
             flip=args.flip,
-            batch_size=args.batch_size,
+            batch_size=args.batch_size or 1,
             patch=max(config.patch_shape),
         )
     except ValueError as error:
