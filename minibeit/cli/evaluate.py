@@ -147,7 +147,7 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
         labelled,
         read,
         batch_size=args.batch_size or 8,
-        **_facts(args, line, len(labelled.images), {"crop_fraction": args.crop_fraction}),
+        **_facts(args, line, len(labelled.images), _preparation(processor) | _cropped(args, model.config.image_shape)),
     )
 
 
@@ -172,8 +172,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
         **dataclasses.asdict(how),
         "reduce_labels": reduce,
         "feature_convention": config.feature_convention,
-        "image_mean": processor.image_mean,
-        "image_std": processor.image_std,
+        **_preparation(processor),
     }
     return evaluate_segmentation(
         lambda image, shape: segment(_logits(model), processor, image, shape, how),
@@ -196,6 +195,20 @@ MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]
 
 def _logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
     return lambda pixels: check_finite(model(pixels).logits)
+
+
+def _preparation(processor: Any) -> dict[str, Any]:
+    """What the image processor does, in short."""
+    names = ("size", "resample", *(["crop_size"] if processor.do_center_crop else []), "image_mean", "image_std")
+    return {name: getattr(processor, name) for name in names}
+
+
+def _cropped(args: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
+    """What --crop-fraction puts in its place."""
+    if args.crop_fraction is None:
+        return {}
+    size = {"shortest_edge": int(min(shape) / args.crop_fraction)}
+    return {"crop_fraction": args.crop_fraction, "size": size, "crop_size": min(shape), "resample": 3}
 
 
 def _facts(args: argparse.Namespace, line: StatusLine, count: int, settings: dict[str, Any]) -> dict[str, Any]:

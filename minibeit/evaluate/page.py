@@ -77,7 +77,8 @@ def _legend(evaluation: Evaluation) -> str:
     spans = "".join(
         f'<span><i style="background:rgb{colour}"></i>{escape(name)}</span>' for name, colour in evaluation.legend
     )
-    return f'<div class="legend">{spans}</div>' if spans else ""
+    ignored = '<span><i style="background:#fff"></i>not counted</span>'
+    return f'<div class="legend">{spans}{ignored}</div>' if spans else ""
 
 
 # Classes --------------------------------------------------------------------------------------------------------------

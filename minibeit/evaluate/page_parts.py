@@ -20,13 +20,13 @@ figure{margin:0}figcaption{font-size:13px;margin-top:4px;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 th{text-align:left;border-bottom:2px solid #c9d1d9;padding:4px 10px;white-space:nowrap;vertical-align:bottom}
 td{padding:3px 10px;border-bottom:1px solid #eaeef2;white-space:nowrap}th[data-sort]{cursor:pointer}
-th[data-sort]:hover{background:#f6f8fa}td:first-child,td[data-value]{text-align:right}
+th[data-sort]:hover{background:#f6f8fa}td:first-child,td[data-value],th[data-sort=number]{text-align:right}
 .narrow td:first-child{text-align:left}.narrow td:last-child{text-align:right}
 td.bar{min-width:110px;background:linear-gradient(#b6d4fe,#b6d4fe) left/calc(var(--share)*100%) 100% no-repeat}
 td.interval{color:#57606a}
 .matrix td{border:1px solid #eaeef2;text-align:center;min-width:26px;padding:2px 4px}.matrix td.dark{color:#fff}
 .matrix td:first-child{text-align:center}.matrix th{border:0;padding:2px 8px}.matrix tbody th{text-align:right}
-.matrix .turned{height:110px;padding:0;position:relative}
+.matrix .turned{padding:4px 0}
 .matrix .turned div{writing-mode:vertical-rl;transform:rotate(180deg);margin:0 auto;max-height:160px;overflow:hidden}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;font-size:13px}dd{margin:0;overflow-wrap:anywhere}
 """
