@@ -158,7 +158,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
 
     from ..evaluate.maps import paired
     from ..evaluate.segmentation import evaluate_segmentation
-    from ..sliding import segment
+    from ..sliding import SQUASH, segment
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
     from .segment import palette
 
@@ -168,12 +168,12 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
     reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+    shown = _preparation(processor)
+    if how.mode != SQUASH:
+        shown.update(size={"shortest_edge": how.short_side}, filter="bilinear")
     settings = {
-        **dataclasses.asdict(how),
-        "reduce_labels": reduce,
-        "feature_convention": config.feature_convention,
-        **_preparation(processor),
-    }
+        **dataclasses.asdict(how), "reduce_labels": reduce, "feature_convention": config.feature_convention, **shown
+    }  # fmt: skip
     return evaluate_segmentation(
         lambda image, shape: segment(_logits(model), processor, image, shape, how),
         pairs,
@@ -199,8 +199,10 @@ def _logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 def _preparation(processor: Any) -> dict[str, Any]:
     """What the image processor does, in short."""
-    names = ("size", "resample", *(["crop_size"] if processor.do_center_crop else []), "image_mean", "image_std")
-    return {name: getattr(processor, name) for name in names}
+    from PIL.Image import Resampling
+
+    names = ("size", *(["crop_size"] if processor.do_center_crop else []), "image_mean", "image_std")
+    return {name: getattr(processor, name) for name in names} | {"filter": Resampling(processor.resample).name.lower()}
 
 
 def _cropped(args: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def _cropped(args: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]
     if args.crop_fraction is None:
         return {}
     size = {"shortest_edge": int(min(shape) / args.crop_fraction)}
-    return {"crop_fraction": args.crop_fraction, "size": size, "crop_size": min(shape), "resample": 3}
+    return {"crop_fraction": args.crop_fraction, "size": size, "crop_size": min(shape), "filter": "bicubic"}
 
 
 def _facts(args: argparse.Namespace, line: StatusLine, count: int, settings: dict[str, Any]) -> dict[str, Any]:

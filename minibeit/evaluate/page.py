@@ -135,23 +135,26 @@ def _confusions(evaluation: Evaluation) -> str:
 def _matrix(evaluation: Evaluation, classes: list[int], names: dict[int, str]) -> str:
     counts = {(true, predicted): count for true, predicted, count in evaluation.confusions}
     totals = {i: sum(count for (true, _), count in counts.items() if true == i) for i in classes}
+    shares = evaluation.unit != "images"
+    numbers = "shares of a row" if shares else "images, shades shares of a row"
     head = "".join(f'<th class="turned"><div>{escape(names[i])}</div>' for i in classes)
     body = "".join(
-        f"<tr><th>{escape(names[i])}" + "".join(_entry(counts.get((i, j), 0), totals[i], i == j) for j in classes)
+        f"<tr><th>{escape(names[i])}"
+        + "".join(_entry(counts.get((i, j), 0), totals[i], i == j, shares) for j in classes)
         for i in classes
     )
     return (
         "<h2>Confusion matrix</h2><p class=hint>Rows are true classes, columns predicted ones; numbers are "
-        f'{escape(evaluation.unit)}, shades shares of a row.</p><div class="scroll"><table class="matrix"><thead><tr>'
+        f'{numbers}.</p><div class="scroll"><table class="matrix"><thead><tr>'
         f"<th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
-def _entry(count: int, total: int, right: bool) -> str:
+def _entry(count: int, total: int, right: bool, as_share: bool) -> str:
     share = count / total if total else 0.0
     colour = "31,111,235" if right else "209,36,47"
     dark = ' class="dark"' if share > 0.55 else ""
-    text = "" if not count else f"{count:,}" if count < 100000 else f"{share:.0%}"
+    text = "" if not count else f"{share:.1%}" if as_share else f"{count:,}"
     return f'<td{dark} style="background:rgba({colour},{share:.3f})" title="{count:,}">{text}'
 
 

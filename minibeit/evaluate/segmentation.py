@@ -24,7 +24,7 @@ from .reading import Reader
 
 Segment = Callable[[Any, tuple[int, int]], np.ndarray]  # image, (H, W) -> class numbers (H, W)
 NO_CLASS = -1
-MOST_CONFUSIONS = 200  # entries of the confusion matrix that are kept, those of most pixels
+MOST_CONFUSIONS = 2000  # entries of the confusion matrix that are kept, those of most pixels
 
 
 def evaluate_segmentation(
