@@ -26,6 +26,7 @@ COMMANDS = (
     "pretrain",
     "dvae",
     "segment",
+    "evaluate",
     "features",
     "mask",
     "tokenize",

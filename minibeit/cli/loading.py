@@ -49,14 +49,14 @@ def shipped_checkpoint() -> Path:
     return weights_folder() / SHIPPED
 
 
-def load_model(model_class: Any, args: argparse.Namespace) -> Any:
-    """The model that the options choose.
+def load_model(model_class: Any, args: argparse.Namespace, **fields: Any) -> Any:
+    """The model that the options choose; `fields` of its config are replaced.
 
     Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
     check_head(args.model, model_class.task)  # which fetches it, if it is on the Hub
     return model_class.from_pretrained(
-        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True
+        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True, **fields
     )
 
 

@@ -90,12 +90,7 @@ def read_examples(
     """
     _check_fraction(fraction)
     path = Path(data)
-    if path.is_dir():
-        problem, found = SINGLE, _folder(path)
-    elif path.is_file():
-        problem, found = _listed(path)
-    else:
-        raise _nothing_there(path)
+    problem, found = find_examples(path)
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
@@ -155,6 +150,15 @@ def _parted(
         raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
     _warn_of_duplicates(train, held_out)
     return Examples(problem, names, train, held_out, tuple(unreadable))
+
+
+def find_examples(path: Path) -> tuple[str, list[Example]]:
+    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no picture read."""
+    if path.is_dir():
+        return SINGLE, _folder(path)
+    if path.is_file():
+        return _listed(path)
+    raise _nothing_there(path)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
