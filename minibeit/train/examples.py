@@ -105,7 +105,7 @@ def read_examples(
     held_out = tuple(example for example in good if example.held_out)
     if not train:
         raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
-    _warn_of_duplicates(train, held_out)
+    warn_of_duplicates(train, held_out)
     return Examples(problem, classes, train, held_out, tuple(unreadable))
 
 
@@ -113,14 +113,14 @@ def read_examples(
 
 
 def _folder(path: Path) -> list[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     parts = {folder.name.lower(): folder for folder in folders}
     train = next((parts[name] for name in TRAIN if name in parts), None)
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: images and annotations are pictures and label maps for segmentation; a classifier learns from "
-            "one folder a class"
+            f"{path}: images and annotations are pictures and label maps, from which --task segmentation learns; a "
+            "classifier learns from one folder a class"
         )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]
@@ -130,20 +130,26 @@ def _folder(path: Path) -> list[Example]:
     return found
 
 
-def _subfolders(path: Path) -> list[Path]:
+def subfolders(path: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are left out."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and the folders in it, by name."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
 def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     if not folders:
         raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
     for folder in folders:
-        files = sorted(
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
+        files = image_files(folder)
         if not files and not held_out:
             raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
         yield from (Example(str(file), folder.name, held_out) for file in files)
@@ -153,14 +159,7 @@ def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
 
 
 def _listed(path: Path) -> tuple[str, list[Example]]:
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
-    try:
-        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    except (csv.Error, UnicodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+    rows = rows_of(path)
     keys = [key for key in KINDS if key in rows[0][1]]
     if "path" not in rows[0][1] or len(keys) != 1:
         raise ValueError(
@@ -171,12 +170,28 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
         if not isinstance(row.get("path"), str) or not row["path"]:
             raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
         file = str(path.parent / row["path"])
-        found.append(Example(file, _label(where, key, row.get(key), path.parent), _part(where, row.get("split"))))
+        found.append(Example(file, _label(where, key, row.get(key), path.parent), part_of(where, row.get("split"))))
     if len({example.held_out is None for example in found}) > 1:
         raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
     if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
         raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
     return KINDS[key], found
+
+
+def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where it stands, its values by name) of every line of a .csv or .jsonl file.
+
+    Raises ValueError for a file that is neither or has no line.
+    """
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
+    try:
+        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    except (csv.Error, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
+    if not rows:
+        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+    return rows
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -199,7 +214,8 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _part(where: str, word: Any) -> bool | None:
+def part_of(where: str, word: Any) -> bool | None:
+    """Whether a word for a part of the data means what is held out; None for no word.  Raises ValueError for others."""
     if word in (None, ""):
         return None
     if str(word).lower() not in (*TRAIN, *HELD_OUT):
@@ -211,7 +227,7 @@ def _label(where: str, key: str, value: Any, folder: Path) -> Any:
     if key == "label":
         if isinstance(value, (list, dict)) or _is_picture(value, folder):
             raise ValueError(
-                f"{where}: expected the name of one class, found {brief(value)}; label maps are for segmentation"
+                f"{where}: expected the name of one class, found {brief(value)}; label maps are for --task segmentation"
             )
         if value is None or str(value).strip() == "":
             raise ValueError(f"{where}: expected the name of a class, found nothing")
@@ -301,7 +317,8 @@ def _split(examples: list[Example], problem: str, fraction: float, seed: int) ->
     return [replace(example, held_out=i in chosen) for i, example in enumerate(examples)]
 
 
-def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Warns of files that are in both parts, by the `digest` and `path` of examples."""
     learned = {example.digest: example.path for example in train}
     twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
     if twice:
