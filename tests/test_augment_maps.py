@@ -8,7 +8,8 @@ from PIL import Image
 from segmentation_data import scene
 
 from minibeit.train import augment_maps
-from minibeit.train.segmentation_recipes import IMAGENET, SEGMENTATION_RECIPES, SegmentationRecipe
+from minibeit.train.recipes import IMAGENET
+from minibeit.train.segmentation_recipes import SEGMENTATION_RECIPES, SegmentationRecipe
 
 RNG = np.random.default_rng
 PLAIN = SegmentationRecipe(scale=(256, 64), ratio=(1, 1), crop_size=64, distortion=False, flip=0.0)
@@ -107,7 +108,7 @@ def test_published_recipes_are_those_of_the_original():
         r = SEGMENTATION_RECIPES[name]
         assert (r.lr, r.layer_decay, r.drop_path, r.crop_size, r.scale) == row
         assert (r.batch_size, r.weight_decay, r.power, r.floor, r.clip, r.decay_tables) == (16, 0.05, 1.0, 0.0, 0, True)
-        assert (r.ratio, r.most_of_one_class, r.flip, r.distortion, r.normalise) == (
+        assert (r.ratio, r.most_of_one_class, r.flip, r.distortion, r.normalisation) == (
             (0.5, 2),
             0.75,
             0.5,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +44,9 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_arguments(
-    parser: argparse.ArgumentParser, recipes: dict[str, Recipe], default: str, left_out: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser, recipes: Mapping[str, Recipe], default: str, without: tuple[str, ...] = ()
 ) -> None:
-    """--recipe, and an option for each of its settings but those `left_out`."""
+    """--recipe, and an option for each of its settings but some."""
     parser.add_argument(
         "--recipe",
         choices=list(recipes),
@@ -54,7 +54,7 @@ def add_recipe_arguments(
         help=f"settings by name (default {default}); those below change them",
     )
     for name, (kind, letter, text) in SETTINGS.items():
-        if name not in left_out:
+        if name not in without:
             parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=letter, help=text)
 
 
@@ -80,10 +80,10 @@ def speaker(args: argparse.Namespace) -> Say:
     return (lambda text: None) if args.quiet else note
 
 
-def recipe_of(args: argparse.Namespace, recipes: dict[str, Recipe]) -> Recipe:
+def recipe_of(args: argparse.Namespace, recipes: Mapping[str, Recipe]) -> Recipe:
     """The recipe that the options choose and change.  Raises UsageError for a number that makes no training."""
     try:
-        return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in SETTINGS})
+        return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in (*SETTINGS, "masked")})
     except ValueError as error:
         raise UsageError(f"--{str(error).replace('_', '-', 1)}") from None
 

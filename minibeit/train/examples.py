@@ -24,6 +24,7 @@ from ..text import shown_name
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".jp2", ".avif")
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+UNLABELLED = "unlabelled"  # images for pre-training
 KINDS = {"label": SINGLE, "labels": MULTI, "value": REGRESSION, "values": REGRESSION}  # column or key -> problem type
 SHOWN = 5
 
@@ -87,18 +88,65 @@ def read_examples(
     Raises ValueError, one sentence, for data that nothing can be learned from; warns of pictures that are in both
     parts.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+    _check_fraction(fraction)
     path = Path(data)
     if path.is_dir():
         problem, found = SINGLE, _folder(path)
     elif path.is_file():
         problem, found = _listed(path)
     else:
-        raise FileNotFoundError(f"{path}: there is no such folder or list of pictures")
+        raise _nothing_there(path)
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
+    return _parted(path, problem, classes, good, unreadable, fraction, seed)
+
+
+def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int = 0, workers: int = 2) -> Examples:
+    """The images of a folder at any depth, or of a list as `read_examples` takes it, whose labels are not looked at.
+
+    Where no split is given, `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence,
+    for data without images; warns of images that are in both parts.
+    """
+    _check_fraction(fraction)
+    path = Path(data)
+    if path.is_dir():
+        found = [Example(str(file), None) for file in images_in(path)]
+    elif path.is_file():
+        found = [_unlabelled(path, where, row) for where, row in rows_of(path)]
+    else:
+        raise _nothing_there(path)
+    good, unreadable = _readable(found, workers)
+    if not good:
+        raise ValueError(f"{path}: expected images to learn from, found {len(found)}, none of which can be read")
+    return _parted(path, UNLABELLED, (), good, unreadable, fraction, seed)
+
+
+def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
+    return Example(_file(path, where, row), None, part_of(where, row.get("split")))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+
+
+def _nothing_there(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"{path}: there is no such folder or list of pictures")
+
+
+def _parted(
+    path: Path,
+    problem: str,
+    names: tuple[str, ...],
+    good: list[Example],
+    unreadable: list[str],
+    fraction: float,
+    seed: int,
+) -> Examples:
+    """The two parts, split as the data says or by `seed`."""
+    if len({example.held_out is None for example in good}) > 1:
+        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
     if all(example.held_out is None for example in good):
         good = _split(good, problem, fraction, seed)
     train = tuple(example for example in good if not example.held_out)
@@ -106,7 +154,7 @@ def read_examples(
     if not train:
         raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
     warn_of_duplicates(train, held_out)
-    return Examples(problem, classes, train, held_out, tuple(unreadable))
+    return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -135,8 +183,19 @@ def subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and the folders in it, by name."""
+def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
+    folders = subfolders(path)
+    if not folders:
+        raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
+    for folder in folders:
+        files = images_in(folder)
+        if not files and not held_out:
+            raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
+        yield from (Example(str(file), folder.name, held_out) for file in files)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and in the folders in it, by name."""
     return sorted(
         file
         for file in folder.rglob("*")
@@ -144,18 +203,20 @@ def image_files(folder: Path) -> list[Path]:
     )
 
 
-def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
-    folders = subfolders(path)
-    if not folders:
-        raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
-    for folder in folders:
-        files = image_files(folder)
-        if not files and not held_out:
-            raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
-        yield from (Example(str(file), folder.name, held_out) for file in files)
-
-
 # Lists ----------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file and line, what it says) for every line of a list."""
+    if path.suffix.lower() not in (".csv", ".jsonl"):
+        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
+    try:
+        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
+    except (csv.Error, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
+    if not rows:
+        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+    return rows
 
 
 def _listed(path: Path) -> tuple[str, list[Example]]:
@@ -167,31 +228,17 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
         )
     key, found = keys[0], []
     for where, row in rows:
-        if not isinstance(row.get("path"), str) or not row["path"]:
-            raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
-        file = str(path.parent / row["path"])
-        found.append(Example(file, _label(where, key, row.get(key), path.parent), part_of(where, row.get("split"))))
-    if len({example.held_out is None for example in found}) > 1:
-        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
+        label = _label(where, key, row.get(key), path.parent)
+        found.append(Example(_file(path, where, row), label, part_of(where, row.get("split"))))
     if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
         raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
     return KINDS[key], found
 
 
-def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where it stands, its values by name) of every line of a .csv or .jsonl file.
-
-    Raises ValueError for a file that is neither or has no line.
-    """
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
-    try:
-        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    except (csv.Error, UnicodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
-    return rows
+def _file(path: Path, where: str, row: dict[str, Any]) -> str:
+    if not isinstance(row.get("path"), str) or not row["path"]:
+        raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
+    return str(path.parent / row["path"])
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -318,7 +365,7 @@ def _split(examples: list[Example], problem: str, fraction: float, seed: int) ->
 
 
 def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
-    """Warns of files that are in both parts, by the `digest` and `path` of examples."""
+    """Warns of files that are in both parts, by `digest` and `path` of the examples."""
     learned = {example.digest: example.path for example in train}
     twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
     if twice:

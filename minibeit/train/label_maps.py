@@ -20,7 +20,7 @@ from ..images.loading import read_picture
 from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
-from .examples import HELD_OUT, SHOWN, TRAIN, image_files, part_of, rows_of, subfolders, warn_of_duplicates
+from .examples import HELD_OUT, SHOWN, TRAIN, images_in, part_of, rows_of, subfolders, warn_of_duplicates
 
 MAP_FOLDERS = ("annotations", "labels", "masks")  # beside images
 ENDINGS = ("", "_labels", "_mask")  # what a map's name may have behind that of its image
@@ -226,9 +226,9 @@ def _parts(path: Path) -> tuple[Path, Path] | None:
 
 def _matched(images: Path, maps: Path, held_out: bool | None) -> list[Pair]:
     """Every image with the map of its name, folder within folder."""
-    by_name = {file.relative_to(maps).with_suffix("").as_posix(): file for file in image_files(maps)}
+    by_name = {file.relative_to(maps).with_suffix("").as_posix(): file for file in images_in(maps)}
     pairs, without = [], []
-    for file in image_files(images):
+    for file in images_in(images):
         name = file.relative_to(images).with_suffix("").as_posix()
         match = next((by_name[name + ending] for ending in ENDINGS if name + ending in by_name), None)
         if match is None:

@@ -18,7 +18,7 @@ from ..noise import Noise
 from ..params import flatten, unflatten
 from ..trace import Trace
 from .batches import in_batches, order_of
-from .gradients import Gradients, value_and_grad
+from .gradients import value_and_grad
 from .metrics import better, draw_curves, write_log
 from .objective import Batch, Objective
 from .optimizer import AdamW, AverageOfWeights, clipped, set_running
@@ -41,6 +41,16 @@ class Progress:
     accuracy: float | None  # None where nothing is right or wrong
     images_per_s: float
     seconds_left: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a batch teaches: its loss, the tree of gradients, and how many of its answers were right."""
+
+    loss: float
+    grads: Any
+    right: float
+    answers: int
 
 
 class NotFinite(ValueError):
@@ -119,7 +129,7 @@ class Trainer:
         score = self.objective.score()
         for _, samples in in_batches(examples, self.batch_size, self._read_judged, self.workers):
             batch = self.objective.batch(samples)
-            score.add(self.model(batch.pixels, **batch.inputs).logits, batch)
+            score.add(self.model(batch.pixels, **batch.inputs), batch)
             if sign is not None and sign.asked:
                 raise Stopped
         return score.metrics()
@@ -151,9 +161,9 @@ class Trainer:
             yield self.objective.batch(samples)
 
     def _step(self, batch: Batch) -> None:
-        state, objective = self.state, self.objective
-        batch = objective.mixed(batch, (self.seed, state.step, MIXING))
-        found = self._gradients(batch)
+        state = self.state
+        batch = self.objective.for_step(batch, state.step / self.steps, (self.seed, state.step, MIXING))
+        found = self._learned(batch)
         grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
             raise NotFinite(self._first_not_finite(found, batch))
@@ -161,32 +171,35 @@ class Trainer:
         self.optimizer.step(grads, rate)
         if self.average is not None:
             self.average.update()
-        right, answers = objective.right(found.output, batch)
         state.step += 1
         state.seen += len(batch)
         state.loss_sum += found.loss * len(batch)
-        state.right += right
-        state.answers += answers
+        state.right += found.right
+        state.answers += found.answers
         self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
 
-    def _gradients(self, batch: Batch) -> Gradients:
-        """Loss, gradients and logits of a batch, computed in pieces."""
-        total: dict[str, np.ndarray] = {}
-        loss, logits, terms = 0.0, [], max(self.objective.terms(batch), 1)
-        for rows in np.array_split(np.arange(len(batch)), self.pieces):
-            piece = batch.rows(rows) if self.pieces > 1 else batch
-            found = self._gradients_of_piece(piece, first_sample=int(rows[0]))
-            if self.pieces == 1:
-                return found
+    def _learned(self, batch: Batch) -> Learned:
+        """What a batch teaches, computed in pieces."""
+        pieces = np.array_split(np.arange(len(batch)), self.pieces)
+        if len(pieces) == 1:
+            return self._learned_of(batch, 0)
+        terms = max(self.objective.terms(batch), 1)
+        total = Learned(0.0, None, 0.0, 0)
+        sums: dict[str, np.ndarray] = {}
+        for rows in pieces:
+            piece = batch.rows(rows)
+            found = self._learned_of(piece, first_sample=int(rows[0]))
             share = self.objective.terms(piece) / terms
-            loss += found.loss * share
-            logits.append(found.output)
             for name, g in flatten(found.grads).items():
                 scaled = g * g.dtype.type(share)
-                total[name] = total[name] + scaled if name in total else scaled
-        return Gradients(loss, unflatten(found.grads, total), np.concatenate(logits), {})
+                sums[name] = sums[name] + scaled if name in sums else scaled
+            grads = unflatten(found.grads, sums)
+            total = Learned(
+                total.loss + found.loss * share, grads, total.right + found.right, total.answers + found.answers
+            )
+        return total
 
-    def _gradients_of_piece(self, piece: Batch, first_sample: int) -> Gradients:
+    def _learned_of(self, piece: Batch, first_sample: int) -> Learned:
         found = value_and_grad(
             self.model,
             piece.pixels,
@@ -199,7 +212,7 @@ class Trainer:
         )
         if found.running:
             set_running(self.model, found.running)
-        return dataclasses.replace(found, output=found.output.logits)
+        return Learned(found.loss, found.grads, *self.objective.right(found.output, piece))
 
     def _end_epoch(self, sign: StopSign) -> None:
         state = self.state
@@ -227,8 +240,7 @@ class Trainer:
         best = next((r for r in reversed(self.state.history) if r["best"]), None)
         row["best"] = better(row, best, self.objective.best)
         if row["best"]:
-            self.objective.processor.save_pretrained(self.folder)
-            self.model.save_pretrained(self.folder)
+            self.objective.save(self.model, self.folder)
 
     # What is kept -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +273,7 @@ class Trainer:
         if not np.isfinite(self.optimizer.weights).all():
             raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.plain_params))}"))
 
-    def _first_not_finite(self, found: Gradients, batch: Batch) -> str:
+    def _first_not_finite(self, found: Learned, batch: Batch) -> str:
         """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients."""
         if not np.isfinite(batch.pixels).all():
             return self._sentence("the pixel values")

@@ -5,8 +5,9 @@ The loop knows nothing of labels: it asks an `Objective`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ Sample = tuple[np.ndarray, ...]  # what a thread makes of one example
 
 @dataclass(frozen=True)
 class Batch:
-    """The arrays of a step, samples first: `pixels` and `mask` go to the model, `targets` to the loss."""
+    """The arrays of a step, samples first: `pixels`, `mask` and `settings` go to the model, `targets` to the loss."""
 
     pixels: np.ndarray  # (B, C, h, w)
     targets: np.ndarray  # (B, ...)
     mask: np.ndarray | None = None  # (B, P), for masked image modelling
+    settings: Mapping[str, Any] = field(default_factory=dict)  # the same for all samples
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -37,19 +39,20 @@ class Batch:
     def rows(self, chosen: np.ndarray) -> Batch:
         """Some of its samples."""
         mask = None if self.mask is None else self.mask[chosen]
-        return Batch(self.pixels[chosen], self.targets[chosen], mask)
+        return Batch(self.pixels[chosen], self.targets[chosen], mask, self.settings)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What the model is given beside the pixels."""
-        return {} if self.mask is None else {"bool_masked_pos": self.mask}
+        masked = {} if self.mask is None else {"bool_masked_pos": self.mask, "return_all_tokens": False}
+        return {**masked, **self.settings}
 
 
 class Score:
     """Takes in predictions batch by batch and gives their metrics."""
 
-    def add(self, logits: np.ndarray, batch: Batch) -> None:
-        """Takes in the logits of a batch."""
+    def add(self, output: Any, batch: Batch) -> None:
+        """Takes in the model's output for a batch."""
         raise NotImplementedError
 
     def metrics(self) -> dict[str, float]:
@@ -60,7 +63,7 @@ class Score:
 class Objective:
     """One kind of training: its examples and what is wanted of the model.  Examples are whatever the subclass reads."""
 
-    processor: BeitImageProcessor  # saved beside the model
+    processor: BeitImageProcessor
     train: Sequence[Any]
     held_out: Sequence[Any]
     fingerprint: str  # equal for equal examples, labels and split
@@ -77,10 +80,14 @@ class Objective:
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         """The batch of some samples."""
-        return Batch(*(np.stack(arrays) for arrays in zip(*samples)))
+        pixels, targets = (np.stack(arrays) for arrays in zip(*samples))
+        return Batch(pixels, targets)
 
-    def mixed(self, batch: Batch, key: Sequence[int]) -> Batch:
-        """A training batch whose samples are mixed with each other, if that is wanted."""
+    def for_step(self, batch: Batch, done: float, key: Sequence[int]) -> Batch:
+        """The batch as a step learns from it: its samples mixed with each other, by a generator that `key` alone seeds.
+
+        `done` is the share of the training that lies behind, for settings that change with it.
+        """
         return batch
 
     def loss(self, batch: Batch) -> Loss:
@@ -91,13 +98,18 @@ class Objective:
         """How many terms that mean has."""
         return len(batch)
 
-    def right(self, logits: np.ndarray, batch: Batch) -> tuple[float, int]:
+    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
         """(right answers, answers) of a batch; (0, 0) where nothing is right or wrong."""
-        raise NotImplementedError
+        return 0.0, 0
 
     def score(self) -> Score:
         """An empty score of held-out examples."""
         raise NotImplementedError
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes the model, and what reads images for it, as a folder that `from_pretrained` loads."""
+        self.processor.save_pretrained(folder)
+        model.save_pretrained(folder)
 
 
 class Classification(Objective):
@@ -123,7 +135,7 @@ class Classification(Objective):
     def read_judged(self, example: Example) -> Sample:
         return judged_pixels(example.path, self.processor), self.examples.targets([example])[0]
 
-    def mixed(self, batch: Batch, key: Sequence[int]) -> Batch:
+    def for_step(self, batch: Batch, done: float, key: Sequence[int]) -> Batch:
         recipe, K = self.recipe, len(self.examples.names)
         if self.problem != SINGLE or not (recipe.mixup or recipe.cutmix):
             return batch
@@ -140,9 +152,9 @@ class Classification(Objective):
             return lambda ops, output: ops.soft_cross_entropy(output.logits, targets)
         return lambda ops, output: ops.cross_entropy(output.logits, targets, IGNORE_INDEX, self.recipe.smoothing)
 
-    def right(self, logits: np.ndarray, batch: Batch) -> tuple[float, int]:
+    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
         answers = 0 if self.problem == REGRESSION else len(batch)
-        return right_answers(logits, batch.targets, self.problem), answers
+        return right_answers(output.logits, batch.targets, self.problem), answers
 
     def score(self) -> Score:
         return _Predictions(self.problem)
@@ -154,8 +166,8 @@ class _Predictions(Score):
         self.logits: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
 
-    def add(self, logits: np.ndarray, batch: Batch) -> None:
-        self.logits.append(logits)
+    def add(self, output: Any, batch: Batch) -> None:
+        self.logits.append(output.logits)
         self.targets.append(batch.targets)
 
     def metrics(self) -> dict[str, float]:

@@ -80,10 +80,13 @@ class AdamW:
         named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
-        L, start, self.slots = model.config.num_hidden_layers, 0, []
+        start, self.slots = 0, []
         for name in learned:
             shape = named[name].shape
-            rate = layer_decay ** (L + 1 - layer_number(name, L)) * (table_rate if name.endswith("bias_table") else 1)
+            rate = table_rate if name.endswith("bias_table") else 1.0
+            if layer_decay != 1:  # a tokenizer has no such layers
+                L = model.config.num_hidden_layers
+                rate *= layer_decay ** (L + 1 - layer_number(name, L))
             decay = weight_decay if decayed(name, shape, decay_tables) else 0.0
             stop = start + math.prod(shape)
             self.slots.append(Slot(name, start, stop, rate, decay))

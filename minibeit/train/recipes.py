@@ -15,7 +15,7 @@ class Recipe:
     """How a model is trained.  Raises ValueError, one sentence, for a number that makes no training.
 
     `lr` is that of `batch_size`, and falls to `floor` by half a cosine, or as a polynomial of degree `power` if that is
-    not 0; `warmup` counts epochs; `mixup` and `cutmix` are the alphas of their beta
+    not 0; `warmup` counts epochs, unless `warmup_steps` counts steps; `mixup` and `cutmix` are the alphas of their beta
     distributions, 0 for off; `clip` bounds the norm of the gradients and `average` is the decay of an average of the
     weights, 0 for none.  `table_rate` multiplies the rate of position bias tables.
     """
@@ -26,6 +26,7 @@ class Recipe:
     floor: float = 1e-6
     power: float = 0.0
     warmup: float = 2
+    warmup_steps: int = 0
     layer_decay: float = 0.65
     weight_decay: float = 0.05
     decay_tables: bool = True
@@ -62,7 +63,7 @@ class Recipe:
 
     def schedule(self, steps: int, steps_per_epoch: int) -> Cosine | Polynomial:
         """The rate of each of so many steps."""
-        warmup = min(round(self.warmup * steps_per_epoch), steps - 1)
+        warmup = min(self.warmup_steps or round(self.warmup * steps_per_epoch), steps - 1)
         if self.power:
             return Polynomial(self.lr, steps, warmup, self.power, min(self.floor, self.lr))
         return Cosine(self.lr, steps, warmup, min(self.floor, self.lr))
@@ -77,6 +78,8 @@ class Recipe:
             given["lr"] = self.lr * given["batch_size"] / self.batch_size
         if given.get("lr", self.lr) < self.floor:
             given["floor"] = 0.0
+        if "warmup" in given:
+            given["warmup_steps"] = 0
         return dataclasses.replace(self, **given)
 
 
@@ -109,4 +112,64 @@ PRESETS: dict[str, dict[str, Any]] = {
         use_relative_position_bias=True, layer_scale_init_value=1.0, initializer_range=0.1, layer_norm_eps=1e-6,
     ),
     "base": dict(use_relative_position_bias=True, layer_norm_eps=1e-6),
+}  # fmt: skip
+
+
+# Pre-training ---------------------------------------------------------------------------------------------------------
+
+HALF, IMAGENET = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class PretrainingRecipe(Recipe):
+    """How a model is pre-trained; `smoothing`, `mixup`, `cutmix`, `erasing` and `rand_augment` play no part.
+
+    `masked` is the share of the patches to mask, 75 of 196 in the paper; `normalisation` the mean and the standard
+    deviation of the pixels by channel.
+    """
+
+    masked: float = 75 / 196
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = HALF
+    layer_decay: float = 1.0
+    color: float = 0.4
+    rand_augment: tuple[int, float, float] | None = None
+    floor: float = 1e-5
+    clip: float = 3.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.masked <= 1:
+            raise ValueError(f"masked: expected a share above 0 and up to 1, found {self.masked}")
+
+
+_UNILM_PRE = "microsoft/unilm beit/README.md"
+_PRE_22K: dict[str, Any] = dict(epochs=150, batch_size=2048, lr=1.5e-3, warmup_steps=10000)
+_PRE_1K: dict[str, Any] = dict(epochs=800, batch_size=2048, lr=1.5e-3, warmup=10, normalisation=IMAGENET)
+_LARGE: dict[str, Any] = dict(clip=1.0, source="Bao et al. 2021, appendix; layer scale 1e-5 (--config large)")
+
+PRETRAINING: dict[str, PretrainingRecipe] = {
+    "own": PretrainingRecipe(epochs=100, batch_size=64, lr=5e-4, warmup=5),
+    "base-22k": PretrainingRecipe(**_PRE_22K, source=_UNILM_PRE),
+    "base-1k": PretrainingRecipe(**_PRE_1K, source=_UNILM_PRE),
+    "large-22k": PretrainingRecipe(**_PRE_22K, **_LARGE),
+    "large-1k": PretrainingRecipe(**_PRE_1K, **_LARGE),
+    "tiny": PretrainingRecipe(
+        epochs=20, batch_size=64, lr=2e-3, floor=1e-5, warmup=2, drop_path=0.0, crop=None, flip=0.0, color=0.0,
+        source="this program's own, for small images of signs and things, which no mirror keeps",
+    ),
+}  # fmt: skip
+
+_PRE: dict[str, Any] = dict(
+    use_shared_relative_position_bias=True, use_mask_token=True, layer_norm_eps=1e-6, drop_path_rate=0.1
+)
+PRETRAINING_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        image_size=28, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+        **_PRE,
+    ),
+    "base": _PRE,
+    "large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        layer_scale_init_value=1e-5, **_PRE,
+    ),
 }  # fmt: skip

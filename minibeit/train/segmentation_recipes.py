@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .recipes import Recipe
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of ImageNet, of 1
+from .recipes import IMAGENET, Recipe
 
 
 @dataclass(frozen=True)
@@ -15,9 +13,9 @@ class SegmentationRecipe(Recipe):
     """How UPerNet is trained.  Raises ValueError, one sentence, for a number that makes no training.
 
     An image is resized within `scale` (longer side, shorter side) times a factor from `ratio`, and a square of
-    `crop_size` pixels is cut out, of which no class should have a share of `most_of_one_class` or more.  Without a
-    `scale` it is (4, 1) times the crop.  `normalise` is the mean and the standard deviation of pixels, the checkpoint's
-    where None.  With `mean_of_all` the loss is divided by the number of all pixels, ignored ones too.
+    `crop_size` pixels is cut out, of which no class should have a share of `most_of_one_class` or more.
+    `normalisation` is the mean and the standard deviation of pixels, None for the checkpoint's.  With `mean_of_all` the
+    loss is divided by the number of all pixels, ignored ones too, as mmseg does.
     """
 
     floor: float = 0.0
@@ -27,7 +25,7 @@ class SegmentationRecipe(Recipe):
     crop_size: int = 512
     most_of_one_class: float = 0.75
     distortion: bool = True
-    normalise: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     mean_of_all: bool = False
 
     def __post_init__(self) -> None:
@@ -45,9 +43,8 @@ class SegmentationRecipe(Recipe):
 
 
 _UNILM = "microsoft/unilm beit/semantic_segmentation/configs"
-_STEPS = 20210 // 16  # in an epoch of ADE20K, 16 images a step
 _ADE: dict[str, Any] = dict(
-    epochs=127, batch_size=16, warmup=1500 / _STEPS, weight_decay=0.05, normalise=IMAGENET, mean_of_all=True,
+    epochs=127, batch_size=16, warmup_steps=1500, weight_decay=0.05, normalisation=IMAGENET, mean_of_all=True,
     source=_UNILM,
 )  # fmt: skip # 160,000 steps, of which 1500 of warm-up
 _AFTER_22K: dict[str, Any] = dict(lr=3e-5, layer_decay=0.9, drop_path=0.1)
