@@ -7,6 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minibeit import BeitConfig, BeitForSemanticSegmentation
+from minibeit.train.label_maps import read_pairs
+from minibeit.train.loop import Trainer
+from minibeit.train.segmentation import Segmentation, processor_for
+from minibeit.train.segmentation_recipes import SegmentationRecipe
+
 SHAPE = (36, 48)
 COLORS = np.array([(60, 60, 60), (210, 60, 50), (60, 190, 80), (70, 90, 220)])
 NAMES = ("ground", "red", "green", "blue")
@@ -47,3 +53,26 @@ def ade_folder(folder: Path, count: int = 4) -> Path:
             files = folder / "images" / part / f"ADE_{i:08}.png", folder / "annotations" / part / f"ADE_{i:08}.png"
             save_pair(*files, i, labels + np.uint8(1))
     return folder
+
+
+QUICK = SegmentationRecipe(
+    epochs=2, batch_size=4, lr=5e-3, warmup=1, layer_decay=1.0, clip=1.0, scale=(128, 32), crop_size=32,
+    ratio=(0.75, 1.5), most_of_one_class=0.95,
+)  # fmt: skip
+MODEL = dict(
+    hidden_size=16, num_hidden_layers=5, num_attention_heads=2, intermediate_size=24, image_size=32, patch_size=8,
+    initializer_range=0.2, use_relative_position_bias=True, drop_path_rate=0.2, pool_scales=[1, 2],
+    auxiliary_channels=8, out_indices=[2, 3, 4, 5],
+)  # fmt: skip
+
+
+def trainer(
+    data: Path, folder: Path, recipe: SegmentationRecipe = QUICK, backend: str = "numpy", changes=None, **options
+) -> Trainer:
+    """A trainer of a tiny model on `data`."""
+    pairs = read_pairs(data, 0.2)
+    config = BeitConfig(**{**MODEL, "id2label": dict(enumerate(pairs.names)), **(changes or {})})
+    model = BeitForSemanticSegmentation(config, backend=backend, seed=0)
+    folder.mkdir(exist_ok=True)
+    objective = Segmentation(pairs, processor_for(config, None, recipe, False), recipe, config)
+    return Trainer(model, objective, recipe, folder, **options)

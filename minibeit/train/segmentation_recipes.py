@@ -68,10 +68,11 @@ SEGMENTATION_RECIPES: dict[str, SegmentationRecipe] = {
     ),
 }  # fmt: skip
 
-# Configs of models to train from random weights, by name.
+# Configs of models to train from random weights, by name.  As transformers reads `out_indices`, none of them can mean
+# the last block's output, so that tiny has one block more than it uses.
 SEGMENTATION_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
-        image_size=64, patch_size=8, hidden_size=64, num_hidden_layers=5, num_attention_heads=4, intermediate_size=128,
+        image_size=64, patch_size=8, hidden_size=48, num_hidden_layers=5, num_attention_heads=4, intermediate_size=96,
         use_relative_position_bias=True, layer_scale_init_value=1.0, initializer_range=0.1, layer_norm_eps=1e-6,
         pool_scales=(1, 2, 4), auxiliary_channels=32,
     ),
