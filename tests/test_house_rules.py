@@ -32,7 +32,7 @@ LAYERS = [
     {"checkpoint", "ops", "images"},
     {"tape"},
     {"model", "image_processor"},
-    {"tasks"},
+    {"tasks", "tokenizer"},
     {"auto", "flax", "train"},
     {"verify", "bench"},
     {"cli"},

@@ -15,7 +15,6 @@ pytest.importorskip("numba")
 
 from minibeit.ops import PositionBias, get_ops, reference
 from minibeit.ops.numba_cpu import convs
-from minibeit.ops.numba_cpu.maps import PackedConv
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import (
     Attention,
@@ -320,7 +319,7 @@ def test_convolutions_after_relu(B, h, w, kernel, into, out, channels_last):
     if channels_last:
         x, residual = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (x, residual))
     packed = OPS.prepare(layer)
-    limit = WINOGRAD if isinstance(packed, PackedConv) else None
+    limit = WINOGRAD if isinstance(packed, convs.PackedTiles) else None
     for layer_given in (packed, layer):  # in training it is packed at every call
         check("relu_conv2d", (x, layer), (x, layer_given), limit=limit)
         fast = (x, layer_given, 0.125, residual)

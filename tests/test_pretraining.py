@@ -16,7 +16,8 @@ from minibeit import BeitConfig, BeitForMaskedImageModeling
 from minibeit.train.examples import read_images
 from minibeit.train.gradients import value_and_grad
 from minibeit.train.loop import Trainer
-from minibeit.train.pretraining import MaskedModeling, initial_arrays, new_model, perplexity, processor_for, two_views
+from minibeit.train.metrics import perplexity
+from minibeit.train.pretraining import MaskedModeling, initial_arrays, new_model, processor_for, two_views
 from minibeit.train.recipes import IMAGENET, PRETRAINING, PRETRAINING_PRESETS, PretrainingRecipe
 from minibeit.train.state import Stopped
 
@@ -34,8 +35,9 @@ class Brightness:
     pooling = 2
     config = SimpleNamespace(vocab_size=8)
 
-    def mapped(self, image):
-        return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+    def preprocess(self, image, size):
+        assert image.size == size[::-1]
+        return np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255
 
     def encode(self, pixels):
         B, C, h, w = pixels.shape

@@ -24,6 +24,8 @@ from .terminal import OutputError, UsageError, flush, give_up_output, note, out,
 COMMANDS = (
     "classify",
     "finetune",
+    "pretrain",
+    "dvae",
     "segment",
     "features",
     "mask",

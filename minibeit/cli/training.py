@@ -33,6 +33,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str, str]] = {  # field of a rec
     "clip": (float, "F", "largest norm of the gradients, 0 for any"),
     "average": (float, "F", "decay of an average of the weights, which is what is kept, such as 0.999; 0 for none"),
 }
+OTHERS = ("masked", "divergence")  # fields of recipes that one command alone has an option for
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +84,7 @@ def speaker(args: argparse.Namespace) -> Say:
 def recipe_of(args: argparse.Namespace, recipes: Mapping[str, Recipe]) -> Recipe:
     """The recipe that the options choose and change.  Raises UsageError for a number that makes no training."""
     try:
-        return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in (*SETTINGS, "masked")})
+        return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in (*SETTINGS, *OTHERS)})
     except ValueError as error:
         raise UsageError(f"--{str(error).replace('_', '-', 1)}") from None
 
@@ -125,13 +126,15 @@ def train(
     frozen: tuple[str, ...] = (),
 ) -> int:
     """Trains `model` and reports the best epoch; the exit code."""
+    from ..tasks.base import BeitPreTrainedModel
     from ..train.loop import Trainer
     from ..train.start import check_memory, parameters_learned
     from ..train.state import Stopped
 
     size = min(recipe.batch_size, len(objective.train))
-    pieces = min(args.accumulate, size)
-    say(check_memory(model.config, size, pieces, bool(recipe.average), args.recompute, model.task))
+    if isinstance(model, BeitPreTrainedModel):
+        pieces = min(args.accumulate, size)
+        say(check_memory(model.config, size, pieces, bool(recipe.average), args.recompute, model.task))
     learned = parameters_learned(model, frozen)
     if not learned:
         raise UsageError("--freeze: nothing is left to be learned")

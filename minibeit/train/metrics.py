@@ -50,6 +50,12 @@ def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, 
     return {"loss": float(loss.mean()), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
 
 
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of a histogram: how many tokens, if all were equally frequent, would be as varied."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 def better(row: dict[str, Any], best: dict[str, Any] | None, by: tuple[str, int]) -> bool:
     """Whether an epoch is at least as good as the best so far: by the held-out metric `by` (its name, and 1 if more is
     better, else -1), or without held-out images the later one."""
@@ -68,7 +74,7 @@ def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> N
 # The picture of the curves --------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, MARGIN = 480, 320, 44
-SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "iou")  # drawn together: shares of 1, but for rmse
+SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "used", "iou")  # drawn together: shares, but for rmse
 COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 

@@ -22,6 +22,7 @@ from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 from .augment import BICUBIC, Random, color_jitter, crop_box
 from .batches import normalised, read_image
 from .examples import Example, Examples
+from .metrics import perplexity
 from .objective import Batch, Loss, Objective, Sample, Score
 from .recipes import PRETRAINING_PRESETS, PretrainingRecipe
 
@@ -69,7 +70,10 @@ class MaskedModeling(Objective):
 
     def _sample(self, for_patches: Image.Image, for_tokens: Image.Image, rng: Random) -> Sample:
         mask = block_mask(self.grid, self.count, rng)
-        return normalised(np.asarray(for_patches), self.processor), self.tokenizer.mapped(for_tokens), mask.reshape(-1)
+        return normalised(np.asarray(for_patches), self.processor), self._for_tokens(for_tokens), mask.reshape(-1)
+
+    def _for_tokens(self, image: Image.Image) -> np.ndarray:  # -> (C, height, width)
+        return self.tokenizer.preprocess(image, self.token_shape)[0]
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         pixels, for_tokens, masks = (np.stack(arrays) for arrays in zip(*samples))
@@ -118,12 +122,6 @@ class _MaskedTokens(Score):
             "accuracy": self.right / self.masked,
             "token_perplexity": perplexity(self.counts),
         }
-
-
-def perplexity(counts: np.ndarray) -> float:
-    """exp of the entropy of a histogram: how many tokens, if all were equally frequent, would be as varied."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def two_views(

@@ -173,3 +173,57 @@ PRETRAINING_PRESETS: dict[str, dict[str, Any]] = {
         layer_scale_init_value=1e-5, **_PRE,
     ),
 }  # fmt: skip
+
+
+# A tokenizer ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe(Recipe):
+    """How a tokenizer is trained; `layer_decay`, `drop_path`, `smoothing`, mixing and erasing play no part.
+
+    `divergence` is the weight of the divergence from uniform tokens (beta, for a sum over the pixels of an image).  It
+    rises from 0 in the first part `divergence_rise` of the training; the temperature falls from 1 to `coldest` by half
+    a cosine in the first part `cooling`.
+    """
+
+    divergence: float = 1.0
+    divergence_rise: float = 0.1
+    coldest: float = 1 / 16
+    cooling: float = 0.5
+    lr: float = 1e-3
+    floor: float = 1e-5
+    layer_decay: float = 1.0
+    weight_decay: float = 1e-4
+    rand_augment: tuple[int, float, float] | None = None
+    average: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (math.isfinite(self.divergence) and self.divergence >= 0):
+            raise ValueError(f"divergence: expected a number of at least 0, found {self.divergence}")
+        if not 0 < self.coldest <= 1:
+            raise ValueError(f"coldest: expected a temperature above 0 and up to 1, found {self.coldest}")
+
+    def temperature_at(self, done: float) -> float:
+        """The temperature of the relaxation when the share `done` of the training lies behind."""
+        progress = min(1.0, done / self.cooling) if self.cooling else 1.0
+        return self.coldest + 0.5 * (1 - self.coldest) * (1 + math.cos(math.pi * progress))
+
+    def divergence_at(self, done: float) -> float:
+        """The weight of the divergence at that time."""
+        progress = min(1.0, done / self.divergence_rise) if self.divergence_rise else 1.0
+        return self.divergence * 0.5 * (1 - math.cos(math.pi * progress))
+
+
+TOKENIZERS: dict[str, TokenizerRecipe] = {
+    "own": TokenizerRecipe(epochs=20, batch_size=32, warmup=0.5),
+    "dall-e": TokenizerRecipe(  # 3,000,000 steps there; the shares are those of its schedules
+        batch_size=512, lr=1e-4, floor=1.25e-6, warmup=0.0, divergence=6.6, divergence_rise=5e3 / 3e6,
+        cooling=1.5e5 / 3e6, average=0.999, source="Ramesh et al. 2021, appendix A.2",
+    ),
+    "tiny": TokenizerRecipe(
+        epochs=6, batch_size=64, lr=3e-3, floor=1e-4, warmup=0.2, crop=None, flip=0.0,
+        source="this program's own, for small images of signs and things",
+    ),
+}  # fmt: skip

@@ -1,7 +1,8 @@
 """Convolutions of maps with any odd kernel, as a tokenizer has them: ReLU before, a residual after.
 
 1x1 kernels are products, 3x3 ones go by Winograd where the channels fill whole vectors, and all others are products of
-windows: the kernel's view of every pixel as one long row.  A map is (B, C, h, w) to the caller, channels-last in memory.
+windows: what the kernel sees of the map at every pixel, as one long row.  A map is (B, C, h, w) to the caller and
+channels-last in memory.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 from . import gemm
 from .arguments import PLAIN, RESIDUAL
-from .maps import PackedConv, to_channels_first, to_channels_last
+from .maps import to_channels_first, to_channels_last
 from .memory import aligned_copy, padded, release_pages
 from .pack import PackedLinear, pack_matrix, padded_bias
 from .packed import Packed
 from .target import LANES
-from .winograd import After, convolve, pack_winograd
+from .winograd import After, PackedWinograd, convolve, pack_winograd
 
 _WINDOW_BYTES = 64 << 20  # of windows at a time
 
@@ -32,7 +33,17 @@ class PackedWindows(Packed):
     source: Any = None
 
 
-PACKED = (PackedLinear, PackedConv, PackedWindows)
+@dataclass(frozen=True)
+class PackedTiles(Packed):
+    """A 3x3 convolution in Winograd's form, with a bias (out,)."""
+
+    tiles: PackedWinograd
+    bias: np.ndarray
+    kernel: tuple[int, int] = (3, 3)
+    source: Any = None
+
+
+PACKED = (PackedLinear, PackedTiles, PackedWindows)
 
 
 def pack_conv(layer: Any, keep_source: bool, winograd: bool) -> Any:
@@ -41,9 +52,9 @@ def pack_conv(layer: Any, keep_source: bool, winograd: bool) -> Any:
     source = layer if keep_source else None
     if winograd and (kh, kw) == (3, 3) and out % LANES == 0 and C % LANES == 0:
         bias = np.zeros(out, np.float32) if layer.bias is None else layer.bias
-        part = pack_winograd(layer.weight, np.ones(out, np.float32))
+        tiles = pack_winograd(layer.weight, np.ones(out, np.float32))
         release_pages(layer.weight)
-        return PackedConv((part,), aligned_copy(bias), source)
+        return PackedTiles(tiles, aligned_copy(bias), source=source)
     matrix = layer.weight.transpose(0, 2, 3, 1).reshape(out, -1)
     linear = PackedLinear(pack_matrix(matrix), padded_bias(layer.bias, out), out, source)
     return linear if kh == kw == 1 else PackedWindows(linear, (kh, kw), source)
@@ -54,9 +65,9 @@ def convolve_map(
 ) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """conv(x), or residual + gain * conv(x); with `relu` of max(0, x)."""
     source, addend = to_channels_last(x), None if residual is None else to_channels_last(residual)
-    if isinstance(layer, PackedConv):
-        y = padded((*source.shape[:3], layer.out))
-        convolve(source, layer.parts[0], layer.bias, After(gain=gain, residual=addend), y, relu_before=relu)
+    if isinstance(layer, PackedTiles):
+        y = padded((*source.shape[:3], layer.tiles.out))
+        convolve(source, layer.tiles, layer.bias, After(gain=gain, residual=addend), y, relu_before=relu)
         return to_channels_first(y)
     if isinstance(layer, PackedLinear):
         return to_channels_first(_product(_relu(source) if relu else source, layer, gain, addend))

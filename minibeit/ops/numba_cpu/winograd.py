@@ -15,7 +15,7 @@ import numpy as np
 from .arguments import PLAIN, POINTS, PRODUCT, TRANSFORM_INPUT, TRANSFORM_OUTPUT, TRANSFORM_WEIGHT
 from .gemm import panel_group, run_products
 from .machine_code import Kernel
-from .memory import NOTHING, aligned, constant_operand, operand, result
+from .memory import NOTHING, Operand, aligned, constant_operand, operand, result
 from .operands import scalar
 from .pack import Hollow, padded_bias
 from .packed import Packed
@@ -87,7 +87,8 @@ def convolve(
     m, tiles_out, _ = result((POINTS, chunk, layer.out))
     panels, zeros = constant_operand(layer.panels), constant_operand(padded_bias(None, layer.out))
     source, target, addend = operand(x), operand(y), NOTHING if bias is None else constant_operand(bias)
-    residual, strides = NOTHING, (0, 0, 0)
+    residual: Operand = NOTHING
+    strides: tuple[int, ...] = (0, 0, 0)
     if after.residual is not None:
         residual, strides = operand(after.residual), after.residual.strides[:3]
     group = panel_group(layer.panels.shape[1], POINTS)
