@@ -156,7 +156,7 @@ def _check_words(args: argparse.Namespace) -> None:
         "labels", "reduce_labels", "colours", "crop_size", "feature_convention"
     )  # fmt: skip
     for name in others:
-        if getattr(args, name) not in (None, False):
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             hint = "; --crop-size says what the model sees" if name == "image_size" else ""
             raise UsageError(f"--{name.replace('_', '-')}: has no meaning with --task {args.task}{hint}")
     if args.linear_probe and (args.from_scratch is not None or args.resume or args.freeze):

@@ -100,6 +100,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
             decay_tables=recipe.decay_tables,
+            decay_tokens=recipe.decay_tokens,
             table_rate=recipe.table_rate,
             frozen=self.frozen,
         )

@@ -45,8 +45,8 @@ class SegmentationRecipe(Recipe):
 _UNILM = "microsoft/unilm beit/semantic_segmentation/configs"
 _ADE: dict[str, Any] = dict(
     epochs=127, batch_size=16, warmup_steps=1500, weight_decay=0.05, normalisation=IMAGENET, mean_of_all=True,
-    source=_UNILM,
-)  # fmt: skip # 160,000 steps, of which 1500 of warm-up
+    decay_tokens=True, source=_UNILM,
+)  # fmt: skip # 160,000 steps of ADE20K; tokens are decayed since unilm looks for their names without `backbone.`
 _AFTER_22K: dict[str, Any] = dict(lr=3e-5, layer_decay=0.9, drop_path=0.1)
 _LARGE: dict[str, Any] = dict(lr=2e-5, layer_decay=0.95, drop_path=0.2)
 _640: dict[str, Any] = dict(scale=(2560, 640), crop_size=640)
