@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from cli_helpers import run
 from training_data import class_folders
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from minibeit.cli import _parser
 from minibeit.tokenizer.config import DalleTokenizerConfig
 from minibeit.tokenizer.tokenizer import DalleTokenizer
 
@@ -109,3 +112,28 @@ def test_a_tokenizer_s_size_must_fit_its_tokens(capsys, data, tmp_path):
     options = ("--groups", 3, "--width", 8, "--codes", 10, "--image-size", 18)
     code, _, err = run(capsys, "dvae", data, "-o", tmp_path / "o", *options, *QUICK)
     assert code == 1 and "expected multiples of 4" in err and not (tmp_path / "o").exists()
+
+
+# The guide ------------------------------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "pretraining.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_guide_runs(capsys, tokens, config, tmp_path, monkeypatch):
+    program = GUIDE.partition("```python\n")[2].partition("```")[0]
+    class_folders(tmp_path / "photos", 5)
+    (tmp_path / "tokens").symlink_to(tokens)
+    (tmp_path / "config").symlink_to(config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINIBEIT_BACKEND", "numpy")
+    exec(program, {})
+    assert 0 <= float(capsys.readouterr().out) <= 1 and (tmp_path / "photos-beit" / "model.safetensors").is_file()
+
+
+def test_the_options_that_the_guide_names_exist():
+    known = set()
+    for command in ("dvae", "pretrain", "finetune"):
+        for action in _parser(command)._subparsers._group_actions[0].choices[command]._actions:
+            known |= set(action.option_strings)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE))
+    assert len(named) > 12 and named <= known

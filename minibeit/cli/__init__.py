@@ -29,6 +29,7 @@ COMMANDS = (
     "segment",
     "features",
     "mask",
+    "tokenize",
     "inspect",
     "convert",
     "verify",

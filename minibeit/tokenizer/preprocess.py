@@ -36,7 +36,8 @@ def pixels_of(
 
     `images` are what BeitImageProcessor takes: a path, a PIL image, an array (H, W, C), or a list of them.  Both axes
     are resized, as FlavaImageProcessor does for its codebook and BEiT's pre-training does with a crop; with
-    `center_crop` the shorter side is, and the middle cut out, as in DALL-E's notebook.
+    `center_crop` the shorter side is, and the middle cut out, as in DALL-E's notebook, which rounds half pixels
+    elsewhere.
     Raises ImageError for an image that cannot be read.
     """
     height, width = (size, size) if isinstance(size, int) else size

@@ -21,7 +21,7 @@ from .packed import Packed
 from .target import LANES
 from .winograd import After, PackedWinograd, convolve, pack_winograd
 
-_WINDOW_BYTES = 64 << 20  # of windows at a time
+_WINDOW_BYTES = 8 << 20  # of windows at a time, which a third-level cache holds
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ def convolve_map(
     return to_channels_first(_by_windows(source, layer, relu, gain, addend))
 
 
-def _product(x: np.ndarray, layer: PackedLinear, gain: float, residual: np.ndarray | None) -> np.ndarray:
+def _product(
+    x: np.ndarray, layer: PackedLinear, gain: float, residual: np.ndarray | None, into: np.ndarray | None = None
+) -> np.ndarray:
     if residual is None:
-        return gemm.product(x, layer, PLAIN)
-    return gemm.product(x, layer, RESIDUAL, np.full(layer.out, gain, np.float32), residual)
+        return gemm.product(x, layer, PLAIN, into=into)
+    return gemm.product(x, layer, RESIDUAL, np.full(layer.out, gain, np.float32), residual, into=into)
 
 
 def _relu(x: np.ndarray) -> np.ndarray:
@@ -88,22 +90,24 @@ def _by_windows(
     x: np.ndarray, layer: PackedWindows, relu: bool, gain: float, residual: np.ndarray | None
 ) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, out)
     """Product by product for as many images as _WINDOW_BYTES allows."""
-    (B, h, w, C), (kh, kw) = x.shape, layer.kernel
-    count = max(1, _WINDOW_BYTES // (4 * h * w * kh * kw * C))
+    (B, h, w, _), windows = x.shape, _windows(x, *layer.kernel)
+    count = min(B, max(1, _WINDOW_BYTES // (windows[0].size * 4)))
+    work = np.empty((count, *windows.shape[1:]), np.float32)
     y = padded((B, h, w, layer.linear.out))
     for first in range(0, B, count):
         images = slice(first, min(first + count, B))
-        rows = _windows(_relu(x[images]) if relu else x[images], kh, kw)
-        y[images] = _product(rows, layer.linear, gain, None if residual is None else residual[images])
+        here = work[: images.stop - first]
+        np.maximum(windows[images], 0, out=here) if relu else np.copyto(here, windows[images])
+        addend = None if residual is None else residual[images]
+        _product(here.reshape(*here.shape[:3], -1), layer.linear, gain, addend, y[images])
     return y
 
 
-def _windows(x: np.ndarray, kh: int, kw: int) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, kh kw C)
+def _windows(x: np.ndarray, kh: int, kw: int) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, kh, kw C)
+    """What a kernel sees of the map at every pixel, zeros beyond the border; a view."""
     B, h, w, C = x.shape
     around = np.zeros((B, h + kh - 1, w + kw - 1, C), np.float32)
     around[:, kh // 2 : kh // 2 + h, kw // 2 : kw // 2 + w] = x
     image, row, pixel, _ = around.strides
-    windows = np.lib.stride_tricks.as_strided(
-        around, (B, h, w, kh, kw * C), (image, row, pixel, row, 4), writeable=False
-    )
-    return np.ascontiguousarray(windows).reshape(B, h, w, kh * kw * C)
+    strides = (image, row, pixel, row, 4)
+    return np.lib.stride_tricks.as_strided(around, (B, h, w, kh, kw * C), strides, writeable=False)
