@@ -244,8 +244,8 @@ def test_folders_that_teach_nothing(capsys, model, tmp_path, make, sentence):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"path": "0.png", "label": "0.png"}, "label maps are for segmentation"),
-        ({"path": "0.png", "label": [[0, 1], [1, 0]]}, "label maps are for segmentation"),
+        ({"path": "0.png", "label": "0.png"}, "label maps are for --task segmentation"),
+        ({"path": "0.png", "label": [[0, 1], [1, 0]]}, "label maps are for --task segmentation"),
         ({"path": "0.png", "label": ""}, "expected the name of a class, found nothing"),
         ({"path": "0.png"}, "expected path and one of label, labels, value, values"),
         ({"path": "0.png", "value": "high"}, "expected value to be a number, found 'high'"),

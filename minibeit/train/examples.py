@@ -106,9 +106,9 @@ def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int =
     _check_fraction(fraction)
     path = Path(data)
     if path.is_dir():
-        found = [Example(str(file), None) for file in _images_in(path)]
+        found = [Example(str(file), None) for file in images_in(path)]
     elif path.is_file():
-        found = [_unlabelled(path, where, row) for where, row in _rows(path)]
+        found = [_unlabelled(path, where, row) for where, row in rows_of(path)]
     else:
         raise _nothing_there(path)
     good, unreadable = _readable(found, workers)
@@ -118,7 +118,7 @@ def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int =
 
 
 def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
-    return Example(_file(path, where, row), None, _part(where, row.get("split")))
+    return Example(_file(path, where, row), None, part_of(where, row.get("split")))
 
 
 def _check_fraction(fraction: float) -> None:
@@ -148,7 +148,7 @@ def _parted(
     held_out = tuple(example for example in good if example.held_out)
     if not train:
         raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
-    _warn_of_duplicates(train, held_out)
+    warn_of_duplicates(train, held_out)
     return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
@@ -165,14 +165,14 @@ def find_examples(path: Path) -> tuple[str, list[Example]]:
 
 
 def _folder(path: Path) -> list[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     parts = {folder.name.lower(): folder for folder in folders}
     train = next((parts[name] for name in TRAIN if name in parts), None)
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: images and annotations are pictures and label maps for segmentation; a classifier learns from "
-            "one folder a class"
+            f"{path}: images and annotations are pictures and label maps, from which --task segmentation learns; a "
+            "classifier learns from one folder a class"
         )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]
@@ -182,22 +182,24 @@ def _folder(path: Path) -> list[Example]:
     return found
 
 
-def _subfolders(path: Path) -> list[Path]:
+def subfolders(path: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are left out."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     if not folders:
         raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
     for folder in folders:
-        files = _images_in(folder)
+        files = images_in(folder)
         if not files and not held_out:
             raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
         yield from (Example(str(file), folder.name, held_out) for file in files)
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and in the folders in it, by name."""
     return sorted(
         file
         for file in folder.rglob("*")
@@ -208,7 +210,7 @@ def _images_in(folder: Path) -> list[Path]:
 # Lists ----------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(file and line, what it says) for every line of a list."""
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
@@ -222,7 +224,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _listed(path: Path) -> tuple[str, list[Example]]:
-    rows = _rows(path)
+    rows = rows_of(path)
     keys = [key for key in KINDS if key in rows[0][1]]
     if "path" not in rows[0][1] or len(keys) != 1:
         raise ValueError(
@@ -231,7 +233,7 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
     key, found = keys[0], []
     for where, row in rows:
         label = _label(where, key, row.get(key), path.parent)
-        found.append(Example(_file(path, where, row), label, _part(where, row.get("split"))))
+        found.append(Example(_file(path, where, row), label, part_of(where, row.get("split"))))
     if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
         raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
     return KINDS[key], found
@@ -263,7 +265,8 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _part(where: str, word: Any) -> bool | None:
+def part_of(where: str, word: Any) -> bool | None:
+    """Whether a word for a part of the data means what is held out; None for no word.  Raises ValueError for others."""
     if word in (None, ""):
         return None
     if str(word).lower() not in (*TRAIN, *HELD_OUT):
@@ -275,7 +278,7 @@ def _label(where: str, key: str, value: Any, folder: Path) -> Any:
     if key == "label":
         if isinstance(value, (list, dict)) or _is_picture(value, folder):
             raise ValueError(
-                f"{where}: expected the name of one class, found {brief(value)}; label maps are for segmentation"
+                f"{where}: expected the name of one class, found {brief(value)}; label maps are for --task segmentation"
             )
         if value is None or str(value).strip() == "":
             raise ValueError(f"{where}: expected the name of a class, found nothing")
@@ -365,7 +368,8 @@ def _split(examples: list[Example], problem: str, fraction: float, seed: int) ->
     return [replace(example, held_out=i in chosen) for i, example in enumerate(examples)]
 
 
-def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Warns of files that are in both parts, by `digest` and `path` of the examples."""
     learned = {example.digest: example.path for example in train}
     twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
     if twice:

@@ -100,6 +100,7 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
             decay_tables=recipe.decay_tables,
+            decay_tokens=recipe.decay_tokens,
             table_rate=recipe.table_rate,
             frozen=self.frozen,
         )
@@ -247,6 +248,7 @@ class Trainer:
     def _vectors(self) -> dict[str, np.ndarray]:
         o = self.optimizer
         vectors = {"weights": o.weights, "mean": o.mean, "square": o.square, "steps": o.steps}
+        vectors.update((n, a) for n, a in flatten(self.model.plain_params).items() if ".running_" in n)
         return vectors if self.average is None else {**vectors, "average": self.average.average}
 
     def _save(self) -> None:

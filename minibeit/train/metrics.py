@@ -75,7 +75,7 @@ def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> N
 # The picture of the curves --------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, MARGIN = 480, 320, 44
-SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "used")  # drawn together: shares of 1, but for rmse
+SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "used", "iou")  # drawn together: shares, but for rmse
 COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 

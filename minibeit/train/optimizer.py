@@ -13,7 +13,7 @@ import numpy as np
 from ..params import flatten, unflatten
 from .gradients import matching
 
-NEVER_DECAYED = ("cls_token", "position_embeddings")
+SELDOM_DECAYED = ("cls_token", "position_embeddings")
 
 
 def layer_number(name: str, num_layers: int) -> int:
@@ -25,13 +25,13 @@ def layer_number(name: str, num_layers: int) -> int:
     return num_layers + 1
 
 
-def decayed(name: str, shape: tuple[int, ...], tables: bool = True) -> bool:
+def decayed(name: str, shape: tuple[int, ...], tables: bool = True, tokens: bool = False) -> bool:
     """Whether weight decay acts on a parameter of that canonical name.
 
-    Not on vectors (biases, norms, layer scales), the CLS token and absolute positions.  As in the original the mask
-    token and the position bias tables are decayed, the latter unless `tables` is false.
+    Not on vectors (biases, norms, layer scales), nor, unless `tokens`, on the CLS token and absolute positions.  As in
+    the original the mask token and the position bias tables are decayed, the latter unless `tables` is false.
     """
-    if len(shape) < 2 or name.endswith(NEVER_DECAYED):
+    if len(shape) < 2 or (name.endswith(SELDOM_DECAYED) and not tokens):
         return False
     return tables or not name.endswith("bias_table")
 
@@ -71,6 +71,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay_tables: bool = True,
+        decay_tokens: bool = False,
         table_rate: float = 1.0,
         frozen: str | Iterable[str] = (),
     ) -> None:
@@ -87,7 +88,7 @@ class AdamW:
             if layer_decay != 1:  # a tokenizer has no such layers
                 L = model.config.num_hidden_layers
                 rate *= layer_decay ** (L + 1 - layer_number(name, L))
-            decay = weight_decay if decayed(name, shape, decay_tables) else 0.0
+            decay = weight_decay if decayed(name, shape, decay_tables, decay_tokens) else 0.0
             stop = start + math.prod(shape)
             self.slots.append(Slot(name, start, stop, rate, decay))
             start = stop

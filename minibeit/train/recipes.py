@@ -30,6 +30,7 @@ class Recipe:
     layer_decay: float = 0.65
     weight_decay: float = 0.05
     decay_tables: bool = True
+    decay_tokens: bool = False
     table_rate: float = 1.0
     drop_path: float = 0.1
     smoothing: float = 0.1

@@ -25,6 +25,7 @@ from .recipes import PRESETS
 HEAD_SCALE = 0.001  # of a new head's random weights, so that training begins at even odds (unilm's init_scale)
 KEPT_WIDE, KEPT_MLP = 8, 3  # arrays of (N, D) and (N, F) that a block keeps for its backward
 PASSING_MLP, PASSING_SCORES = 6, 2  # arrays of (N, F) and (H, N, N) that one block needs for a moment
+SEGMENTATION, HEAD_MAPS, SCORE_MAPS = "semantic_segmentation", 22, 8  # UPerNet's (D, 4 gh, 4 gw), its loss's (K, h, w)
 
 
 def from_checkpoint(
@@ -48,7 +49,7 @@ def from_checkpoint(
     config = open_checkpoint(path).config
     fields: dict[str, Any] = {"problem_type": examples.problem}
     if not keep_classes:
-        fields.update(_labels(examples.names))
+        fields.update(labels_of(examples.names))
     if config.use_shared_relative_position_bias:
         fields.update(use_relative_position_bias=True, use_shared_relative_position_bias=False)
     if drop_path is not None:
@@ -81,7 +82,7 @@ def from_scratch(
         config = BeitConfig.from_pretrained(source)
     else:
         raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(PRESETS)}")
-    fields: dict[str, Any] = {"problem_type": examples.problem, **_labels(examples.names)}
+    fields: dict[str, Any] = {"problem_type": examples.problem, **labels_of(examples.names)}
     if drop_path is not None:
         fields["drop_path_rate"] = drop_path
     if image_size is not None:
@@ -130,7 +131,8 @@ def frozen_patterns(words: Sequence[str], config: BeitConfig) -> tuple[str, ...]
     return tuple(found)
 
 
-def _labels(names: Sequence[str]) -> dict[str, Any]:
+def labels_of(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config that name its classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
@@ -163,6 +165,9 @@ def memory_needed(config: BeitConfig, average: bool, recompute: bool, task: str)
     passing = 4 * (PASSING_MLP * N * F + PASSING_SCORES * H * N * N)
     pixels = 3 * 4 * config.num_channels * config.image_shape[0] * config.image_shape[1]
     kept = block + 4 * L * N * D if recompute else L * block
+    if task == SEGMENTATION:
+        height, width = config.image_shape
+        kept += 4 * (HEAD_MAPS * D * 16 * gh * gw + SCORE_MAPS * config.num_labels * height * width)
     return Need(4 * numbers * (6 if average else 5), kept + passing + pixels)
 
 
