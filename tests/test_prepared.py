@@ -128,7 +128,7 @@ def test_a_file_of_another_cpu_or_version_is_refused(tmp_path):
     refused(tmp_path, "is no prepared file of minibeit")
     (tmp_path / "config.json").unlink()
     write_safetensors(file, arrays, loaded.metadata)
-    refused(tmp_path, "there is no config.json beside it")
+    refused(tmp_path, "cannot be used without a config.json next to it")
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": "many"}))
     refused(tmp_path, "config.json: ")
 

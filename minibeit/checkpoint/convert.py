@@ -138,7 +138,7 @@ def _match(checkpoint: Checkpoint, task: str, notes: list[str]) -> Match:
         notes.append(f"{ignored} tensors are index tables or step counters, which carry no learned number")
     if match.unexpected:
         count, names = len(match.unexpected), listed(match.unexpected)
-        notes.append(f"{count} tensors of another head, or beside the model, are not used: {names}")
+        notes.append(f"{count} tensors of another head, or outside the model, are not used: {names}")
     return match
 
 

@@ -73,7 +73,7 @@ class _Reader:
         if shape is None or len(shape) != rank or not all(shape):
             raise CheckpointError(
                 f"tensor {self.naming.place(name).name}: expected {rank} dimensions, found {shape or 'no such tensor'}"
-                "; without it no config can be inferred: put a config.json beside the file"
+                "; without it no config can be inferred: put a config.json next to the file"
             )
         return shape
 

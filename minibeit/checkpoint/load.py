@@ -353,6 +353,6 @@ def _check_new(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) ->
     needed, found = 4 * sum(map(math.prod, shapes.values())), checkpoint.tensors.nbytes
     if needed > 16 * found + (64 << 20):  # a segmentation head on a single block has eleven times its weights
         raise CheckpointError(
-            f"{checkpoint.path}: {CONFIG_NAME} asks for {needed:,} bytes of new weights beside the {found:,} of the "
-            "file; does it belong to this file?"
+            f"{checkpoint.path}: {CONFIG_NAME} wants {needed:,} bytes of new weights in addition to the {found:,} of "
+            "the file; does it belong to this file?"
         )

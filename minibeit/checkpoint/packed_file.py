@@ -67,7 +67,7 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     try:
         config = BeitConfig.from_pretrained(file.parent, **(overrides or {}))
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: there is no {CONFIG_NAME} beside it, without which it cannot be used") from None
+        raise CheckpointError(f"{file}: cannot be used without a {CONFIG_NAME} next to it") from None
     arrays = {name: loaded.tensors.read(name, "float32") for name in loaded.tensors}
     source = origin(
         [file, file.parent / CONFIG_NAME], read_prepared, Path(os.path.abspath(file)), dict(overrides or {})

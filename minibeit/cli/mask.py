@@ -1,4 +1,4 @@
-"""`minibeit mask`: hide blocks of a picture and predict their visual tokens."""
+"""`minibeit mask`: hide blocks of an image and predict their visual tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 HELP = "hide blocks of an image and predict their visual tokens"
 DESCRIPTION = """\
-Hides blocks of patches of a picture, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
+Hides blocks of patches of an image, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
 
-Prints the tokens in the grid of the patches, a dot for each visible one; --output draws the picture beside what the
-model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
+Prints the tokens in the grid of the patches, with a dot for each visible patch; --output draws the image next to what
+the model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
 """
 EXAMPLES = """\
   minibeit mask photo.jpg --model microsoft/beit-base-patch16-224-pt22k --output masked.png
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="an image file; - for standard input")
     add_model_arguments(parser, "a checkpoint of masked image modelling")
     parser.add_argument("--ratio", type=_ratio, default=0.4, help="share of the patches to hide (default 0.4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the blocks; the same seed hides the same (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for drawing the blocks; the same seed hides the same patches (default 0)"
+    )
     parser.add_argument("-o", "--output", metavar="PNG", help="draw the mask")
     parser.add_argument("--json", action="store_true", help="print JSON: tokens with their probabilities")
     parser.add_argument("-q", "--quiet", action="store_true", help="no notes")

@@ -1,4 +1,4 @@
-"""What a user's folder or list of pictures holds: paths with labels, class names, and a split into two."""
+"""What a user's folder or list of images holds: paths with labels, class names, and a split into two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and what it shows: a class name, class names, or numbers; `held_out` None where nobody has said."""
+    """An image and what it shows: a class name, class names, or numbers; `held_out` None where nobody has said."""
 
     path: str
     label: Any
@@ -40,7 +40,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures to learn from and pictures to be judged by, with labels as `problem` needs them.
+    """Images to learn from and images to be judged by, with labels as `problem` needs them.
 
     `targets` gives an array: class numbers (B,), 0 and 1 for each class (B, K), or numbers (B, K).
     """
@@ -65,7 +65,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal pictures, labels and split, wherever they lie."""
+        """Equal for equal images, labels and split, wherever they lie."""
         rows = [[e.digest, e.label] for e in self.train], [[e.digest, e.label] for e in self.held_out]
         return hashlib.sha256(json.dumps([self.problem, self.names, *rows]).encode()).hexdigest()
 
@@ -82,9 +82,9 @@ def read_examples(
     A folder may hold `train` and `val` with the class folders in them.  A list has `path` and one of `label`,
     `labels` (separated by ; in CSV), `value` or `values`, and perhaps `split`; its paths are relative to it.  Where no
     split is given, `fraction` of each class is held out, drawn by `seed`.  `names` are the classes of a model that is
-    to keep them.  Every picture is read once: those that cannot be are left out and named in `unreadable`.
+    to keep them.  Every image is read once: those that cannot be are left out and named in `unreadable`.
 
-    Raises ValueError, one sentence, for data that nothing can be learned from; warns of pictures that are in both
+    Raises ValueError, one sentence, for data that nothing can be learned from; warns of images that are in both
     parts.
     """
     if not 0 <= fraction < 1:
@@ -95,7 +95,7 @@ def read_examples(
     elif path.is_file():
         problem, found = _listed(path)
     else:
-        raise FileNotFoundError(f"{path}: there is no such folder or list of pictures")
+        raise FileNotFoundError(f"{path}: there is no such folder or list of images")
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
@@ -104,7 +104,7 @@ def read_examples(
     train = tuple(example for example in good if not example.held_out)
     held_out = tuple(example for example in good if example.held_out)
     if not train:
-        raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
+        raise ValueError(f"{path}: expected images to learn from, found {len(held_out)} held-out ones alone")
     _warn_of_duplicates(train, held_out)
     return Examples(problem, classes, train, held_out, tuple(unreadable))
 
@@ -119,7 +119,7 @@ def _folder(path: Path) -> list[Example]:
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: images and annotations are pictures and label maps for segmentation; a classifier learns from "
+            f"{path}: its folders images and annotations are data for segmentation; a classifier learns from "
             "one folder a class"
         )
     if train is None or held_out is None:
@@ -137,7 +137,7 @@ def _subfolders(path: Path) -> list[Path]:
 def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
     folders = _subfolders(path)
     if not folders:
-        raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
+        raise ValueError(f"{path}: expected a folder for each class with its images in it, found no folder")
     for folder in folders:
         files = sorted(
             file
@@ -145,7 +145,7 @@ def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
             if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
         )
         if not files and not held_out:
-            raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
+            raise ValueError(f"{folder}: this class is empty; put images (.png, .jpg, ...) into it or remove it")
         yield from (Example(str(file), folder.name, held_out) for file in files)
 
 
@@ -160,7 +160,7 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
     except (csv.Error, UnicodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
     if not rows:
-        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+        raise ValueError(f"{path}: expected an image and its label in each line, found no line")
     keys = [key for key in KINDS if key in rows[0][1]]
     if "path" not in rows[0][1] or len(keys) != 1:
         raise ValueError(
@@ -169,7 +169,7 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
     key, found = keys[0], []
     for where, row in rows:
         if not isinstance(row.get("path"), str) or not row["path"]:
-            raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
+            raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
         file = str(path.parent / row["path"])
         found.append(Example(file, _label(where, key, row.get(key), path.parent), _part(where, row.get("split"))))
     if len({example.held_out is None for example in found}) > 1:
@@ -257,7 +257,7 @@ def _check_classes(
     path: Path, problem: str, names: tuple[str, ...], found: list[Example], good: list[Example], fixed: bool
 ) -> None:
     if not good:
-        raise ValueError(f"{path}: none of the {len(found)} pictures can be read; the first is {found[0].path}")
+        raise ValueError(f"{path}: none of the {len(found)} images can be read; the first is {found[0].path}")
     if problem == SINGLE and not fixed:
         if len(names) < 2:
             raise ValueError(f"{path}: expected at least two classes to tell apart, found {brief(list(names))} alone")
@@ -265,7 +265,7 @@ def _check_classes(
         for name in names:
             if name not in left:
                 raise ValueError(
-                    f"{path}: no picture of the class {brief(name)} to learn from can be read; mend its pictures or "
+                    f"{path}: no image of the class {brief(name)} to learn from can be read; repair its images or "
                     "remove it"
                 )
     if problem == MULTI and not names:
@@ -273,7 +273,7 @@ def _check_classes(
 
 
 def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[str]]:
-    """(examples whose pictures can be read, with the digest of their files; a sentence for each of the others)."""
+    """(examples whose images can be read, with the digest of their files; a sentence for each of the others)."""
 
     def look(example: Example) -> Example | str:
         try:
@@ -288,7 +288,7 @@ def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[s
 
 
 def _split(examples: list[Example], problem: str, fraction: float, seed: int) -> list[Example]:
-    """`fraction` of every class held out, at least one picture of each that has two, chosen by content and seed."""
+    """`fraction` of every class held out, at least one image of each that has two, chosen by content and seed."""
     rng = np.random.default_rng(seed)
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
@@ -307,7 +307,7 @@ def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -
     if twice:
         first = f"{shown_name(twice[0][0])} and {shown_name(twice[0][1])}"
         warnings.warn(
-            f"{len(twice)} held-out pictures are also learned from, which makes results look better than they are; "
+            f"{len(twice)} held-out images are also learned from, which makes results look better than they are; "
             f"the first are {first}",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""How good predictions are, and the record of it: lines of JSON and a picture of the curves."""
+"""How good predictions are, and the record of it: lines of JSON and a plot of the curves."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, 
 
 
 def better(row: dict[str, Any], best: dict[str, Any] | None, problem: str) -> bool:
-    """Whether an epoch is at least as good as the best so far: by held-out pictures, or without any the later one."""
+    """Whether an epoch is at least as good as the best so far: by held-out images, or without any the later one."""
     name, sign = BEST[problem]
     if best is None or f"held_out_{name}" not in row:
         return True
@@ -65,7 +65,7 @@ def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> N
         file.write("".join(json_text(row) + "\n" for row in rows).encode())
 
 
-# The picture of the curves --------------------------------------------------------------------------------------------
+# The plot of the curves ---------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, MARGIN = 480, 320, 44
 COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
