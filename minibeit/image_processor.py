@@ -306,7 +306,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
 def _labels(item: Any, name: str, settings: ImageSettings) -> np.ndarray:
     labels = load_label_map(item, name, settings.apply_exif_orientation)
     if settings.do_reduce_labels and labels.min() < 0:
-        raise ImageError(f"{name}: do_reduce_labels expects class ids from 0 up, found {labels.min()}")
+        raise ImageError(f"{name}: do_reduce_labels expects class ids of at least 0, found {labels.min()}")
     as_originals = settings.compat == "transformers"
     if settings.do_resize and not as_originals:
         labels = resize_labels(labels, resized_shape(labels.shape, settings.size, name))

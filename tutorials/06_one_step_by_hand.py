@@ -6,8 +6,8 @@
 # number against minibeit's `value_and_grad` and against finite differences. Then we measure two things that BEiT's
 # recipes rely on: the *layer scale* and the *layer-wise decay* of the learning rate.
 #
-# [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the forward pass of a block. Our model is the included one, which
-# reads digits.
+# [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the forward pass of a block. Our model is the included one,
+# which reads digits.
 
 # %%
 import matplotlib.pyplot as plt
@@ -309,9 +309,10 @@ assert all(curve[-1] < curve[0] for curve, _, _ in results.values())
 
 # %% [markdown]
 # Without decay all layers move about equally far, whether the loss needed it or not; with decay the embeddings stay
-# closer to their pre-trained values, and most of the change is near the head. The price shows in the numbers above: at
-# the same rate the loss falls more slowly, and after these few steps fewer of the other digits are classified correctly.
-# So recipes with a decay (0.65 for base models) have larger rates and many epochs. What is measured is *where the change*
+# closer to their pre-trained values, and most of the change is near the head. The price shows in the numbers above:
+# at the same rate the loss falls more slowly, and after these few steps fewer of the other digits are classified
+# correctly. So recipes with a decay (0.65 for base models) have larger rates and many epochs. What is measured is
+# *where the change*
 # *goes*, not that decay wins: a task as small as ours cannot show that.
 #
 # ## 7. In practice

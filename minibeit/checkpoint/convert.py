@@ -75,7 +75,7 @@ def convert(
     checkpoint = open_checkpoint(source, fields, loading=loading)
     task = task or checkpoint.task
     if task is None:
-        raise CheckpointError(f"{checkpoint.path}: neither config nor tensors tell its task; give --task")
+        raise CheckpointError(f"{checkpoint.path}: neither config nor tensors show its task; give --task")
     notes = _found(checkpoint)
     match = _match(checkpoint, task, notes)
     config, arrays = checkpoint.config, read_arrays(checkpoint, match.found)

@@ -176,7 +176,7 @@ class _Reader:
     def segmentation(self, layers: int) -> dict[str, Any]:
         scales = self.count("decode_head.psp_modules.{}.conv.weight")
         if scales > len(POOL_SCALES):
-            raise CheckpointError(f"the head pools at {scales} scales, which the shapes do not tell; give pool_scales")
+            raise CheckpointError(f"the head pools at {scales} scales, which the shapes leave open; give pool_scales")
         original = self.naming.dialect.name in ("unilm", "openmmlab")
         settings: dict[str, Any] = dict(
             num_labels=self.need("decode_head.classifier.bias", 1)[0],

@@ -63,7 +63,7 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     loaded = load_file(file)
     metadata = loaded.metadata
     if not is_prepared(loaded) or not {"layout", "task"} <= set(metadata):
-        raise CheckpointError(f"{file}: is no prepared file of minibeit; `minibeit convert --prepared` makes one")
+        raise CheckpointError(f"{file}: is not a prepared file of minibeit; `minibeit convert --prepared` makes one")
     try:
         config = BeitConfig.from_pretrained(file.parent, **(overrides or {}))
     except FileNotFoundError:

@@ -124,7 +124,7 @@ def _given_names(path: Path) -> list[str]:
     while values and values[-1] == "":
         values.pop()
     if not all(isinstance(value, str) for value in values):
-        raise UsageError(f"--labels {path}: expected names of classes as text, found something else among them")
+        raise UsageError(f"--labels {path}: expected names of classes as text, found other values among them")
     return values
 
 

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image_size is not None and len(args.image_size) == 2:
         image_size = tuple(args.image_size)
     if args.prepared and args.dtype != "float32":
-        raise UsageError(f"--prepared: packed weights are float32, which --dtype {args.dtype} does not go with")
+        raise UsageError(f"--prepared: packed weights are float32, so --dtype {args.dtype} is not possible")
     _check_destination(args)
     done = convert(
         args.source,

@@ -218,7 +218,7 @@ def check_output(path: Path, inputs: Sequence[str] = (), model: str | None = Non
     """Raises UsageError or OSError, before any work is done, for a file that could not be written after it."""
     check_outputs([path], inputs, model)
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: its folder does not exist; make it first")
+        raise UsageError(f"{path}: its folder does not exist; create it first")
     check_writable(path)
 
 

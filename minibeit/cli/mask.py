@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 
     if args.seed < 0:
-        raise UsageError(f"--seed: expected a number from 0 up, found {args.seed}")
+        raise UsageError(f"--seed: expected a number of at least 0, found {args.seed}")
     if not args.model:
         raise UsageError("mask needs a checkpoint of masked image modelling; give it with --model")
     if args.output:

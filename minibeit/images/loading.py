@@ -267,7 +267,7 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
         white = 1023 if high <= 1023 else 4095
         warnings.warn(
             f"{name}: a 16-bit image whose largest value is {high} of 65535 comes out nearly black; if white is "
-            f"{white} in it, say value_range={white}",
+            f"{white} in it, pass value_range={white}",
             stacklevel=2,
         )
     return lambda values: ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
@@ -326,7 +326,7 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None, name: str) -> in
         candidates = [axis for axis in candidates if shape[axis] == channels] or candidates
     if len(candidates) == 2:
         warnings.warn(
-            f"{name}: shape {shape} may have its channels first or last; taken as first, say input_data_format=...",
+            f"{name}: shape {shape} may have its channels first or last; taken as first, or as input_data_format= says",
             stacklevel=2,
         )
     return candidates[0]

@@ -22,7 +22,7 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     height, width = resized_shape(pixels.shape[:2], size, name)
     if pixels.shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
         raise ImageError(
-            f"{name}: expected an image less elongated, found {pixels.shape[0]} x {pixels.shape[1]}; "
+            f"{name}: expected a less elongated image, found {pixels.shape[0]} x {pixels.shape[1]}; "
             f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
         )
     levels, in_unit_range = _to_bytes(pixels, name)

@@ -88,7 +88,7 @@ def read_examples(
     parts.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+        raise ValueError(f"share held out: expected a number of at least 0 and below 1, found {fraction}")
     path = Path(data)
     if path.is_dir():
         problem, found = SINGLE, _folder(path)
@@ -104,7 +104,7 @@ def read_examples(
     train = tuple(example for example in good if not example.held_out)
     held_out = tuple(example for example in good if example.held_out)
     if not train:
-        raise ValueError(f"{path}: expected images to learn from, found {len(held_out)} held-out ones alone")
+        raise ValueError(f"{path}: expected images to learn from, found only {len(held_out)} held-out ones")
     _warn_of_duplicates(train, held_out)
     return Examples(problem, classes, train, held_out, tuple(unreadable))
 
@@ -126,7 +126,7 @@ def _folder(path: Path) -> list[Example]:
         return [*_class_folders(path, None)]
     found = [*_class_folders(train, False), *_class_folders(held_out, True)]
     if extra := {e.label for e in found if e.held_out} - {e.label for e in found if not e.held_out}:
-        raise ValueError(f"{held_out}: expected the classes of {train}, found {brief(sorted(extra))} beside them")
+        raise ValueError(f"{held_out}: expected the classes of {train}, found also {brief(sorted(extra))}")
     return found
 
 
@@ -260,7 +260,7 @@ def _check_classes(
         raise ValueError(f"{path}: none of the {len(found)} images can be read; the first is {found[0].path}")
     if problem == SINGLE and not fixed:
         if len(names) < 2:
-            raise ValueError(f"{path}: expected at least two classes to tell apart, found {brief(list(names))} alone")
+            raise ValueError(f"{path}: expected at least two classes, found only {brief(list(names))}")
         left = {e.label for e in good if not e.held_out}
         for name in names:
             if name not in left:
@@ -307,7 +307,7 @@ def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -
     if twice:
         first = f"{shown_name(twice[0][0])} and {shown_name(twice[0][1])}"
         warnings.warn(
-            f"{len(twice)} held-out images are also learned from, which makes results look better than they are; "
-            f"the first are {first}",
+            f"{len(twice)} held-out images are also in the training part, which makes results look better than they "
+            f"are; the first are {first}",
             stacklevel=3,
         )
