@@ -40,7 +40,7 @@ def _checked_shape(shape: tuple[int, ...], size: dict[str, int], name: str) -> t
     height, width = resized_shape(shape, size, name)
     if shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
         raise ImageError(
-            f"{name}: expected a picture less elongated, found {shape[0]} x {shape[1]}; "
+            f"{name}: expected a less elongated image, found {shape[0]} x {shape[1]}; "
             f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
         )
     return height, width
