@@ -162,6 +162,35 @@ def soft_cross_entropy(n, K) -> Case:
     )
 
 
+def gumbel_softmax(B, V, h, w, temperature) -> Case:
+    return Case(
+        "gumbel_softmax",
+        draw({"x": (B, V, h, w), "y": (B, V, h, w)}),
+        lambda ops, a: ops.gumbel_softmax(a.x, a.y, temperature),
+        lambda a: naive.gumbel_softmax(a.x, a.y, temperature),
+    )
+
+
+def divergence_from_uniform(B, V, h, w) -> Case:
+    return Case(
+        "divergence_from_uniform",
+        draw({"x": (B, V, h, w)}),
+        lambda ops, a: ops.divergence_from_uniform(a.x),
+        lambda a: naive.divergence_from_uniform(a.x),
+    )
+
+
+def logit_laplace_loss(B, C, h, w) -> Case:
+    arrays = draw({"x": (B, 2 * C, h, w)})
+    arrays["y"] = np.random.default_rng(2).uniform(0.1, 0.9, (B, C, h, w)).astype(np.float32)
+    return Case(
+        "logit_laplace_loss",
+        arrays,
+        lambda ops, a: ops.logit_laplace_loss(a.x, a.y),
+        lambda a: naive.logit_laplace_loss(a.x, a.y),
+    )
+
+
 def weighted_sum() -> Case:
     return Case(
         "weighted_sum",
@@ -430,6 +459,10 @@ CASES = {
     "cross_entropy huge logits": cross_entropy(9, 4, scale=1e4),
     "cross_entropy one row": cross_entropy(1, 2),
     "soft_cross_entropy": soft_cross_entropy(7, 5),
+    "gumbel_softmax": gumbel_softmax(2, 5, 3, 2, 0.7),
+    "gumbel_softmax of one token": gumbel_softmax(1, 1, 2, 1, 1.0),
+    "divergence_from_uniform": divergence_from_uniform(2, 5, 3, 2),
+    "logit_laplace_loss": logit_laplace_loss(2, 3, 3, 2),
     "mse_loss": loss("mse_loss", (4, 3)),
     "bce_with_logits": loss("bce_with_logits", (4, 3)),
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),

@@ -161,6 +161,13 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "cross_entropy smoothing": ("cross_entropy", [drawn(5, 3), LABELS, -100], {"smoothing": 0.1}),
     "cross_entropy ignored class": ("cross_entropy", [drawn(5, 3), np.array([0, 2, 1, 1, 2]), 2], {}),
     "soft_cross_entropy": ("soft_cross_entropy", [drawn(5, 3), np.abs(drawn(5, 3, seed=1))], {}),
+    "gumbel_softmax": ("gumbel_softmax", [drawn(2, 5, 3, 2), drawn(2, 5, 3, 2, seed=1), 0.7], {}),
+    "divergence_from_uniform": ("divergence_from_uniform", [drawn(2, 5, 3, 2)], {}),
+    "logit_laplace_loss": (
+        "logit_laplace_loss",
+        [drawn(2, 4, 3, 2), np.random.default_rng(0).uniform(0.1, 0.9, (2, 2, 3, 2))],
+        {},
+    ),
     "mse_loss": ("mse_loss", [X, drawn(2, 5, 4, seed=1)], {}),
     "bce_with_logits": ("bce_with_logits", [drawn(5, 3, scale=3), np.random.default_rng(0).random((5, 3))], {}),
     **{f"linear_activation {name}": ("linear_activation", [X, linear_layer(3, 4), name], {}) for name in ACTIVATIONS},
@@ -172,7 +179,7 @@ CONSTANTS = {
     ("cross_entropy", 1),
     ("soft_cross_entropy", 1),
 }
-CONSTANTS |= {("mse_loss", 1), ("bce_with_logits", 1)}
+CONSTANTS |= {("mse_loss", 1), ("bce_with_logits", 1), ("gumbel_softmax", 1), ("logit_laplace_loss", 1)}
 
 
 def forward(name, args, options):

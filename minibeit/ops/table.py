@@ -344,6 +344,17 @@ class Ops(Protocol):
     @op(backends=GPU, shape=_resized)
     def resize_bicubic(self, x: Array, size: tuple[int, int]) -> Array: ...
 
+    # Training a tokenizer
+
+    @op(shape=_same)
+    def gumbel_softmax(self, logits: Array, noise: Array, temperature: float) -> Array: ...
+
+    @op(shape=_scalar)
+    def divergence_from_uniform(self, logits: Array) -> Array: ...
+
+    @op(shape=_scalar)
+    def logit_laplace_loss(self, statistics: Array, pixels: Array) -> Array: ...
+
     # Losses
 
     @op(backends=GPU, shape=_scalar)
