@@ -93,6 +93,10 @@ def test_other_problems_are_refused(tmp_path):
     save_pictures(tmp_path / "dog", "a.png")
     with pytest.raises(ValueError, match="--labels is for ImageNet"):
         labelled_images(tmp_path, config(), tmp_path / "list.csv")
+    with pytest.raises(ValueError, match="one of multi label classification with 4 outputs"):
+        labelled_images(tmp_path, config(problem_type="multi_label_classification"))
+    with pytest.raises(ValueError, match="one of regression with 1 outputs"):
+        labelled_images(tmp_path, config(id2label={0: "size"}))
 
 
 # ImageNet -------------------------------------------------------------------------------------------------------------

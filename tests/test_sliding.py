@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -219,3 +220,23 @@ def test_probabilities_are_averaged_not_logits():
     assert sliding.largest_mean_probability([View(sure), View(unsure, times=2)], (1, 1)) == 1
     assert (sure + unsure + unsure).argmax(0) == 0  # what averaged logits would say
     assert sliding.largest_mean_probability(iter([View(sure, True), View(strong, True, 2)]), (1, 1)) == 1
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_memory_does_not_grow_with_the_image(monkeypatch, views):
+    """Scores of every class at the image's size would take 30 times what the label map's 32 bits do."""
+    monkeypatch.setattr(sliding, "ROOM", 1 << 20)
+    monkeypatch.setattr(sliding, "ROOM_FOR_SUMS", 1 << 20)
+    logits = np.random.default_rng(0).standard_normal((30, 12, 16)).astype(np.float32)
+    size = (600, 800)
+    tracemalloc.start()
+    try:
+        if views == 1:
+            sliding.largest_logit(logits, size)
+        else:
+            sliding.largest_mean_probability([View(logits, i == 2) for i in range(views)], size)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    labels = 8 * size[0] * size[1]
+    assert peak < labels + 8 * (1 << 20) < 30 * 4 * size[0] * size[1] / 3
