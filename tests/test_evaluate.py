@@ -162,10 +162,10 @@ def test_figures_of_a_segmentation_model(tmp_path):
     assert found.worst[0].score == pytest.approx(min(each.values()), rel=1e-14)
 
 
-def test_pictures_of_the_worst_images_show_truth_and_prediction(tmp_path):
+def test_drawings_of_the_worst_images_show_truth_and_prediction(tmp_path):
     predictions = maps(tmp_path, count=1, sizes=((10, 16),))
     found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
-    (image, photo), (title, truth), (_, said) = found.worst[0].pictures
+    (image, photo), (title, truth), (_, said) = found.worst[0].drawings
     labels, guess = predictions["0.png"]
     assert (image, title) == ("image", "truth") and photo.shape == truth.shape == (10, 16, 3)
     colours = np.vstack([COLOURS, [255, 255, 255]])
