@@ -191,7 +191,7 @@ class BeitImageProcessor:
         try:
             values = read_json(file)
             processor = cls.from_dict(values)
-        except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
+        except (ValueError, TypeError) as error:  # json and unicode errors are ValueErrors
             raise CheckpointError(f"{file}: {error}") from error
         return cls.from_dict(values, **overrides) if overrides else processor
 

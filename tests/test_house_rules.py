@@ -32,7 +32,7 @@ LAYERS = [
     {"checkpoint", "ops", "images"},
     {"tape"},
     {"model", "image_processor", "sliding"},
-    {"tasks"},
+    {"tasks", "tokenizer"},
     {"auto", "flax", "train"},
     {"evaluate"},
     {"verify", "bench"},

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..task_table import in_words
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -20,9 +19,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool =
 
     `half`: whether float16 and bfloat16 are offered.
     """
+    parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
+    add_backend_arguments(parser, half)
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) -> None:
+    """--backend, --device and --dtype."""
     from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES
 
-    parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
     parser.add_argument(
         "--backend",
         choices=list(BACKENDS),
@@ -56,6 +60,24 @@ def load_model(model_class: Any, args: argparse.Namespace, **fields: Any) -> Any
     )
 
 
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer of --tokenizer, on the backend that the options choose."""
+    from ..tokenizer.tokenizer import DalleTokenizer
+
+    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend, device=args.device)
+
+
+def check_decoder(tokenizer: Any, name: str) -> None:
+    """Raises CheckpointError for a tokenizer that cannot draw."""
+    from ..errors import CheckpointError
+
+    if not tokenizer.has_decoder:
+        raise CheckpointError(
+            f"{name}: drawing needs a tokenizer with a decoder, this one has none; give a folder with decoder.pkl "
+            "beside encoder.pkl, or leave out --output"
+        )
+
+
 def config_of(model: str) -> BeitConfig:
     """The config of a checkpoint or a prepared file."""
     from ..checkpoint.load import open_checkpoint
@@ -70,6 +92,7 @@ def check_head(model: str, task: str) -> None:
     from ..checkpoint.load import listed, match_names, open_checkpoint
     from ..checkpoint.packed_file import prepared_file
     from ..errors import CheckpointError
+    from ..task_table import in_words
 
     if prepared_file(model):
         return  # loading refuses missing tensors, so no weights are random

@@ -158,8 +158,6 @@ def _segmented(
 def _segment(
     entry: Found, paths: dict[str, Path], model: Any, processor: Any, how: Inference, colours: list[Colour], mark: str
 ) -> dict[str, Any]:
-    import numpy as np
-
     from ..images.loading import load_image, read_picture
     from ..sliding import largest_logit, largest_mean_probability, views_of
     from . import pictures
@@ -180,10 +178,9 @@ def _segment(
         photo = load_image(picture, entry.file, channels=3)
         pictures.save_png(pictures.overlay(photo, labels, colours), paths["overlay"])
     if "scores" in paths:
-        from ..files import atomic_write
+        from ..checkpoint.formats.npz_file import write_npz
 
-        with atomic_write(paths["scores"]) as stream:
-            np.savez(stream, logits=logits)
+        write_npz(paths["scores"], {"logits": logits})
     return {
         "file": entry.file,
         "height": size[0],

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
+from ..file_names import IMAGE_SUFFIXES
 from ..images.loading import load_label_map, read_picture
 from ..images.transforms import IGNORED_LABEL, reduce_labels
-from ..train.examples import HELD_OUT, SUFFIXES
+from ..train.examples import HELD_OUT
 
 IMAGES, MAPS = ("images", "imgs", "img"), ("annotations", "labels", "masks", "maps")
 MAP_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
@@ -37,7 +38,7 @@ def paired(data: Path, maps: Path | None = None) -> list[Pair]:
     for place in (folder, maps):
         if not place.is_dir():
             raise FileNotFoundError(f"{place}: there is no such folder")
-    images, found = _files(folder, SUFFIXES), _files(maps, MAP_SUFFIXES)
+    images, found = _files(folder, IMAGE_SUFFIXES), _files(maps, MAP_SUFFIXES)
     if not images:
         raise ValueError(f"{folder}: expected images (.jpg, .png, ...), found none")
     missing = [image for name, image in images.items() if name not in found]

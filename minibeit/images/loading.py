@@ -227,21 +227,28 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
     """
     deep = image.mode == "F" or image.mode.startswith("I")
     to_bytes = _byte_conversion(image, name) if deep and channels is not None else None
-    width, height = image.size
-    rows = max(1, STRIP_PIXELS // width)
     pixels = np.empty(0)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strip = image if rows >= height else image.crop((0, top, width, bottom))
+    for top, strip in _strips(image):
         if to_bytes is not None:
             strip = Image.fromarray(to_bytes(np.asarray(strip)))
         part = np.asarray(strip if channels is None else _convert_picture(strip, channels, name))
-        if rows >= height:
+        if len(part) == image.height:
             return part
         if top == 0:
-            pixels = np.empty((height, *part.shape[1:]), part.dtype)
-        pixels[top:bottom] = part
+            pixels = np.empty((image.height, *part.shape[1:]), part.dtype)
+        pixels[top : top + len(part)] = part
     return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, strip of rows) from the top to the bottom; a small image whole."""
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    if rows >= height:
+        yield 0, image
+        return
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
 def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
@@ -288,10 +295,8 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
 
 
 def _extremes(image: Image.Image, name: str) -> tuple[Any, Any]:
-    rows = max(1, STRIP_PIXELS // image.width)
     lows, highs = [], []
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    for _, strip in _strips(image):
         values = _checked_numbers(np.asarray(strip), name)
         lows.append(values.min())
         highs.append(values.max())

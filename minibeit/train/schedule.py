@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up from `start` to `peak` in `warmup` steps, both ends included, then half a cosine towards `floor`.
+    """Warm-up from 0 to `peak` in `warmup` steps, both ends included, then half a cosine towards `floor`.
 
     step = 0 ... steps - 1; `floor` itself would be reached at `steps`.  Source: cosine_scheduler in microsoft/unilm
     beit/utils.py.  Raises ValueError for numbers that make no schedule.
@@ -18,7 +18,6 @@ class Cosine:
     steps: int
     warmup: int = 0
     floor: float = 0.0
-    start: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.peak, self.steps, self.warmup)
@@ -26,7 +25,7 @@ class Cosine:
     def __call__(self, step: int) -> float:
         """The rate of a step."""
         if step < self.warmup:
-            return self.start + (self.peak - self.start) * (step / (self.warmup - 1) if self.warmup > 1 else 0.0)
+            return self.peak * (step / (self.warmup - 1) if self.warmup > 1 else 0.0)
         progress = min(1.0, (step - self.warmup) / max(self.steps - self.warmup, 1))
         return self.floor + 0.5 * (self.peak - self.floor) * (1 + math.cos(math.pi * progress))
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
+from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from ..activations import gelu
 from .arrays import concatenate
 
 
-def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+def conv2d(x: np.ndarray, conv: Conv | ReluConv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """Convolution with odd kernel size k, stride 1, zero padding k // 2: a sum of shifted 1x1 products, one per tap."""
     out, C, kh, kw = conv.weight.shape
     B, _, h, w = x.shape
@@ -24,6 +23,32 @@ def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out,
     if conv.bias is not None:
         y += conv.bias[:, None]
     return y.reshape(B, out, h, w)
+
+
+def relu_conv2d(x: np.ndarray, conv: ReluConv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """conv2d(max(0, x))."""
+    return conv2d(np.maximum(x, 0), conv)
+
+
+def relu_conv2d_residual(
+    x: np.ndarray, conv: ReluConv, gain: float, residual: np.ndarray
+) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """residual + gain * conv2d(max(0, x)), the last step of a tokenizer's block.  `residual` has the result's shape."""
+    y = relu_conv2d(x, conv)
+    y *= x.dtype.type(gain)
+    y += residual
+    return y
+
+
+def conv2d_one_hot(ids: np.ndarray, conv: Conv) -> np.ndarray:  # (B, h, w) -> (B, out, h, w)
+    """The 1x1 convolution of a map of V channels that is 1 at channel ids[b, i, j] and 0 elsewhere.
+
+    That is column ids[b, i, j] of the weight (out, V, 1, 1), plus the bias.  `ids` are integers from 0 to V - 1.
+    """
+    y = conv.weight[:, :, 0, 0].T[ids]  # (B, h, w, out)
+    if conv.bias is not None:
+        y += conv.bias
+    return y.transpose(0, 3, 1, 2)
 
 
 def batch_norm(x: np.ndarray, bn: BatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, C, h, w)
@@ -74,6 +99,11 @@ def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, 
     return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(B, C, h // 2, 2, w // 2, 2).max((3, 5))
 
 
+def upsample2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, 2h, 2w)
+    """Every pixel four times, as a 2x2 square."""
+    return x.repeat(2, axis=2).repeat(2, axis=3)
+
+
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """Means over size x size cells.  Along an axis of length n cell i spans floor(i n / size) to
     ceil((i + 1) n / size), so cells may overlap.
@@ -93,7 +123,7 @@ def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, 
 
     Target i reads the source at max(0, (i + 1/2) old / new - 1/2).
     """
-    return _resize(x, size, bilinear_taps)
+    return interpolated(x, size, bilinear_taps)
 
 
 def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
@@ -101,10 +131,12 @@ def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C
 
     Source: Keys 1981; A as in PyTorch's interpolate.
     """
-    return _resize(x, size, bicubic_taps)
+    return interpolated(x, size, bicubic_taps)
 
 
-def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
+def interpolated(
+    x: np.ndarray, size: tuple[int, int], taps: Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]]
+) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """Interpolates along rows, then along columns: each target is the weighted sum of sources given by `taps`."""
     for axis, new in ((2, size[0]), (3, size[1])):
         old = x.shape[axis]
