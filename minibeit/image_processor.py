@@ -24,8 +24,8 @@ from .images.transforms import (
     center_crop,
     reduce_labels,
     resize,
+    resize_image,
     resize_labels,
-    resize_picture,
     resized_shape,
     to_pixel_values,
 )
@@ -285,7 +285,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
     name, item = decoded(item, name, orient)
     fast = settings.do_resize and is_plain(item, channels)  # resized as it is, before it is copied into an array
     if fast:
-        pixels = resize_picture(item, settings.size, settings.resample, name)
+        pixels = resize_image(item, settings.size, settings.resample, name)
     else:
         pixels = pixels_of(item, name, channels, input_data_format, white)
     found = pixels.shape[-1]
