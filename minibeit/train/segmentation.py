@@ -42,6 +42,12 @@ class Segmentation(Objective):
         self, pairs: Pairs, processor: BeitImageProcessor, recipe: SegmentationRecipe, config: BeitConfig
     ) -> None:
         self.processor, self.recipe, self.config, self.read_map = processor, recipe, config, pairs.read_map
+        (height, width), (ph, pw) = config.image_shape, config.patch_shape
+        if height % ph or width % pw or min(config.grid) < 2:
+            raise ValueError(
+                f"crop_size: expected a multiple of the patch size {ph} x {pw}, at least twice, "
+                f"found {height} x {width}"
+            )
         self.train, self.held_out, self.fingerprint = pairs.train, pairs.held_out, pairs.fingerprint
 
     def read(self, example: Pair, key: Sequence[int]) -> Sample:
@@ -59,7 +65,8 @@ class Segmentation(Objective):
         return self.read_map(example.map, self.processor.apply_exif_orientation)
 
     def for_step(self, batch: Batch, done: float, key: Sequence[int]) -> Batch:
-        return dataclasses.replace(batch, settings={"output_auxiliary_logits": True})
+        settings = {"output_auxiliary_logits": True, "head_dropout": self.recipe.head_dropout}
+        return dataclasses.replace(batch, settings=settings)
 
     def loss(self, batch: Batch) -> Loss:
         counted = batch.targets != IGNORED_LABEL
