@@ -218,7 +218,8 @@ def _check_pieces(size: int, pieces: int) -> None:
     if size // min(pieces, size) < 2:
         raise UsageError(
             f"--batch-size: batch norm takes its statistics of at least 2 images at a time, found {size} in "
-            f"{min(pieces, size)} {'piece' if pieces == 1 else 'pieces'}; give a larger batch or fewer --accumulate"
+            f"{min(pieces, size)} {'piece' if pieces == 1 else 'pieces'}; give more images, a larger batch or fewer "
+            "--accumulate"
         )
 
 
