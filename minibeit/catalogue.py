@@ -17,14 +17,14 @@ def manifest() -> dict[str, dict[str, Any]]:
     return dict(_manifest())
 
 
-def nearest(id: str, most: int = 3) -> list[str]:
-    """The ids of published checkpoints that look most like `id`, the nearest first; none if nothing is near."""
+def nearest(id: str) -> list[str]:
+    """The ids of the three published checkpoints that look most like `id`, the nearest first; fewer if few are near."""
     known = {known.lower(): known for known in _manifest()}
     known |= {key.rpartition("/")[2]: value for key, value in known.items()}
     from difflib import get_close_matches  # rarely needed
 
-    found = [known[key] for key in get_close_matches(id.lower(), known, 2 * most, 0.6)]
-    return list(dict.fromkeys(found))[:most]
+    found = [known[key] for key in get_close_matches(id.lower(), known, 6, 0.6)]
+    return list(dict.fromkeys(found))[:3]
 
 
 def weights_folder() -> Path:

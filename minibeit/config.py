@@ -137,9 +137,8 @@ class BeitConfig:
             raise ValueError(f"config: out_indices must be a list, found {brief(self.out_indices)}")
         for name in ("out_features", "architectures"):
             self._set(name, name_list(name, getattr(self, name)))
-        for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name), dict) and (name != "label2id" or self.label2id is not None):
-                raise ValueError(f"config: {name} must be a mapping, found {brief(getattr(self, name))}")
+        if not isinstance(self.label2id, (dict, type(None))):
+            raise ValueError(f"config: label2id must be a mapping, found {brief(self.label2id)}")
         self._set("image_size", pair_or_int("image_size", self.image_size))
         self._set("patch_size", pair_or_int("patch_size", self.patch_size))
         self._set("pool_scales", counts("pool_scales", self.pool_scales))
@@ -230,7 +229,7 @@ class BeitConfig:
         file, overrides = resolve_settings(path, keywords, _known(cls), CONFIG_NAME)
         try:
             return cls.from_dict(read_json(file), **overrides)
-        except (ValueError, TypeError, RecursionError) as error:  # json and unicode errors are ValueErrors
+        except (ValueError, TypeError) as error:  # json and unicode errors are ValueErrors
             raise CheckpointError(f"{file}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,7 +258,7 @@ class BeitConfig:
 
     def replace(self, **changes: Any) -> BeitConfig:
         """A copy with some fields changed (`num_labels=` included)."""
-        return BeitConfig.from_dict({**self.to_dict(), "extra": self.extra}, **changes)
+        return BeitConfig.from_dict(self.to_dict(), **changes)
 
     # Checks --------------------------------------------------------------------------------------------------------
 
@@ -267,7 +266,6 @@ class BeitConfig:
         object.__setattr__(self, name, value)  # frozen, except for its own checks
 
     def _check_labels(self) -> None:
-        check_count("num_labels", len(self.id2label), least=0)
         names = numbered(self.id2label)
         if names is not self.id2label:
             self._set("id2label", names)
@@ -344,7 +342,7 @@ _COUNTS = (
     "num_channels",
     "auxiliary_channels",
 )
-_NOT_EXTRA = {*BeitConfig.__dataclass_fields__, "num_labels", "segmentation_indices", "stage_names"}
+_NOT_EXTRA = {*CONFIG_FIELDS, "stage_names"}
 _FLAGS = (
     "use_mask_token",
     "use_absolute_position_embeddings",

@@ -1,4 +1,4 @@
-"""The names of the files of a checkpoint's folder, as the Hub, PEFT and minibeit have them."""
+"""The names of the files of a checkpoint's folder, as the Hub, PEFT and minibeit have them; endings of images."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ FOLDER_FILES = (
     "pytorch_model.bin.index.json",
     "flax_model.msgpack",
     PREPARED_NAME,
+)
+# Endings, in lower case, of the files in a folder that are taken for images.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".pgm", ".ppm"),
+    *(".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico"),
 )
 VARIANT = re.compile(r"[\w-]+")
 

@@ -8,17 +8,16 @@ removes those that are not locked.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
-import platform
-import shutil
 import stat
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    import mmap
 
 try:
     import fcntl
@@ -47,7 +46,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with _through(path) as file:
             yield file
         return
-    with _naming(path), _temporary_file(target.parent, path) as (temporary, file):
+    with _naming(path), _temporary_file(target.parent) as (temporary, file):
         yield file
         file.flush()
         with suppress(OSError):  # the replaced file may belong to another user
@@ -64,6 +63,8 @@ def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises OSError that names `path`.
     """
+    import shutil
+
     parent = Path(os.path.abspath(path)).parent
     with _naming(path):
         _clean(parent)
@@ -95,7 +96,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     folder = target.parent
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    with _naming(path), _temporary_file(folder, path) as (_, file):
+    with _naming(path), _temporary_file(folder) as (_, file):
         file.write(b"\0")
         file.flush()
 
@@ -114,6 +115,8 @@ def mapped_file(array: Any) -> mmap.mmap | None:
 
     Pages of such a map may be dropped: they are read from the file again.  In a writable map that would lose changes.
     """
+    import mmap
+
     base = array
     while hasattr(base, "flags") or isinstance(base, memoryview):
         if not base.readonly if isinstance(base, memoryview) else base.flags.writeable:
@@ -141,7 +144,8 @@ def _target(path: str | os.PathLike[str]) -> Path | None:
 @contextmanager
 def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A temporary file whose content is copied to a pipe or a device at the end."""
-    import tempfile  # rarely needed
+    import shutil
+    import tempfile
 
     with tempfile.TemporaryFile() as file:
         yield file  # type: ignore[misc]
@@ -151,7 +155,7 @@ def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tuple[Path, BinaryIO]]:
+def _temporary_file(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """(path, open file) of a new file with default permissions; removed at the end if it still exists."""
     _clean(folder)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -162,12 +166,7 @@ def _temporary_file(folder: Path, path: str | os.PathLike[str]) -> Iterator[tupl
             break
     try:
         with os.fdopen(descriptor, "w+b") as file:
-            try:
-                yield temporary, file
-            except OSError as error:
-                if error.filename is None and error.errno in _NAMELESS:
-                    raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-                raise
+            yield temporary, file
     finally:
         with suppress(OSError):
             os.unlink(temporary)
@@ -191,6 +190,9 @@ def _name() -> str:
 
 
 def _host() -> str:
+    import platform
+    import zlib
+
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
@@ -234,6 +236,8 @@ def _clean(folder: Path) -> None:
 
 
 def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
+    import shutil
+
     seen = entry.stat(follow_symlinks=False)
     folder = stat.S_ISDIR(seen.st_mode)
     if not folder and not stat.S_ISREG(seen.st_mode):

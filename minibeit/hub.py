@@ -36,7 +36,7 @@ def resolve(path_or_id: str | os.PathLike[str], where: Where | None = None, weig
     if os.path.exists(path_or_id):
         return _within(Path(path_or_id), where.subfolder)
     if is_hub_id(path_or_id):
-        return download(str(path_or_id), weights=weights, where=where)
+        return download(str(path_or_id), where, weights=weights)
     raise not_here(str(path_or_id))
 
 
@@ -87,19 +87,17 @@ def is_hub_id(path: Any) -> bool:
 
 def download(
     id: str,
-    revision: str | None = None,
-    token: str | None = None,
+    where: Where | None = None,
     output: str | os.PathLike[str] | None = None,
     weights: bool = True,
-    where: Where | None = None,
 ) -> Path:
     """Fetches config, processor settings and weights of `id`, with a progress bar; returns their folder.
 
     Of the weights the first format that the repository has is fetched (safetensors, PyTorch's .bin, Flax), and also an
     adapter.  Files already present are not fetched again; an interrupted download resumes.  `output` is a folder to use
-    instead of the cache; `where` holds `revision`, `token` and more.  Raises FileNotFoundError or CheckpointError.
+    instead of the cache.  Raises FileNotFoundError or CheckpointError.
     """
-    fetch = _Fetch(id, where or Where(revision=revision, token=token), output)
+    fetch = _Fetch(id, where or Where(), output)
     found = [fetch(name) for name in SETTINGS]
     if weights:
         found += _fetch_weights(fetch)
@@ -256,7 +254,7 @@ def _shards(main: Path) -> list[str]:
     try:
         names = sorted(set(read_json(main)["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{main}: is no index of shards ({_sentence(error)})") from None
     if not plain:
         raise CheckpointError(f"{main}: lists shards outside its folder")

@@ -103,6 +103,16 @@ def test_a_head_trained_with_the_adapter(tmp_path, rng):
     np.testing.assert_array_equal(model.arrays["classifier.bias"], head["base_model.model.classifier.bias"])
 
 
+def test_a_name_of_two_parameters_means_the_one_that_the_base_has(tmp_path, rng):
+    """Of an encoder alone `layernorm` is the final norm; with a head in front of it that of masked image modeling."""
+    _, arrays = base(tmp_path, use_mean_pooling=False)
+    bias = rng.standard_normal(12).astype(np.float32)
+    adapter(tmp_path, rng, QUERY.removeprefix("beit."), more={"base_model.model.layernorm.bias": bias})
+    _, loaded = load_checkpoint(tmp_path, "image_classification")
+    np.testing.assert_array_equal(loaded["beit.norm.bias"], bias)
+    np.testing.assert_array_equal(loaded["beit.norm.weight"], arrays["beit.norm.weight"])
+
+
 def test_every_tool_sees_the_merged_weights(tmp_path, rng):
     base(tmp_path / "both")
     adapter(tmp_path / "both", rng)

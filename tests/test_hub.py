@@ -8,6 +8,8 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from conftest import random_weights, tiny_config
 from minibeit import BeitForImageClassification, CheckpointError, hub
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.save import save_checkpoint
+from minibeit.cli.loading import check_head, load_model, load_processor
 from minibeit.loading_options import Where
 
 ID = "someone/tiny-beit"
@@ -142,6 +145,22 @@ def test_model_by_id(server, checkpoint, tmp_path):
     before = len(server.requests)
     hub.resolve(ID)
     assert all(method == "HEAD" for method, *_ in server.requests[before:])  # nothing is fetched twice
+
+
+def test_a_command_asks_for_each_file_once(server, checkpoint):
+    server.files, config, _ = checkpoint
+    server.files["preprocessor_config.json"] = b'{"size": {"height": 8, "width": 12}}'
+    args = SimpleNamespace(model=ID, dtype="float32", backend="numpy", device=None)
+    for _ in ("downloading", "from the cache"):
+        server.requests.clear()
+        check_head(ID, "image_classification")
+        asked = list(server.requests)
+        assert asked and max(Counter((method, path) for method, path, _ in asked).values()) == 1
+        server.requests.clear()
+        assert load_model(BeitForImageClassification, args).config == config
+        assert load_processor(ID, config).size == {"height": 8, "width": 12}
+        files = [path.rpartition("/")[2] for _, path, _ in server.requests]
+        assert files and max(Counter(files).values()) == 1  # `load_model` checks again; what follows reads the cache
 
 
 def test_subfolder_variant_and_cache(server, checkpoint, tmp_path):

@@ -20,6 +20,7 @@ from minibeit.checkpoint.infer import infer_config
 from minibeit.checkpoint.load import load_checkpoint, match_names, open_checkpoint
 from minibeit.checkpoint.names import hub_names, recognise
 from minibeit.checkpoint.save import save_checkpoint
+from minibeit.loading_options import Loading
 from minibeit.params import param_shapes
 
 DIALECTS = Path(__file__).parent / "data" / "dialects"
@@ -270,9 +271,9 @@ def test_what_is_no_beit(tmp_path):
     with pytest.raises(CheckpointError, match=r"no patch embedding .* \(bert\.encoder\.weight"):
         open_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="dialect: expected one of"):
-        open_checkpoint(DIALECTS / "timm.safetensors", dialect="keras")
+        open_checkpoint(DIALECTS / "timm.safetensors", loading=Loading(dialect="keras"))
     with pytest.raises(CheckpointError, match="of dialect 'flax'"):
-        open_checkpoint(DIALECTS / "timm.safetensors", dialect="flax")
+        open_checkpoint(DIALECTS / "timm.safetensors", loading=Loading(dialect="flax"))
 
 
 def test_wrapped_names(tmp_path):

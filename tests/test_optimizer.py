@@ -19,7 +19,6 @@ from minibeit.train.optimizer import (
     decayed,
     global_norm,
     layer_number,
-    mean_of,
     set_running,
 )
 from minibeit.train.schedule import Cosine, Polynomial
@@ -168,14 +167,6 @@ def test_clipping():
     assert abs(global_norm(small) - norm / 10) < 1e-5 * norm
     same, _ = clipped(grads, 2 * norm)
     assert same is grads
-
-
-def test_accumulation():
-    model = classifier()
-    whole = value_and_grad(model, PIXELS, labels=LABELS).grads
-    parts = [value_and_grad(model, PIXELS[i : i + 2], labels=LABELS[i : i + 2]).grads for i in (0, 2)]
-    for name, gradient in flatten(mean_of(parts)).items():
-        assert distance(gradient, flatten(whole)[name]) < 1e-13
 
 
 def test_average_of_weights():

@@ -303,6 +303,17 @@ def test_a_sentence_for_what_cannot_be_done(folder, tmp_path):
 
 
 @pytest.mark.live
+def test_what_transformers_cannot_run_is_said_in_a_sentence():
+    pytest.importorskip("transformers")
+    from minibeit.verify.torch_gradients import torch_gradients
+
+    wanted = made(image_size=(8, 12), use_absolute_position_embeddings=True)
+    wanted.inputs["pixel_values"] = np.zeros((2, 3, 16, 12), np.float32)  # another grid, which is not square either
+    with pytest.raises(ValueError, match="transformers cannot run this model on this input"):
+        torch_gradients(wanted)
+
+
+@pytest.mark.live
 @pytest.mark.parametrize("task", LOSSES)
 def test_autograd_is_within_budget_and_serves_as_yardstick(task):
     pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ import numpy.typing as npt
 from ..config import BeitConfig
 from ..errors import CheckpointError
 from ..file_names import ADAPTER_CONFIG, ADAPTER_FILES
-from ..params import param_shapes
 from ..strict_json import read_json
-from ..task_table import TASKS
-from .dialects import DIALECTS, Place
+from .dialects import DIALECTS
 from .formats import TensorInfo, Tensors, load_file
 from .formats.lazy_tensors import FLOATS, narrowed
+from .match import every_variant
 from .names import Naming
 
 PREFIX = "base_model.model."
@@ -112,7 +111,7 @@ class Adapter:
                 kind = part[2] if part[3] != "bias" else f"{part[2]}.bias"
                 parts.setdefault(part[1], {})[kind] = name
         wanted = [f"{module}.weight" for module in parts]
-        theirs = self._places([*wanted, *whole], naming, config)
+        theirs = self._places([*wanted, *whole], base, naming, config)
         updates = {}
         for module, kinds in parts.items():
             arrays = {kind: self.tensors[names[name]] for kind, name in kinds.items()}
@@ -134,22 +133,18 @@ class Adapter:
             arrays.get("magnitude_vector"),
         )
 
-    def _places(self, wanted: list[str], naming: Naming, config: BeitConfig) -> dict[str, str]:
+    def _places(self, wanted: list[str], base: Collection[str], naming: Naming, config: BeitConfig) -> dict[str, str]:
         """{the adapter's name of a tensor: the base file's name}, matched by canonical name."""
-        both = (config, config.replace(use_mean_pooling=not config.use_mean_pooling))
-        ours = {name for variant in both for task in TASKS for name in param_shapes(variant, task)}
+        places = naming.known(dict.fromkeys(name for shapes in every_variant(config) for name in shapes))
+        # Two parameters may share one name in the adapter: the one that the base has, or else the first, is meant.
+        ours = sorted(places, key=lambda name: places[name].name not in base)
         best: dict[str, str] = {}
         for dialect in DIALECTS.values():
             for encoder in dialect.encoders:
-                found = {}
-                for name in ours:
-                    try:
-                        place = Naming(dialect, encoder).place(name)
-                        stored = naming.place(name)
-                    except KeyError:
-                        continue
-                    if place.name in wanted and _alike(place, stored):
-                        found[place.name] = stored.name
+                found: dict[str, str] = {}
+                for name, place in Naming(dialect, encoder).known(ours).items():
+                    if place.name in wanted and place.how == places[name].how:  # an update fits that layout alone
+                        found.setdefault(place.name, places[name].name)
                 best = max(best, found, key=len)
         lost = [name for name in wanted if name not in best]
         if lost:
@@ -176,7 +171,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         return None
     try:
         settings = read_json(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
     if not isinstance(settings, dict):
         raise CheckpointError(f"{file}: expected a mapping of settings, found {type(settings).__name__}")
@@ -216,11 +211,6 @@ def saved_classes(adapter: Adapter) -> int | None:
             info = adapter.tensors.info(name)
             return info.shape[0] if info.dtype in FLOATS and len(info.shape) == 2 else None
     return None
-
-
-def _alike(one: Place, other: Place) -> bool:
-    """Whether a tensor has the same layout in two files, so that an update for one suits the other."""
-    return one.how == other.how
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

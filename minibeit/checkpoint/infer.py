@@ -65,10 +65,7 @@ class _Reader:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape in the file of the parameter with a canonical name; None if it is absent."""
-        try:
-            place = self.naming.places([name], self.tensors)[name]
-        except KeyError:
-            return None
+        place = self.naming.places([name], self.tensors)[name]
         return self.tensors.info(place.name).shape if place and place.name in self.tensors else None
 
     def need(self, name: str, rank: int) -> tuple[int, ...]:

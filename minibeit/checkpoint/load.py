@@ -8,30 +8,31 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config import CONFIG_FIELDS, BeitConfig
 from ..errors import CheckpointError
-from ..file_names import CONFIG_NAME, PREPARED_NAME, beside, folder_files
+from ..file_names import ADAPTER_CONFIG, ADAPTER_FILES, CONFIG_NAME, PREPARED_NAME, beside, folder_files
 from ..hub import resolve
 from ..loading_options import Loading, split_model_keywords
 from ..params import param_shapes, random_arrays
 from ..strict_json import read_json
 from ..task_table import BY_HEAD, OF_ARCHITECTURE
-from .adapter import Adapter, base_of, read_adapter, saved_classes
 from .class_names import name_classes, with_names
 from .dialects import Place
 from .formats import Loaded, Tensors, load_file
 from .formats.lazy_tensors import FLOATS
-from .infer import infer_config, timm_settings
 from .match import HEADS, Match, check_match, listed, match_names, shares_table
 from .names import Naming, namings, recognise, unwrapped_names
 from .packed_file import is_prepared
-from .resize import resize_arrays, usual_method
 from .travel import LoadedArrays, origin
 
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+# Adapters, inference of configs and resizing are imported where they are needed, as most checkpoints need none of them.
 __all__ = ["Checkpoint", "Match", "check_match", "listed", "load_checkpoint", "match_names", "open_checkpoint"]
 
 GRID_TENSORS = ("bias_table", "position_embeddings")  # last parts of names whose shapes depend on the image size
@@ -60,7 +61,6 @@ class Checkpoint:
 def open_checkpoint(
     path: str | os.PathLike[str],
     config_overrides: Mapping[str, Any] | None = None,
-    dialect: str | None = None,
     loading: Loading | None = None,
 ) -> Checkpoint:
     """Opens a folder, a file of any format, or an id on the Hub; reads no tensor yet.
@@ -69,7 +69,7 @@ def open_checkpoint(
     from the shapes.  A LoRA adapter in the folder is merged, with the weights beside it or, where there are none, with
     those of its base model.  Raises FileNotFoundError or CheckpointError.
     """
-    loading = loading or Loading(dialect=dialect)
+    loading = loading or Loading()
     return _interpreted(_read(path, loading), loading, config_overrides or {})
 
 
@@ -85,8 +85,10 @@ class _Files:
 
 def _read(path: str | os.PathLike[str], loading: Loading) -> _Files:
     source = resolve(path, loading)
-    adapter = read_adapter(source) if source.is_dir() else None
+    adapter = _adapter_in(source)
     if adapter is not None and not _is_whole(source, loading):
+        from .adapter import base_of
+
         where = {name: getattr(loading, name) for name in ("token", "cache_dir", "local_files_only")}
         source = resolve(base_of(adapter), Loading(revision=adapter.settings.get("revision"), **where))
     loaded = _load_file(source, loading)
@@ -96,6 +98,14 @@ def _read(path: str | os.PathLike[str], loading: Loading) -> _Files:
             f"and by the name {PREPARED_NAME}; give the checkpoint that it was made from"
         )
     return _Files(str(path), source, loaded, adapter)
+
+
+def _adapter_in(source: Path) -> Adapter | None:
+    if not any((source / name).is_file() for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
+        return None
+    from .adapter import read_adapter
+
+    return read_adapter(source)
 
 
 def _interpreted(files: _Files, loading: Loading, overrides: Mapping[str, Any]) -> Checkpoint:
@@ -187,6 +197,8 @@ def _opened(files: _Files, naming: Naming, overrides: Mapping[str, Any]) -> Chec
     values = _config_values(file) if file.is_file() else None
     task, assumed = None, []
     if values is None or _is_timm(values):
+        from .infer import infer_config, timm_settings
+
         said = timm_settings(values) if values else {}
         inferred = infer_config(loaded.tensors, naming, said, **overrides)
         config, named = name_classes(inferred.config, inferred.task, loaded.extra, said.get("label_names"))
@@ -200,6 +212,8 @@ def _opened(files: _Files, naming: Naming, overrides: Mapping[str, Any]) -> Chec
             )
     if adapter is not None:
         loaded = replace(loaded, tensors=adapter.merged(loaded.tensors, naming, config))
+        from .adapter import saved_classes
+
         classes = saved_classes(adapter)
         if classes is not None:
             config = config.replace(architectures=None)  # those of the base model, which may have had another head
@@ -237,6 +251,8 @@ def _resized(
     config: BeitConfig, arrays: dict[str, np.ndarray], size: Any, method: str | None, path: Path
 ) -> tuple[BeitConfig, dict[str, np.ndarray]]:
     """Config and arrays for another image size, with a warning that says how; unchanged if the size is the same."""
+    from .resize import resize_arrays, usual_method
+
     try:
         new = config.replace(image_size=size)
         if new.grid == config.grid:
@@ -283,7 +299,7 @@ def _config_values(file: Path) -> Any:
     """The content of a config.json."""
     try:
         return read_json(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from None
 
 

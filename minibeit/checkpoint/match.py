@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ..params import param_shapes
 from ..task_table import TASKS
 from ..text import shown_name
 from .dialects import Place
-from .names import IGNORED, Naming, recognise
+from .names import IGNORED, Naming
 
 if TYPE_CHECKING:
     from .load import Checkpoint
@@ -48,9 +48,8 @@ class Match:
         return not (self.missing or self.mismatched or self.unexpected)
 
 
-def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming | None = None) -> Match:
-    """Finds the tensor of every parameter of `task`; `naming` is by default recognised from the tensors' names."""
-    naming = naming or recognise(tensors)
+def match_names(tensors: Any, config: BeitConfig, task: str, naming: Naming) -> Match:
+    """Finds the tensor of every parameter of `task`."""
     shapes = param_shapes(config, task)
     found, missing, mismatched, used = {}, {}, {}, set()
     for name, place in _with_shared_table(naming.places(shapes, tensors), config, naming, tensors).items():
@@ -87,7 +86,7 @@ def _with_shared_table(
     return {**places, **dict.fromkeys(own, shared)}
 
 
-def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -> None:
+def check_match(match: Match, checkpoint: Checkpoint, task: str) -> None:
     """Raises CheckpointError for a checkpoint that is damaged or of another architecture.
 
     Warns about heads of other tasks, and about tensors of a larger model outside encoder and head.
@@ -124,7 +123,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str | None = None) -
         )
 
 
-def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[list[str], list[str]]:
+def _unused(match: Match, checkpoint: Checkpoint, task: str) -> tuple[list[str], list[str]]:
     """Unexpected names that belong to other tasks' heads, and those outside the model.
 
     Raises CheckpointError for names within the encoder or the task's head: they mean another architecture.
@@ -134,9 +133,7 @@ def _unused(match: Match, checkpoint: Checkpoint, task: str | None) -> tuple[lis
     rest = [name for name in match.unexpected if name not in known]
     has = {name.split(".")[0] for name in (*match.found, *match.missing)}  # no classifier where num_labels is 0
     # parts of such a head that the model lacks would mean another head of the same name
-    made_for = TASKS.get(task or str(checkpoint.task))
-    own_heads = made_for.heads if made_for else ()
-    stray = naming.within(rest, [head for head in own_heads if head in has])
+    stray = naming.within(rest, [head for head in TASKS[task].heads if head in has])
     if stray:
         raise CheckpointError(
             f"{checkpoint.path}: {len(stray)} tensors have no place in the model that the config describes: "
@@ -170,13 +167,18 @@ def _group_found(name: str, match: Match) -> bool:
 
 def _names_of_other_heads(config: BeitConfig, naming: Naming, present: Any) -> set[str]:
     """Names in the file of everything that any task may have outside the encoder's blocks."""
-    changed = config.replace(use_mean_pooling=not config.use_mean_pooling)
     names: set[str] = set()
-    for variant in (config, changed):
-        for task in TASKS:
-            heads = [name for name in param_shapes(variant, task) if name.startswith(HEADS)]
-            names.update(place.name for place in naming.places(heads, present).values() if place)
+    for shapes in every_variant(config):
+        heads = [name for name in shapes if name.startswith(HEADS)]
+        names.update(place.name for place in naming.places(heads, present).values() if place)
     return names
+
+
+def every_variant(config: BeitConfig) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The parameters' shapes by canonical name, for every task and both places of the final norm, in a fixed order."""
+    for variant in (config, config.replace(use_mean_pooling=not config.use_mean_pooling)):
+        for task in TASKS:
+            yield param_shapes(variant, task)
 
 
 def listed(names: Iterable[str]) -> str:

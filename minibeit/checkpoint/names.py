@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
@@ -30,18 +31,22 @@ class Naming:
         found = translate(name, self.dialect.rules, self.encoder)
         return Place(self.outer + found.name, found.how)
 
+    def known(self, names: Iterable[str]) -> dict[str, Place]:
+        """The places of those of `names` that the dialect has a name for, in their order."""
+        found = {}
+        for name in names:
+            with suppress(KeyError):
+                found[name] = self.place(name)
+        return found
+
     def places(self, names: Iterable[str], present: Collection[str]) -> dict[str, Place | None]:
         """The place of each of `names` in a file with the tensors `present`; None if the dialect has no name for it.
 
         `norm` (of masked image modeling) and `beit.norm` share one name in files of unilm and in files without the
         prefix of the encoder.  In the latter it is the encoder's, unless the masked image modeling head is present.
         """
-        places: dict[str, Place | None] = {}
-        for name in names:
-            try:
-                places[name] = self.place(name)
-            except KeyError:
-                places[name] = None
+        names = list(names)
+        places: dict[str, Place | None] = {**dict.fromkeys(names), **self.known(names)}
         head = self.place("lm_head.weight").name in present
         for leaf in ("weight", "bias"):
             ours, encoders = f"norm.{leaf}", f"beit.norm.{leaf}"

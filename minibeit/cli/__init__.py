@@ -7,12 +7,11 @@ Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrup
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +26,7 @@ COMMANDS = (
     "pretrain",
     "dvae",
     "segment",
+    "evaluate",
     "features",
     "mask",
     "tokenize",
@@ -79,7 +79,8 @@ def _main(words: list[str]) -> int:
             return exit.code if isinstance(exit.code, int) else 2
         give_up_output()
         return 1
-    with warnings.catch_warnings(), _log_on_stderr(getattr(args, "quiet", False)):
+    quiet = getattr(args, "quiet", args.command is None)
+    with warnings.catch_warnings(), nullcontext() if quiet else _log_on_stderr():
         warnings.showwarning = _show_warning
         return _run(args)
 
@@ -210,21 +211,20 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
     note(f"{kind}: {one_line(message)}")
 
 
-class _Notes(logging.Handler):
-    """What the package logs, as notes."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
-
-
 @contextmanager
-def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    logger, handler = logging.getLogger("minibeit"), _Notes()
+def _log_on_stderr() -> Iterator[None]:
+    """Context in which what the package logs is shown as notes."""
+    import logging  # not for --help and --version
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(record.getMessage())
+
+    logger, handler = logging.getLogger("minibeit"), Notes()
     level, propagate = logger.level, logger.propagate
-    if not quiet:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +133,8 @@ def _gpu(args: argparse.Namespace) -> dict[str, str]:
 def _folder(path: str | None) -> Iterator[Path]:
     """The folder `path`, created if necessary, or a temporary one."""
     if path is None:
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="minibeit-bench-") as temporary:
             yield Path(temporary)
     else:

@@ -24,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..hub import download, is_hub_id, not_here
+    from ..loading_options import Where
 
     if not is_hub_id(args.id):
         raise not_here(args.id)
     if args.output:
         check_writable(Path(args.output) / "config.json")
-    out(str(download(args.id, args.revision, output=args.output)))
+    out(str(download(args.id, Where(revision=args.revision), args.output)))
     return 0

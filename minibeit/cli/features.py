@@ -116,21 +116,14 @@ def pooled(states: np.ndarray, pool: str) -> np.ndarray:  # (B, N, D) -> (B, D) 
 
 
 def _write(output: Path, rows: list[np.ndarray], files: list[str], facts: dict[str, Any]) -> None:
-    import zipfile
-
     import numpy as np
 
     from ..checkpoint.formats import write_safetensors
-    from ..files import atomic_write
+    from ..checkpoint.formats.npz_file import write_npz
 
     features = np.stack(rows)
     if output.suffix == ".npz":
-        arrays: dict[str, Any] = {"features": features, "files": np.array(files), **facts}
-        # numpy.savez does the same, but before NumPy 2 it leaves the archive open if the disk is full.
-        with atomic_write(output) as stream, zipfile.ZipFile(stream, "w") as archive:
-            for name, value in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, np.asanyarray(value), allow_pickle=False)
+        write_npz(output, {"features": features, "files": files, **facts})
     else:
         metadata = {"files": json.dumps(files), **{k: str(v) for k, v in facts.items()}}
         write_safetensors(output, {"features": features}, metadata)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import re
 import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..file_names import IMAGE_SUFFIXES
 from ..files import check_writable, identity
 from ..text import one_line
 from .terminal import UsageError, note, progress
@@ -21,23 +18,15 @@ from .terminal import UsageError, note, progress
 if TYPE_CHECKING:
     import numpy as np
 
-SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".pgm", ".ppm"),
-    *(".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico"),
-)
-
-
 STDIN, STDIN_NAME = "-", "standard input"
 MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
 
 
-@dataclass(frozen=True)
 class Found:
     """A file to read, or an argument that matches none and why.  `copy` is the path of an image from standard input."""
 
-    file: str
-    error: str | None = None
-    copy: str | None = None
+    def __init__(self, file: str, error: str | None = None, copy: str | None = None) -> None:
+        self.file, self.error, self.copy = file, error, copy
 
     @property
     def source(self) -> str:
@@ -49,8 +38,7 @@ class Found:
         return message.replace(self.copy, STDIN_NAME) if self.copy else message
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The outcome for one file: a value, or the reason why there is none."""
 
     file: str
@@ -73,6 +61,8 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
     """The files that the arguments name, in order; an argument that names none is an entry with the reason."""
+    import glob
+
     found: list[Found] = []
     for word in words:
         if word == STDIN:
@@ -92,6 +82,9 @@ def from_stdin() -> Found:
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.isatty():
         return Found(STDIN, f"{STDIN_NAME}: expected a picture from a pipe or a file, found a terminal")
+    import tempfile
+    import weakref
+
     descriptor, copy = tempfile.mkstemp(prefix="minibeit-stdin-")
     found = Found(STDIN, copy=copy)
     weakref.finalize(found, os.unlink, copy)
@@ -116,7 +109,9 @@ def _expand(word: str, recursive: bool) -> list[Found]:
         if not folder.is_dir():
             return [Found(word)]
         entries = folder.rglob("*") if recursive else folder.iterdir()
-        files = [str(path) for path in entries if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+        files = [
+            str(path) for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        ]
         files = [file for file in files if os.path.isfile(file)]
     except OSError as error:
         return [Found(word, f"{word}: the folder cannot be read ({error.strerror})")]

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..task_table import TASKS, in_words
 from ..text import LONGEST, one_line, shown_name
 from .terminal import out, print_json, table
 
@@ -32,6 +31,8 @@ NAMED_LABELS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..task_table import TASKS
+
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a file or an id on the Hub")
     parser.add_argument("--task", choices=list(TASKS), help="what to check it for (default: what it was made for)")
     parser.add_argument("--summary", action="store_true", help="leave the list of the tensors out")
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def closest_task(checkpoint: Checkpoint) -> str:
     """The task whose parameters match the tensors best."""
+    from ..task_table import TASKS
 
     def differences(task: str) -> int:
         match = _match(checkpoint, task)
@@ -138,6 +140,8 @@ def _summary(config: BeitConfig) -> dict[str, str]:
 
 
 def _print(facts: dict[str, Any], brief: bool) -> None:
+    from ..task_table import in_words
+
     size = facts["bytes"]
     unit = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes"
     wrapper = f", under {facts['wrapper']}" if facts["wrapper"] else ""
@@ -169,6 +173,8 @@ def _print_fit(facts: dict[str, Any]) -> None:
     if "error" in facts:
         out(f"does not fit: {one_line(facts['error'])}")
         return
+    from ..task_table import in_words
+
     out(f"checked for {in_words(facts['task'])}, a model of {facts['parameters']:,} parameters")
     for kind, comment in (
         ("missing", "tensors that the model needs"),

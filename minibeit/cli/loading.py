@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..task_table import in_words
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -50,14 +49,14 @@ def shipped_checkpoint() -> Path:
     return weights_folder() / SHIPPED
 
 
-def load_model(model_class: Any, args: argparse.Namespace) -> Any:
-    """The model that the options choose.
+def load_model(model_class: Any, args: argparse.Namespace, **fields: Any) -> Any:
+    """The model that the options choose; `fields` of its config are replaced.
 
     Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
     check_head(args.model, model_class.task)  # which fetches it, if it is on the Hub
     return model_class.from_pretrained(
-        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True
+        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True, **fields
     )
 
 
@@ -93,6 +92,7 @@ def check_head(model: str, task: str) -> None:
     from ..checkpoint.load import listed, match_names, open_checkpoint
     from ..checkpoint.packed_file import prepared_file
     from ..errors import CheckpointError
+    from ..task_table import in_words
 
     if prepared_file(model):
         return  # loading refuses missing tensors, so no weights are random

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +17,11 @@ BLOCKS, BLOCK = 64, 4096  # of each file: enough to distinguish two trainings of
 
 def mark_of(model: str) -> str:
     """A name for people and a digest of a checkpoint's settings and of samples of its weights."""
+    import hashlib
+
     from ..hub import resolve
 
-    place = Path(resolve(model))
+    place = resolve(model)
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
     digest = hashlib.sha256()
     for file in files:

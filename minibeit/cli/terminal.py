@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import shutil
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -68,6 +66,8 @@ def note(message: str) -> None:
 
 def show_traceback() -> None:
     """Prints the traceback of the current error, for debugging."""
+    import traceback
+
     with suppress(OSError):
         _print("\n".join(map(printable, traceback.format_exc().rstrip().split("\n"))), sys.stderr)
 
@@ -128,6 +128,8 @@ class StatusLine:
             return
         self.last = now
         if self.live:
+            import shutil
+
             text = one_line(text)[: shutil.get_terminal_size().columns - 1]
             self._write("\r" + text.ljust(self.width))
             self.width = len(text)

@@ -69,10 +69,25 @@ def load_image(
     rounded.  Raises ImageError, naming file or argument, for what cannot be read or converted to that many channels.
     Source: PilBackend.process_image and image_transforms.convert_to_rgb of transformers 5.
     """
+    name, item = decoded(item, name, apply_exif_orientation)
+    return pixels_of(item, name, channels, input_data_format, value_range)
+
+
+def decoded(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[str, Any]:
+    """(name for messages, PIL image with its pixels in memory, upright) of a path or PIL image; arrays as they are."""
     if isinstance(item, (str, os.PathLike)):
-        name, item = str(item), read_picture(item, apply_exif_orientation)
-    elif isinstance(item, Image.Image):
-        name, item = _loaded(item, name, apply_exif_orientation)
+        return str(item), read_picture(item, apply_exif_orientation)
+    return _loaded(item, name, apply_exif_orientation) if isinstance(item, Image.Image) else (name, item)
+
+
+def pixels_of(
+    item: Any,
+    name: str,
+    channels: int | None = 3,
+    input_data_format: str | None = None,
+    value_range: float | None = None,
+) -> np.ndarray:
+    """What `load_image` returns, of an array or an image that `decoded` has read."""
     if isinstance(item, Image.Image):
         with _reading(name):
             if value_range is not None and (item.mode == "F" or item.mode.startswith("I")):
@@ -199,6 +214,12 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def is_plain(image: Any, channels: int | None) -> bool:
+    """Whether an image's pixels need no conversion to that many channels: bytes, and no transparency."""
+    plain = isinstance(image, Image.Image) and image.mode == MODES.get(channels or 0) and channels in (1, 3)
+    return plain and image.info.get("transparency") is None
+
+
 def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarray:  # -> (H, W) or (H, W, C)
     """The pixels of an image in that many channels (None: unchanged), converted in strips of rows.
 
@@ -206,21 +227,28 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
     """
     deep = image.mode == "F" or image.mode.startswith("I")
     to_bytes = _byte_conversion(image, name) if deep and channels is not None else None
-    width, height = image.size
-    rows = max(1, STRIP_PIXELS // width)
     pixels = np.empty(0)
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strip = image if rows >= height else image.crop((0, top, width, bottom))
+    for top, strip in _strips(image):
         if to_bytes is not None:
             strip = Image.fromarray(to_bytes(np.asarray(strip)))
         part = np.asarray(strip if channels is None else _convert_picture(strip, channels, name))
-        if rows >= height:
+        if len(part) == image.height:
             return part
         if top == 0:
-            pixels = np.empty((height, *part.shape[1:]), part.dtype)
-        pixels[top:bottom] = part
+            pixels = np.empty((image.height, *part.shape[1:]), part.dtype)
+        pixels[top : top + len(part)] = part
     return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """(first row, strip of rows) from the top to the bottom; a small image whole."""
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    if rows >= height:
+        yield 0, image
+        return
+    for top in range(0, height, rows):
+        yield top, image.crop((0, top, width, min(top + rows, height)))
 
 
 def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Image:
@@ -267,10 +295,8 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
 
 
 def _extremes(image: Image.Image, name: str) -> tuple[Any, Any]:
-    rows = max(1, STRIP_PIXELS // image.width)
     lows, highs = [], []
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+    for _, strip in _strips(image):
         values = _checked_numbers(np.asarray(strip), name)
         lows.append(values.min())
         highs.append(values.max())

@@ -5,15 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _BILINEAR, _BICUBIC = 2, 3
 _OLD_BEIT = {"size": 256, "crop_size": 224, "do_center_crop": True}  # of BeitFeatureExtractor, transformers 4
 _NOT_READ = ("crop_pct", "keep_aspect_ratio", "ensure_multiple_of", "do_pad", "size_divisor")
 
 
-def _plain(size: Any, resample: int, mean: Any = _HALF, std: Any = _HALF, **more: Any) -> dict[str, Any]:
+def _plain(size: Any, resample: int, mean: Any = HALF, std: Any = HALF, **more: Any) -> dict[str, Any]:
     return {"size": size, "resample": resample, "image_mean": mean, "image_std": std, "do_center_crop": False, **more}
 
 
@@ -22,17 +22,15 @@ def _plain(size: Any, resample: int, mean: Any = _HALF, std: Any = _HALF, **more
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViT": _plain(224, _BILINEAR),
     "DeiT": _plain(256, _BICUBIC, do_center_crop=True, crop_size=224),
-    "Segformer": _plain(512, _BILINEAR, _IMAGENET_MEAN, _IMAGENET_STD),
-    "Pvt": _plain(224, _BICUBIC, _IMAGENET_MEAN, _IMAGENET_STD),
+    "Segformer": _plain(512, _BILINEAR, IMAGENET_MEAN, IMAGENET_STD),
+    "Pvt": _plain(224, _BICUBIC, IMAGENET_MEAN, IMAGENET_STD),
     "Siglip": _plain({"height": 224, "width": 224}, _BICUBIC),
     "DPT": _plain(384, _BICUBIC),
     "ConvNext": _plain({"shortest_edge": 384}, _BICUBIC),
-    "CLIP": _plain({"shortest_edge": 224}, _BICUBIC, _CLIP_MEAN, _CLIP_STD, do_center_crop=True, crop_size=224),
-    "Bit": _plain({"shortest_edge": 224}, _BICUBIC, _CLIP_MEAN, _CLIP_STD, do_center_crop=True, crop_size=224),
-    "Levit": _plain(
-        {"shortest_edge": 224}, _BICUBIC, _IMAGENET_MEAN, _IMAGENET_STD, do_center_crop=True, crop_size=224
-    ),
-    "Flava": _plain(224, _BICUBIC, _CLIP_MEAN, _CLIP_STD, do_center_crop=True, crop_size=224),
+    "CLIP": _plain({"shortest_edge": 224}, _BICUBIC, CLIP_MEAN, CLIP_STD, do_center_crop=True, crop_size=224),
+    "Bit": _plain({"shortest_edge": 224}, _BICUBIC, CLIP_MEAN, CLIP_STD, do_center_crop=True, crop_size=224),
+    "Levit": _plain({"shortest_edge": 224}, _BICUBIC, IMAGENET_MEAN, IMAGENET_STD, do_center_crop=True, crop_size=224),
+    "Flava": _plain(224, _BICUBIC, CLIP_MEAN, CLIP_STD, do_center_crop=True, crop_size=224),
 }
 _SHORTEST_EDGE = ("ConvNext", "CLIP", "Bit", "Levit", "Siglip")  # an integer size means the shorter side
 _SAME = {"Convnext": "ConvNext", "Deit": "DeiT", "Vit": "ViT", "Data2VecVision": "Beit"}

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import ImageError
+from ..file_names import IMAGE_SUFFIXES
 from ..images.loading import read_picture
 from ..strict_json import brief, parse_json
 from ..text import shown_name
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pgm", ".ppm", ".jp2", ".avif")
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 UNLABELLED = "unlabelled"  # images for pre-training
@@ -90,12 +90,7 @@ def read_examples(
     """
     _check_fraction(fraction)
     path = Path(data)
-    if path.is_dir():
-        problem, found = SINGLE, _folder(path)
-    elif path.is_file():
-        problem, found = _listed(path)
-    else:
-        raise _nothing_there(path)
+    problem, found = find_examples(path)
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
@@ -157,6 +152,15 @@ def _parted(
     return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
+def find_examples(path: Path) -> tuple[str, list[Example]]:
+    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no picture read."""
+    if path.is_dir():
+        return SINGLE, _folder(path)
+    if path.is_file():
+        return _listed(path)
+    raise _nothing_there(path)
+
+
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +203,7 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
     )
 
 
@@ -295,7 +299,7 @@ def _label(where: str, key: str, value: Any, folder: Path) -> Any:
 
 
 def _is_picture(value: Any, folder: Path) -> bool:
-    return isinstance(value, str) and Path(value).suffix.lower() in SUFFIXES and (folder / value).is_file()
+    return isinstance(value, str) and Path(value).suffix.lower() in IMAGE_SUFFIXES and (folder / value).is_file()
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

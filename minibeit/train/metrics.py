@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..files import atomic_write
+from ..model.masked_modeling import IGNORE_INDEX
+from ..ops import reference
 from ..text import json_text
 from .examples import MULTI, REGRESSION, SINGLE
 
@@ -35,19 +37,18 @@ def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, 
     """
     x = logits.astype(np.float64)
     if problem == REGRESSION:
-        error = float(np.square(x - targets.reshape(x.shape)).mean())
+        error = float(reference.mse_loss(x, targets.reshape(x.shape)))
         return {"loss": error, "rmse": error**0.5}
     if problem == MULTI:
-        loss = np.maximum(x, 0) - x * targets + np.log1p(np.exp(-np.abs(x)))
+        loss = reference.bce_with_logits(x, targets)
         said, true = x > 0, targets > 0.5
         both = float((said & true).sum())
         f1 = 2 * both / max(float(said.sum() + true.sum()), 1.0)
-        return {"loss": float(loss.mean()), "f1": f1, "exact": right_answers(x, targets, problem) / len(x)}
-    shifted = x - x.max(1, keepdims=True)
-    own = shifted[np.arange(len(x)), targets]
-    better = (shifted > own[:, None]).sum(1)  # classes before the label's
-    loss = np.log(np.exp(shifted).sum(1)) - own
-    return {"loss": float(loss.mean()), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
+        return {"loss": float(loss), "f1": f1, "exact": right_answers(x, targets, problem) / len(x)}
+    own = x[np.arange(len(x)), targets]
+    better = (x > own[:, None]).sum(1)  # classes before the label's
+    loss = reference.cross_entropy(x, targets, IGNORE_INDEX)
+    return {"loss": float(loss), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
 
 
 def perplexity(counts: np.ndarray) -> float:

@@ -152,25 +152,9 @@ def clipped(grads: Any, largest: float) -> tuple[Any, float]:
     """
     norm = global_norm(grads)
     factor = min(1.0, largest / (norm + 1e-6))
-    return (_mapped(grads, lambda name, g: g * g.dtype.type(factor)) if factor < 1 else grads), norm
-
-
-def mean_of(parts: Iterable[Any]) -> Any:
-    """The mean of several trees of gradients, added up in their order: one large batch in pieces of equal size."""
-    parts = list(parts)
-    others = [flatten(part) for part in parts[1:]]
-
-    def mean(name: str, g: np.ndarray) -> np.ndarray:
-        total = g.copy()
-        for other in others:
-            total += other[name]
-        return total / total.dtype.type(len(parts))
-
-    return _mapped(parts[0], mean)
-
-
-def _mapped(grads: Any, function: Any) -> Any:
-    return unflatten(grads, {name: function(name, g) for name, g in flatten(grads).items()})
+    if factor == 1:
+        return grads, norm
+    return unflatten(grads, {name: g * g.dtype.type(factor) for name, g in flatten(grads).items()}), norm
 
 
 # Average of weights ---------------------------------------------------------------------------------------------------

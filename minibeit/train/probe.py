@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ import numpy as np
 from ..checkpoint.formats.safetensors_file import write_safetensors
 from ..files import atomic_write
 from ..image_processor import BeitImageProcessor
+from ..ops import reference
 from .batches import in_batches, judged_pixels
 from .examples import SINGLE, Example, Examples
 from .metrics import metrics
+from .schedule import Cosine
 
 PROBE_NAME, SCORES_NAME = "linear_probe.safetensors", "linear_probe.json"
 RATE = 1e-3  # for 256 pictures
@@ -93,8 +94,7 @@ def fit(
     x: np.ndarray, y: np.ndarray, classes: int, seed: int, batch_size: int, epochs: int, lr: float
 ) -> tuple[np.ndarray, np.ndarray]:  # (L, n, 2 D), (n,) -> (L, K, 2 D), (L, K)
     """Weights and biases that make the sum of the layers' cross-entropies small; no layer sees another."""
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: expected a learning rate above 0, found {lr}")
+    schedule = Cosine(lr, epochs)
     L, n, width = x.shape
     rng = np.random.default_rng(seed)
     weight = (DEVIATION * rng.standard_normal((L, classes, width))).astype(np.float32)
@@ -102,32 +102,23 @@ def fit(
     moments = [(np.zeros_like(w), np.zeros_like(w)) for w in arrays]
     step = 0
     for epoch in range(epochs):
-        rate = 0.5 * lr * (1 + math.cos(math.pi * epoch / epochs))
+        rate = schedule(epoch)
         order = rng.permutation(n)
         for start in range(0, n, batch_size):
             chosen, step = order[start : start + batch_size], step + 1
             g = _error(x[:, chosen], y[chosen], *arrays)  # (L, b, K)
             grads = [np.matmul(g.transpose(0, 2, 1), x[:, chosen]), g.sum(1)]
             for w, gradient, (m, v) in zip(arrays, grads, moments):
-                _adamw(w, gradient, m, v, rate, step)
+                reference.adamw(w, gradient, m, v, (rate, WEIGHT_DECAY, BETAS, EPS), step)
     return arrays[0], arrays[1]
 
 
 def _error(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """The gradient of the mean cross-entropy by the logits: softmax minus one-hot, over b."""
     logits = np.matmul(x, weight.transpose(0, 2, 1)) + bias[:, None]
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    powers /= powers.sum(-1, keepdims=True)
-    powers[:, np.arange(len(y)), y] -= 1
-    return powers / np.float32(len(y))
-
-
-def _adamw(w: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray, rate: float, step: int) -> None:
-    b1, b2 = BETAS
-    w *= 1 - rate * WEIGHT_DECAY
-    m += (1 - b1) * (g - m)
-    v += (1 - b2) * (g * g - v)
-    w -= rate * (m / (1 - b1**step)) / (np.sqrt(v / (1 - b2**step)) + EPS)
+    error = reference.softmax(logits)
+    error[:, np.arange(len(y)), y] -= 1
+    return error / np.float32(len(y))
 
 
 def write_probe(folder: str | os.PathLike[str], found: Probe, examples: Examples) -> None:

@@ -56,7 +56,7 @@ def save_state(
 
 
 def load_state(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> tuple[State, dict[str, np.ndarray]]:
-    """The state in `folder` and its vectors.
+    """The state in `folder` and its vectors, as views of the file.
 
     Raises FileNotFoundError where there is none, and ValueError that says what is not the same as then.
     """
@@ -74,7 +74,7 @@ def load_state(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> t
             raise ValueError(
                 f"{path}: was saved with other {what}; resume with the same, or start anew in another --output"
             )
-    return state, {name: np.array(loaded.tensors[name]) for name in loaded.tensors}
+    return state, dict(loaded.tensors)
 
 
 class Stopped(Exception):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..ops import reference
+
 if TYPE_CHECKING:
     from .float64_model import Call
 
@@ -34,12 +36,12 @@ def bilinear_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """`reference.resize_bicubic` with source positions in float32."""
-    return _resized(x, size, _bicubic_taps)
+    return reference.interpolated(x, size, _bicubic_taps)
 
 
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """`reference.resize_bilinear` with source positions in float32."""
-    return _resized(x, size, bilinear_taps)
+    return reference.interpolated(x, size, bilinear_taps)
 
 
 def draws(calls: list[Call]) -> Iterator[np.ndarray]:
@@ -121,15 +123,3 @@ def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
         index = np.clip(first.astype(int) + step, 0, old - 1)
         taps.append((index, np.where((step == 0) | (step == 1), near, far)))
     return taps
-
-
-def _resized(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
-    for axis, new in ((2, size[0]), (3, size[1])):
-        if x.shape[axis] != new:
-            shape = [1] * 4
-            shape[axis] = new
-            x = sum(
-                np.take(x, index, axis) * weight.astype(x.dtype).reshape(shape)
-                for index, weight in taps(x.shape[axis], new)
-            )
-    return x

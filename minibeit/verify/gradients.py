@@ -24,11 +24,10 @@ from ..tape import Node, Tape, mapped
 from ..tasks import task_class
 from ..trace import Trace
 from ..train.gradients import recorded
-from . import budget
 from .budget import Yardstick
-from .difference import difference, distance, heat_map
+from .difference import distance, heat_map
 from .gradient_diagnosis import diagnose
-from .lockstep import Job, Report, Row
+from .lockstep import Job, Report, Row, judge
 from .trace_names import trace_shapes
 
 COTANGENT, GRADIENT = "cotangent.", "gradient."
@@ -210,18 +209,15 @@ def check_gradients(
             own = Yardstick(distance(exact32.arrays[name], exact.arrays[name]))
             numpy = distance(free.arrays[name], true)
             other = distance(theirs[name], true) if name in theirs and theirs[name].shape == true.shape else None
-            row = _row(name, candidate[name], exact.arrays[name], true, own, Yardstick(numpy, other))
+            row = _row(name, candidate[name], exact.arrays[name], true, (own, Yardstick(numpy, other)))
             row.ops = truth.ops[name]
             if heat and row.own is not None:
                 row.heat = heat_map(candidate[name], exact.arrays[name])
             if row.status == "own" and not diagnosed:
                 diagnosed = True
                 row.note = diagnose(name, candidate, exact.arrays[name])
-        report.rows.append(row)
-        if progress is not None:
-            progress(row)
-        if fail_fast and not row.ok:
-            report.stopped = True
+        report.add(row, progress, fail_fast)
+        if report.stopped:
             break
     for name in candidate:
         known = name in truth.arrays or not name.startswith((COTANGENT, GRADIENT))
@@ -233,22 +229,10 @@ def check_gradients(
     return report
 
 
-def _row(name: str, found: np.ndarray, exact: np.ndarray, true: np.ndarray, own: Yardstick, total: Yardstick) -> Row:
+def _row(name: str, found: np.ndarray, exact: np.ndarray, true: np.ndarray, yards: tuple[Yardstick, Yardstick]) -> Row:
     row = Row(name, "ok", found.shape, found.dtype.name)
     if found.shape != true.shape:
         row.status, row.note = "shape", f"expected shape {true.shape}, found {found.shape}"
         return row
-    row.own, row.total = difference(found, exact), difference(found, true)
-    row.inherited = distance(exact, true)[0]
-    row.own_yard, row.total_yard = own, total
-    row.own_limit = budget.own_limit(own, found.size, row.dtype)
-    row.total_limit = budget.total_limit(total, found.size, row.dtype)
-    row.own_ratio = budget.ratio(row.own.rms_rel, own.shown, found.size, row.dtype)
-    row.total_ratio = budget.ratio(row.total.rms_rel, total.shown, found.size, row.dtype)
-    if not row.own.finite:
-        row.status, row.note = "nan", "not finite: an overflow, a division by zero or memory that was never written"
-    elif row.own.rms_rel > row.own_limit or row.own.peak_rel > budget.peak_limit(own, row.dtype):
-        row.status = "own"
-    elif row.total.rms_rel > row.total_limit:
-        row.status = "total"
+    judge(row, found, exact, true, yards)
     return row

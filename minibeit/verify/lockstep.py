@@ -78,6 +78,13 @@ class Report:
     seconds: float = 0.0
     origins: dict[str, str] = field(default_factory=dict)  # op -> the code that serves it
 
+    def add(self, row: Row, progress: Callable[[Row], Any] | None, fail_fast: bool) -> None:
+        """Appends a row and tells `progress`; with `fail_fast` the first that is not ok sets `stopped`."""
+        self.rows.append(row)
+        if progress is not None:
+            progress(row)
+        self.stopped = self.stopped or (fail_fast and not row.ok)
+
     @property
     def ok(self) -> bool:
         """Whether something was compared and all of it is within budget."""
@@ -155,11 +162,8 @@ def check(
     run = _Run(job, candidate, yardstick, wanted)
     try:
         for row in run.rows(heat):
-            report.rows.append(row)
-            if progress is not None:
-                progress(row)
-            if fail_fast and not row.ok:
-                report.stopped = True
+            report.add(row, progress, fail_fast)
+            if report.stopped:
                 break
     finally:
         run.close()
@@ -287,9 +291,11 @@ class _Run:
         if found.shape != truth.shape:
             row.status, row.note = "shape", f"expected shape {truth.shape}, found {found.shape}"
             return row
-        row.own, row.total = difference(found, exact), difference(found, truth)
-        row.inherited = distance(exact, truth)[0]
-        self._judge(row, *yards)
+        leeway = max((TABLE[op].error_budget for op in {*row.ops, *self.gap}), default=1.0)
+        self.leeway = max(self.leeway, leeway)
+        judge(row, found, exact, truth, yards, (leeway, self.leeway))
+        if row.status == "yardstick" and self.yardstick:
+            row.note = f"{self.yardstick.label} {row.note}"
         if heat:
             row.heat = heat_map(found, exact)
         if row.status in ("own", "nan") and self.diagnosed < DIAGNOSED:
@@ -297,40 +303,47 @@ class _Run:
             row.note = diagnose(name, found, exact, self.calls, self.before, self.states) or row.note
         return row
 
-    def _judge(self, row: Row, own_yard: Yardstick, total_yard: Yardstick) -> None:
-        assert row.own is not None
-        assert row.total is not None
-        row.own_yard, row.total_yard = own_yard, total_yard
-        leeway = max((TABLE[op].error_budget for op in {*row.ops, *self.gap}), default=1.0)
-        self.leeway = max(self.leeway, leeway)
-        row.own_limit = budget.own_limit(own_yard, row.own.size, row.dtype, leeway)
-        row.own_ratio = budget.ratio(row.own.rms_rel, own_yard.shown, row.own.size, row.dtype)
-        own_peak = budget.peak_limit(own_yard, row.dtype, leeway)
-        row.total_limit = budget.total_limit(total_yard, row.total.size, row.dtype, self.leeway)
-        row.total_ratio = budget.ratio(row.total.rms_rel, total_yard.shown, row.total.size, row.dtype)
-        if not row.own.finite:
-            _judge_special(row)
-        elif row.own.rms_rel > row.own_limit or row.own.peak_rel > own_peak:
-            row.status = "own"
-        elif own_yard.suspicious:
-            row.status = "yardstick"
-            label = self.yardstick.label if self.yardstick else "the yardstick"
-            row.note = (
-                f"{label} itself departs from the float64 reference here by {own_yard.shown:.1e}, more than rounding "
-                "can: the two define this step differently"
-            )
-        elif row.total.rms_rel > row.total_limit:
-            row.status = "total"
-
     def _extra(self) -> Iterator[Row]:
         for name in self.candidate.names:
             if name not in self.names and not name.startswith("input.") and self.wanted(name):
                 yield Row(name, "extra", note="the model of this config and task makes no array of this name")
 
 
-def _judge_special(row: Row) -> None:
-    d = row.own
-    assert d is not None
+def judge(
+    row: Row,
+    found: np.ndarray,
+    exact: np.ndarray,
+    truth: np.ndarray,
+    yards: tuple[Yardstick, Yardstick],
+    leeway: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Gives `row` its numbers and status: `found` beside `exact`, the float64 op on the candidate's own inputs, and
+    beside `truth`, the float64 run.
+
+    `yards` and `leeway`, factors of the budget, are those of the own and of the total error.
+    """
+    row.own, row.total = difference(found, exact), difference(found, truth)
+    row.inherited = distance(exact, truth)[0]
+    row.own_yard, row.total_yard = yards
+    row.own_limit = budget.own_limit(row.own_yard, found.size, row.dtype, leeway[0])
+    row.own_ratio = budget.ratio(row.own.rms_rel, row.own_yard.shown, found.size, row.dtype)
+    row.total_limit = budget.total_limit(row.total_yard, found.size, row.dtype, leeway[1])
+    row.total_ratio = budget.ratio(row.total.rms_rel, row.total_yard.shown, found.size, row.dtype)
+    if not row.own.finite:
+        _judge_special(row, row.own)
+    elif row.own.rms_rel > row.own_limit or row.own.peak_rel > budget.peak_limit(row.own_yard, row.dtype, leeway[0]):
+        row.status = "own"
+    elif row.own_yard.suspicious:
+        row.status = "yardstick"
+        row.note = (
+            f"itself departs from the float64 reference here by {row.own_yard.shown:.1e}, more than rounding can: "
+            "the two define this step differently"
+        )
+    elif row.total.rms_rel > row.total_limit:
+        row.status = "total"
+
+
+def _judge_special(row: Row, d: Difference) -> None:
     if (d.nan_found, d.inf_found) == (d.nan_truth, d.inf_truth):
         row.status = "nan on both sides"
         row.note = (

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..images.types import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from . import budget
 from .difference import difference
 from .known_mistakes import Guess
@@ -18,9 +19,9 @@ from .lockstep import Row
 NAME = "input.pixel_values"
 EXPLAINED = 0.01  # of the error may be left by a mistake that is named
 MEANS = {
-    "0.5 (the Inception convention)": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "those of ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "those of CLIP": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "0.5 (the Inception convention)": (HALF, HALF),
+    "those of ImageNet": (IMAGENET_MEAN, IMAGENET_STD),
+    "those of CLIP": (CLIP_MEAN, CLIP_STD),
 }
 FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "Hamming"}
 

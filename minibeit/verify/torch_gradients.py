@@ -8,7 +8,7 @@ import numpy as np
 
 from .gradients import COTANGENT, GRADIENT
 from .lockstep import Job
-from .torch_runner import _plan, _state, build, torch_library
+from .torch_runner import _plan, _state, build, forward, torch_library
 
 SAME = 2  # the map of the feature pyramid that is its input; which reader counts as whose is a matter of the code
 
@@ -17,8 +17,8 @@ def torch_gradients(job: Job) -> tuple[str, dict[str, np.ndarray]]:
     """(label, every float32 gradient and cotangent by name); `job` has labels.
 
     Left out are the cotangents of position bias tables, which PyTorch has only spread over (H, N, N), and of `fpn.2`,
-    which is `feature_maps.2` under another name.  Raises ImportError
-    naming the extra and ValueError for a config that transformers has no model for.
+    which is `feature_maps.2` under another name.  Raises ImportError naming the extra, and ValueError for a config that
+    transformers has no model for and for inputs that its model cannot take.
     """
     torch = torch_library()
     model = build(job.config, job.task, job.arrays)
@@ -28,13 +28,9 @@ def torch_gradients(job: Job) -> tuple[str, dict[str, np.ndarray]]:
         module = model.get_submodule(path)
         for what, name in wanted:
             handles.append(_hooked(module, what, COTANGENT + name, job.config.num_attention_heads, found))
-    inputs = {}
-    for name, array in job.inputs.items():
-        tensor = torch.from_numpy(np.array(array))
-        inputs[name] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
     try:
         with torch.enable_grad():
-            output = model(**inputs)
+            output = forward(model, job)
             if output["logits"].requires_grad:
                 output["logits"].register_hook(lambda g: found.update({f"{COTANGENT}logits": g.numpy()}))
             output["loss"].backward()

@@ -152,22 +152,32 @@ def run(model: Any, job: Job, trace: Any) -> None:
             else:
                 handles.append(module.register_forward_hook(_after(trace, what, name, H)))
     handles += _bias_hooks(model, job, trace)
-    inputs = {}
-    for name, array in job.inputs.items():
-        tensor = torch.from_numpy(np.array(array))
-        inputs[name] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-    options = {"interpolate_pos_encoding": True} if _interpolates(model, job) else {}
+    options = {}
     if any(hasattr(module, "layer") for module in model.modules()) and trace.wants("encoder.0.attention.probs"):
         options["output_attentions"] = True  # else old classes return none; new ones would hoard those of all blocks
     try:
         with torch.no_grad():
-            result = model(**inputs, **options)
+            result = forward(model, job, **options)
         _record_results(result, trace, job)
-    except RuntimeError as error:  # torch's own, such as positions that transformers cannot resize
-        raise ValueError(f"transformers cannot run this model on this input: {str(error).splitlines()[0]}") from error
     finally:
         for handle in handles:
             handle.remove()
+
+
+def forward(model: Any, job: Job, **options: Any) -> Any:
+    """The model's output for the job's inputs, floats in float32.  Raises ValueError for inputs it cannot take."""
+    import torch
+
+    inputs = {}
+    for name, array in job.inputs.items():
+        tensor = torch.from_numpy(np.array(array))
+        inputs[name] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    if _interpolates(model, job):
+        options["interpolate_pos_encoding"] = True
+    try:
+        return model(**inputs, **options)
+    except RuntimeError as error:  # torch's own, such as positions that transformers cannot resize
+        raise ValueError(f"transformers cannot run this model on this input: {str(error).splitlines()[0]}") from error
 
 
 def _plan(model: Any, config: BeitConfig) -> list[tuple[str, list[tuple[str, str]]]]:

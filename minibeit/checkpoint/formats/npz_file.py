@@ -1,12 +1,18 @@
-"""NumPy .npz archives, read without NumPy's own reader, which may run pickles and trusts the sizes in a file.
+"""NumPy .npz archives, written, and read without NumPy's own reader, which may run pickles and trusts a file's sizes.
 
 Format: numpy/lib/format.py, versions 1 to 3.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+
+from ...files import atomic_write
 from .file_bytes import Source, shown
 from .lazy_tensors import ITEMSIZE, STORED, Stored, TensorInfo, checked_shape
 from .zip_file import Entry, packed_reader
@@ -28,6 +34,19 @@ def read_npz(source: Source, entries: dict[str, Entry]) -> dict[str, Stored]:
             raise source.error(f"holds the entry {shown(name)}, which is no .npy array")
         stored[name[: -len(".npy")]] = _array(source, entry)
     return stored
+
+
+def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Writes arrays, numbers and texts by name, uncompressed, to a file that appears complete or not at all.
+
+    numpy.savez does the same, but before NumPy 2 it leaves the archive open if the disk is full.
+    """
+    import zipfile  # only to write
+
+    with atomic_write(path) as stream, zipfile.ZipFile(stream, "w") as archive:
+        for name, value in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asanyarray(value), allow_pickle=False)
 
 
 def _array(source: Source, entry: Entry) -> Stored:

@@ -30,9 +30,7 @@ class Parts:
     chosen: bool
 
 
-def unwrap(
-    source: Source, root: Any, joint: str = ".", weights: str | None = None
-) -> tuple[Any, str | None, tuple[str, ...], bool]:
+def unwrap(source: Source, root: Any, joint: str, weights: str | None) -> tuple[Any, str | None, tuple[str, ...], bool]:
     """(state dict, its keys joined by dots or None, the keys of others like it, whether `weights` chose it).
 
     The state dict is a mapping with the tensors of an encoder: the one that `weights` selects, else of those that are

@@ -129,7 +129,7 @@ def attention_backward(
     scale = q.dtype.type(d**-0.5)
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     dtable = None if bias is None else np.empty_like(bias.table)
-    index = None if bias is None else reference.relative_position_index(bias.grid)
+    index = None if bias is None else reference.cached_index(bias.grid)
     for h in range(H):
         scores = (q[:, h] * scale) @ k[:, h].swapaxes(1, 2)  # (B, N, N)
         if bias is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -124,7 +123,7 @@ def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, 
 
     Target i reads the source at max(0, (i + 1/2) old / new - 1/2).
     """
-    return _resize(x, size, bilinear_taps)
+    return interpolated(x, size, bilinear_taps)
 
 
 def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
@@ -132,10 +131,12 @@ def resize_bicubic(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C
 
     Source: Keys 1981; A as in PyTorch's interpolate.
     """
-    return _resize(x, size, bicubic_taps)
+    return interpolated(x, size, bicubic_taps)
 
 
-def _resize(x: np.ndarray, size: tuple[int, int], taps: Any) -> np.ndarray:
+def interpolated(
+    x: np.ndarray, size: tuple[int, int], taps: Callable[[int, int], list[tuple[np.ndarray, np.ndarray]]]
+) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
     """Interpolates along rows, then along columns: each target is the weighted sum of sources given by `taps`."""
     for axis, new in ((2, size[0]), (3, size[1])):
         old = x.shape[axis]

@@ -115,7 +115,7 @@ def attention(
     probs (B, H, N, N) before `keep`.  Computed head by head, so only one (B, N, N) array of scores exists at a time.
     Source: BEiT appendix A; Raffel et al. 2020 for the additive bias.
     """
-    table, index = (None, None) if bias is None else (bias.table, _index(bias.grid))
+    table, index = (None, None) if bias is None else (bias.table, cached_index(bias.grid))
     return attend(q, k, v, table, index, return_probs, keep)
 
 
@@ -147,7 +147,8 @@ def attend(
 
 
 @lru_cache(maxsize=4)
-def _index(grid: tuple[int, int]) -> np.ndarray:
+def cached_index(grid: tuple[int, int]) -> np.ndarray:  # -> (N, N) int32
+    """`relative_position_index`, kept for the last few grids; read-only."""
     index = relative_position_index(grid)
     index.setflags(write=False)  # every caller gets the same array
     return index
