@@ -200,7 +200,7 @@ def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
 def test_the_guide_names_what_exists():
     known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
              for option in action.option_strings}  # fmt: skip
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE)) <= known | {"--overlay"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE)) <= known | {"--overlay", "--maps"}  # of segment and evaluate
     rows = re.findall(r"^\| (`.*?) \| .* \| (\d+) \| (\d+) \| (\S+) \| (\S+) \| (.*) \|$", GUIDE, re.MULTILINE)
     found = {}
     for names, epochs, batch, rate, decay, crop in rows:
