@@ -110,6 +110,16 @@ def test_the_crop_is_what_the_model_sees(capsys, data, model, tmp_path):
     assert BeitImageProcessor.from_pretrained(tmp_path / "o").size == {"height": 24, "width": 24}
 
 
+def test_a_convention_that_transformers_does_not_know_is_said(capsys, data, model, tmp_path):
+    given = ("finetune", data, *TASK, "-m", model, *QUICK)
+    code, _, err = run(capsys, *given, "-o", tmp_path / "o", "--feature-convention", "unilm")
+    assert code == 0 and "transformers, which does not know it, will read other hidden states" in err
+    config = BeitConfig.from_pretrained(tmp_path / "o")
+    assert config.feature_convention == "unilm" and config.out_indices == (1, 2, 3, 4)
+    code, _, err = run(capsys, *given, "-o", tmp_path / "p")
+    assert code == 0 and "hidden states" not in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interrupt_saves_and_resume_goes_on(capsys, data, model, tmp_path):
     given = ("finetune", data, *TASK, "-m", model, "-o", tmp_path / "o", *QUICK, "--epochs", 6)
@@ -200,7 +210,10 @@ def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
 def test_the_guide_names_what_exists():
     known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
              for option in action.option_strings}  # fmt: skip
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE)) <= known | {"--overlay", "--maps"}  # of segment and evaluate
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE)) <= known | {
+        "--overlay",
+        "--maps",
+    }  # of segment and evaluate
     rows = re.findall(r"^\| (`.*?) \| .* \| (\d+) \| (\d+) \| (\S+) \| (\S+) \| (.*) \|$", GUIDE, re.MULTILINE)
     found = {}
     for names, epochs, batch, rate, decay, crop in rows:

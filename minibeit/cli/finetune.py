@@ -190,6 +190,8 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     else:
         model = from_scratch(args.from_scratch, pairs.names, **options)
     config = model.config
+    if config.feature_convention == "unilm":
+        say("feature_convention is unilm: transformers, which does not know it, will read other hidden states")
     recipe = recipe.cropped(min(config.image_shape))
     processor = processor_for(config, args.model, recipe, args.reduce_labels)
     objective = Segmentation(pairs, processor, recipe, config)
