@@ -11,14 +11,15 @@ import numpy as np
 from ..metrics import mean_interval
 from ..train.examples import Example
 from ..train.metrics import perplexity
+from ..train.objective import Batch
 from ..train.pretraining import MaskedModeling, token_losses
+from .drawing import thumbnail
 from .evaluation import NUMBER, SHARE, Evaluation, Figure, Worst
-from .pictures import thumbnail
 from .reading import Reader
 
 
 def evaluate_masked_modeling(
-    model: Any,
+    compute: Callable[[Batch], np.ndarray],
     objective: MaskedModeling,
     images: Sequence[Example],
     *,
@@ -29,7 +30,8 @@ def evaluate_masked_modeling(
     tell: Callable[[int], None] = lambda done: None,
     **facts: Any,
 ) -> Evaluation:
-    """Measures `model` on images that `objective` masks, each in the same way every time.
+    """Measures `compute`, which gives the logits (n, V) of the n masked patches of a batch, on images that `objective`
+    masks, each in the same way every time.
 
     The loss (cross-entropy in nats) and the accuracy are means over an image's masked patches, then over the images;
     the perplexity of the tokens says how varied the right answers are.  The `worst` images are those of the largest
@@ -40,13 +42,12 @@ def evaluate_masked_modeling(
     losses: list[float] = []
     shares: list[float] = []
     shown: list[tuple[float, str]] = []
-    counts = np.zeros(model.config.vocab_size, np.int64)
+    counts = np.zeros(objective.tokenizer.config.vocab_size, np.int64)
     for examples, samples in reader.lists(batch_size):
         batch = objective.batch(samples)
-        logits = model(batch.pixels, **batch.inputs).logits
         assert batch.mask is not None
         of_image = np.nonzero(batch.mask)[0]  # of each masked patch
-        patch_losses, right = token_losses(logits, batch.targets[batch.mask])
+        patch_losses, right = token_losses(compute(batch), batch.targets[batch.mask])
         for i, example in enumerate(examples):
             losses.append(float(patch_losses[of_image == i].mean()))
             shares.append(float(right[of_image == i].mean()))
@@ -57,7 +58,7 @@ def evaluate_masked_modeling(
     if losses:
         figures.append(Figure("token_perplexity", perplexity(counts), kind=NUMBER))
     return Evaluation(
-        task=model.task,
+        task="masked_image_modeling",
         images=len(losses),
         figures=tuple(figures),
         classes=(),

@@ -101,9 +101,7 @@ def _labels(batch: Batch) -> np.ndarray:  # -> (n,)
     return batch.targets[batch.mask]
 
 
-def token_losses(
-    logits: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:  # (n, V), (n,) -> (n,), (n,)
+def token_losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n, V), (n,) -> (n,), (n,)
     """The cross-entropy of each masked patch, in nats, and whether its token has the largest logit."""
     x = logits.astype(np.float64)
     x -= x.max(1, keepdims=True)
