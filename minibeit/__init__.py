@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
     from .tasks.model import BeitModel
     from .tasks.semantic_segmentation import BeitForSemanticSegmentation
+    from .tokenizer.config import DalleTokenizerConfig
+    from .tokenizer.tokenizer import DalleTokenizer
     from .trace import Trace
     from .train.gradients import Gradients, value_and_grad
 
@@ -68,6 +70,8 @@ _HOMES = {
     "ImageClassifierOutput": "outputs",
     "SemanticSegmenterOutput": "outputs",
     "BackboneOutput": "outputs",
+    "DalleTokenizer": "tokenizer.tokenizer",
+    "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
@@ -107,6 +111,8 @@ __all__ = [
     "BeitModel",
     "BeitModelOutputWithPooling",
     "CheckpointError",
+    "DalleTokenizer",
+    "DalleTokenizerConfig",
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",

@@ -17,7 +17,7 @@ from .file_names import PROCESSOR_NAME
 from .files import atomic_write
 from .foreign import as_numpy, as_torch
 from .hub import resolve_settings
-from .images.loading import flatten_images, load_image, load_label_map
+from .images.loading import decoded, flatten_images, is_plain, load_label_map, pixels_of
 from .images.settings import SETTINGS, ImageSettings
 from .images.transforms import (
     IGNORED_LABEL,
@@ -25,6 +25,7 @@ from .images.transforms import (
     reduce_labels,
     resize,
     resize_labels,
+    resize_picture,
     resized_shape,
     to_pixel_values,
 )
@@ -281,7 +282,12 @@ def _text(value: Any) -> str:
 def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_format: str | None) -> np.ndarray:
     channels = (settings.channels or 3) if settings.do_convert_rgb else None
     orient, white = settings.apply_exif_orientation, settings.value_range
-    pixels = load_image(item, name, channels, orient, input_data_format, white)
+    name, item = decoded(item, name, orient)
+    fast = settings.do_resize and is_plain(item, channels)  # resized as it is, before it is copied into an array
+    if fast:
+        pixels = resize_picture(item, settings.size, settings.resample, name)
+    else:
+        pixels = pixels_of(item, name, channels, input_data_format, white)
     found = pixels.shape[-1]
     if settings.do_normalize and settings.channels not in (None, found):
         raise ImageError(
@@ -292,7 +298,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
         warnings.warn(
             f"{name}: the floats are within 0..1 and will be rescaled once more; pass do_rescale=False", stacklevel=4
         )
-    if settings.do_resize:
+    if settings.do_resize and not fast:
         pixels = resize(pixels, settings.size, settings.resample, name)
     if settings.do_center_crop:
         pixels = center_crop(pixels, settings.crop_size)

@@ -29,6 +29,19 @@ def names(source: str) -> list[str]:
     return list(_labels(source)["names"])
 
 
+def synsets() -> list[str]:
+    """The WordNet ids of the classes of ImageNet-1k, one per output; they are sorted."""
+    return list(_labels("imagenet-1k")["synsets"])
+
+
+def outputs_of_22k() -> list[int | None]:
+    """The output of each class of ImageNet-1k among the 21,841 of ImageNet-22k; None for n04399382, which it lacks.
+
+    Source: the lists of synsets in timm/data/_info.
+    """
+    return list(_labels("imagenet-1k")["outputs of 22k"])
+
+
 def palette(source: str = "ade20k") -> list[tuple[int, int, int]]:
     """One (red, green, blue) colour per class, each 0 to 255; only ADE20K has one."""
     colours = _labels(source).get("palette")

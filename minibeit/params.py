@@ -44,6 +44,14 @@ class Conv:
 
 
 @dataclass(frozen=True)
+class ReluConv:
+    """A convolution of max(0, x): all but the first of a tokenizer."""
+
+    weight: Leaf  # (out, in, kh, kw)
+    bias: Leaf  # (out,)
+
+
+@dataclass(frozen=True)
 class ConvTranspose:
     weight: Leaf  # (in, out, 2, 2): PyTorch's order, the reverse of Conv's
     bias: Leaf  # (out,)

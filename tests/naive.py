@@ -227,6 +227,21 @@ def max_pool2x2(x: np.ndarray) -> np.ndarray:
     return y
 
 
+def upsample2x2(x: np.ndarray) -> np.ndarray:
+    B, C, h, w = x.shape
+    y = np.empty((B, C, 2 * h, 2 * w))
+    for b, c, i, j in pixels_of(y):
+        y[b, c, i, j] = x[b, c, i // 2, j // 2]
+    return y
+
+
+def one_hot(ids: np.ndarray, V: int) -> np.ndarray:  # (B, h, w) -> (B, V, h, w)
+    y = np.zeros((ids.shape[0], V, *ids.shape[1:]))
+    for b, i, j in pixels_of(ids):
+        y[b, ids[b, i, j], i, j] = 1.0
+    return y
+
+
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:
     B, C, h, w = x.shape
     y = np.empty((B, C, size, size))
@@ -437,3 +452,40 @@ def segment(config, p, pixels) -> tuple[np.ndarray, np.ndarray]:
     if config.auxiliary_concat_input:
         y = unit(np.concatenate([levels[2], y], 1), f"{head}.conv_cat")
     return logits, conv2d(y, p[f"{head}.classifier.weight"], p[f"{head}.classifier.bias"])
+
+
+# Training a tokenizer -------------------------------------------------------------------------------------------------
+
+
+def _shares(values: list[float]) -> list[float]:
+    top = max(values)
+    total = math.fsum(math.exp(value - top) for value in values)
+    return [math.exp(value - top) / total for value in values]
+
+
+def gumbel_softmax(logits: np.ndarray, noise: np.ndarray, temperature: float) -> np.ndarray:
+    B, V, h, w = logits.shape
+    y = np.empty((B, V, h, w))
+    for b, i, j in itertools.product(range(B), range(h), range(w)):
+        y[b, :, i, j] = _shares(
+            [(float(logits[b, v, i, j]) + float(noise[b, v, i, j])) / temperature for v in range(V)]
+        )
+    return y
+
+
+def divergence_from_uniform(logits: np.ndarray) -> float:
+    B, V, h, w = logits.shape
+    terms = []
+    for b, i, j in itertools.product(range(B), range(h), range(w)):
+        shares = _shares([float(logits[b, v, i, j]) for v in range(V)])
+        terms.append(math.fsum(q * math.log(q * V) for q in shares if q))
+    return math.fsum(terms) / len(terms)
+
+
+def logit_laplace_loss(statistics: np.ndarray, pixels: np.ndarray) -> float:
+    C, terms = pixels.shape[1], []
+    for b, c, i, j in itertools.product(*map(range, pixels.shape)):
+        x, mean, s = float(pixels[b, c, i, j]), float(statistics[b, c, i, j]), float(statistics[b, C + c, i, j])
+        density = math.exp(-abs(math.log(x / (1 - x)) - mean) / math.exp(s)) / (2 * math.exp(s) * x * (1 - x))
+        terms.append(-math.log(density))
+    return math.fsum(terms) / len(terms)

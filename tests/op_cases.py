@@ -11,7 +11,17 @@ import naive
 import numpy as np
 
 from minibeit.ops import PositionBias
-from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, table_rows
+from minibeit.params import (
+    Attention,
+    BatchNorm,
+    Conv,
+    ConvBatchNorm,
+    ConvTranspose,
+    LayerNorm,
+    Linear,
+    ReluConv,
+    table_rows,
+)
 
 
 @dataclass
@@ -152,6 +162,35 @@ def soft_cross_entropy(n, K) -> Case:
     )
 
 
+def gumbel_softmax(B, V, h, w, temperature) -> Case:
+    return Case(
+        "gumbel_softmax",
+        draw({"x": (B, V, h, w), "y": (B, V, h, w)}),
+        lambda ops, a: ops.gumbel_softmax(a.x, a.y, temperature),
+        lambda a: naive.gumbel_softmax(a.x, a.y, temperature),
+    )
+
+
+def divergence_from_uniform(B, V, h, w) -> Case:
+    return Case(
+        "divergence_from_uniform",
+        draw({"x": (B, V, h, w)}),
+        lambda ops, a: ops.divergence_from_uniform(a.x),
+        lambda a: naive.divergence_from_uniform(a.x),
+    )
+
+
+def logit_laplace_loss(B, C, h, w) -> Case:
+    arrays = draw({"x": (B, 2 * C, h, w)})
+    arrays["y"] = np.random.default_rng(2).uniform(0.1, 0.9, (B, C, h, w)).astype(np.float32)
+    return Case(
+        "logit_laplace_loss",
+        arrays,
+        lambda ops, a: ops.logit_laplace_loss(a.x, a.y),
+        lambda a: naive.logit_laplace_loss(a.x, a.y),
+    )
+
+
 def weighted_sum() -> Case:
     return Case(
         "weighted_sum",
@@ -214,6 +253,36 @@ def conv2d(shape, out, kernel, bias=True) -> Case:
         unit_arrays(shape, out, kernel),
         lambda ops, a: ops.conv2d(a.x, ops.prepare(Conv(a.w, a.c if bias else None))),
         lambda a: naive.conv2d(a.x, a.w, a.c if bias else None),
+    )
+
+
+def relu_conv2d(shape, out, kernel) -> Case:
+    return Case(
+        "relu_conv2d",
+        unit_arrays(shape, out, kernel),
+        lambda ops, a: ops.relu_conv2d(a.x, ops.prepare(ReluConv(a.w, a.c))),
+        lambda a: naive.conv2d(naive.activation(a.x, "relu"), a.w, a.c),
+    )
+
+
+def relu_conv2d_residual(shape, out, kernel, gain) -> Case:
+    arrays = {**unit_arrays(shape, out, kernel), **draw({"r": (shape[0], out, *shape[2:])}, 1)}
+    return Case(
+        "relu_conv2d_residual",
+        arrays,
+        lambda ops, a: ops.relu_conv2d_residual(a.x, ops.prepare(ReluConv(a.w, a.c)), gain, a.r),
+        lambda a: a.r + gain * naive.conv2d(naive.activation(a.x, "relu"), a.w, a.c),
+    )
+
+
+def conv2d_one_hot(B, h, w, V, out, bias=True) -> Case:
+    arrays = draw({"w": (out, V, 1, 1), "b": (out,)})
+    arrays["ids"] = np.random.default_rng(1).integers(0, V, (B, h, w))
+    return Case(
+        "conv2d_one_hot",
+        arrays,
+        lambda ops, a: ops.conv2d_one_hot(ops.asarray(a.ids, "int64"), ops.prepare(Conv(a.w, a.b if bias else None))),
+        lambda a: naive.conv2d(naive.one_hot(a.ids, V), a.w, a.b if bias else None),
     )
 
 
@@ -345,6 +414,16 @@ CASES = {
     "conv2d 3x3": conv2d((2, 3, 5, 4), 4, 3),
     "conv2d one pixel": conv2d((1, 3, 1, 1), 4, 3, bias=False),
     "conv2d row": conv2d((1, 2, 1, 7), 1, 3),
+    "conv2d 7x7 small": conv2d((2, 1, 4, 5), 3, 7),
+    "relu_conv2d 1x1": relu_conv2d((2, 5, 3, 4), 6, 1),
+    "relu_conv2d 3x3": relu_conv2d((2, 3, 5, 4), 5, 3),
+    "relu_conv2d one pixel": relu_conv2d((1, 3, 1, 1), 4, 3),
+    "relu_conv2d_residual 1x1": relu_conv2d_residual((2, 5, 3, 4), 6, 1, 0.25),
+    "relu_conv2d_residual 3x3": relu_conv2d_residual((1, 3, 5, 4), 5, 3, 1 / 9),
+    "conv2d_one_hot": conv2d_one_hot(2, 3, 2, 7, 5),
+    "conv2d_one_hot no bias": conv2d_one_hot(1, 1, 1, 1, 3, bias=False),
+    "upsample2x2": on_map("upsample2x2", (2, 3, 2, 3)),
+    "upsample2x2 one pixel": on_map("upsample2x2", (1, 1, 1, 1)),
     "conv_bn_relu 1x1": conv_bn_relu((2, 5, 3, 4), 6, 1),
     "conv_bn_relu 3x3": conv_bn_relu((1, 3, 4, 5), 4, 3),
     "conv_bn_relu_resized": conv_bn_relu_resized([(1, 2, 6, 4), (1, 3, 3, 2), (1, 1, 1, 1)], 4, (6, 4)),
@@ -380,6 +459,10 @@ CASES = {
     "cross_entropy huge logits": cross_entropy(9, 4, scale=1e4),
     "cross_entropy one row": cross_entropy(1, 2),
     "soft_cross_entropy": soft_cross_entropy(7, 5),
+    "gumbel_softmax": gumbel_softmax(2, 5, 3, 2, 0.7),
+    "gumbel_softmax of one token": gumbel_softmax(1, 1, 2, 1, 1.0),
+    "divergence_from_uniform": divergence_from_uniform(2, 5, 3, 2),
+    "logit_laplace_loss": logit_laplace_loss(2, 3, 3, 2),
     "mse_loss": loss("mse_loss", (4, 3)),
     "bce_with_logits": loss("bce_with_logits", (4, 3)),
     "bce_with_logits huge": loss("bce_with_logits", (4, 3), scale=1e4),

@@ -18,7 +18,17 @@ from minibeit.ops import PositionBias, backward, get_ops, reference
 from minibeit.ops.backward import losses, maps
 from minibeit.ops.backward.activations import DERIVATIVES, derivative
 from minibeit.ops.table import ARITHMETIC, names_of
-from minibeit.params import Attention, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, LayerNorm, Linear, table_rows
+from minibeit.params import (
+    Attention,
+    BatchNorm,
+    Conv,
+    ConvBatchNorm,
+    ConvTranspose,
+    LayerNorm,
+    Linear,
+    ReluConv,
+    table_rows,
+)
 
 OPS = get_ops("numpy")
 METHODS = {
@@ -45,6 +55,10 @@ def conv_bn(out, into, kernel=3):
     return ConvBatchNorm(Conv(drawn(out, into, kernel, kernel, seed=7, scale=0.5), None), batch_norm(out))
 
 
+def relu_conv(out, into, kernel):
+    return ReluConv(drawn(out, into, kernel, kernel, seed=7, scale=0.5), drawn(out, seed=2))
+
+
 def bias(grid, H):
     return PositionBias(drawn(table_rows(grid), H, seed=8), grid)
 
@@ -63,6 +77,7 @@ MAP = drawn(2, 3, 5, 4)
 MASK = np.random.default_rng(2).random((2, 4)) < 0.5
 P = Attention(linear_layer(4, 4), linear_layer(4, 4, bias=False), linear_layer(4, 4), linear_layer(4, 4))
 DECONV = ConvTranspose(drawn(3, 2, 2, 2, seed=39), drawn(2, seed=2))
+IDS = np.random.default_rng(4).integers(0, 3, (2, 3, 4))
 LABELS = np.array([0, 2, -100, 1, 2])
 CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "add": ("add", [X, drawn(2, 5, 4, seed=1)], {}),
@@ -115,6 +130,16 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "conv2d 1x1": ("conv2d", [MAP, Conv(drawn(2, 3, 1, 1), drawn(2, seed=2))], {}),
     "conv2d 3x3": ("conv2d", [MAP, Conv(drawn(2, 3, 3, 3), None)], {}),
     "conv2d 3x3 of a pixel": ("conv2d", [drawn(2, 3, 1, 1), Conv(drawn(2, 3, 3, 3), drawn(2, seed=2))], {}),
+    "relu_conv2d 1x1": ("relu_conv2d", [MAP, relu_conv(2, 3, 1)], {}),
+    "relu_conv2d 3x3": ("relu_conv2d", [MAP, relu_conv(2, 3, 3)], {}),
+    "relu_conv2d_residual": (
+        "relu_conv2d_residual",
+        [MAP, relu_conv(2, 3, 3), 0.25, drawn(2, 2, 5, 4, seed=5)],
+        {},
+    ),
+    "conv2d_one_hot": ("conv2d_one_hot", [IDS, Conv(drawn(2, 3, 1, 1), drawn(2, seed=2))], {}),
+    "conv2d_one_hot no bias": ("conv2d_one_hot", [IDS, Conv(drawn(2, 3, 1, 1), None)], {}),
+    "upsample2x2": ("upsample2x2", [MAP], {}),
     "batch_norm": ("batch_norm", [MAP, batch_norm(3)], {}),
     "conv_bn_relu": ("conv_bn_relu", [MAP, conv_bn(2, 3)], {}),
     "conv_bn_relu_resized": (
@@ -136,6 +161,13 @@ CASES: dict[str, tuple[str, list[Any], dict[str, Any]]] = {
     "cross_entropy smoothing": ("cross_entropy", [drawn(5, 3), LABELS, -100], {"smoothing": 0.1}),
     "cross_entropy ignored class": ("cross_entropy", [drawn(5, 3), np.array([0, 2, 1, 1, 2]), 2], {}),
     "soft_cross_entropy": ("soft_cross_entropy", [drawn(5, 3), np.abs(drawn(5, 3, seed=1))], {}),
+    "gumbel_softmax": ("gumbel_softmax", [drawn(2, 5, 3, 2), drawn(2, 5, 3, 2, seed=1), 0.7], {}),
+    "divergence_from_uniform": ("divergence_from_uniform", [drawn(2, 5, 3, 2)], {}),
+    "logit_laplace_loss": (
+        "logit_laplace_loss",
+        [drawn(2, 4, 3, 2), np.random.default_rng(0).uniform(0.1, 0.9, (2, 2, 3, 2))],
+        {},
+    ),
     "mse_loss": ("mse_loss", [X, drawn(2, 5, 4, seed=1)], {}),
     "bce_with_logits": ("bce_with_logits", [drawn(5, 3, scale=3), np.random.default_rng(0).random((5, 3))], {}),
     **{f"linear_activation {name}": ("linear_activation", [X, linear_layer(3, 4), name], {}) for name in ACTIVATIONS},
@@ -147,7 +179,7 @@ CONSTANTS = {
     ("cross_entropy", 1),
     ("soft_cross_entropy", 1),
 }
-CONSTANTS |= {("mse_loss", 1), ("bce_with_logits", 1)}
+CONSTANTS |= {("mse_loss", 1), ("bce_with_logits", 1), ("gumbel_softmax", 1), ("logit_laplace_loss", 1)}
 
 
 def forward(name, args, options):
@@ -267,6 +299,31 @@ def test_convolution_is_the_chain_rule_pixel_by_pixel():
     dx, d = backward.conv2d_backward(g, None, MAP, conv)
     for found, truth in zip((dx, d.weight), naive_gradients.conv2d(g, MAP, conv.weight)):
         assert distance(found, truth) <= NAIVE_OP
+
+
+def test_relu_convolution_is_the_chain_rule_pixel_by_pixel():
+    conv, g = relu_conv(2, 3, 3), drawn(2, 2, 5, 4, seed=1)
+    dx, d = backward.relu_conv2d_backward(g, None, MAP, conv)
+    inner, weight = naive_gradients.conv2d(g, np.where(MAP > 0, MAP, 0), conv.weight)
+    for found, truth in ((dx, np.where(MAP > 0, inner, 0)), (d.weight, weight), (d.bias, g.sum((0, 2, 3)))):
+        assert distance(found, truth) <= NAIVE_OP
+
+
+def test_columns_add_up_over_the_pixels_of_an_id():
+    g = drawn(2, 2, 3, 4, seed=1)
+    nothing, d = backward.conv2d_one_hot_backward(g, None, IDS, Conv(drawn(2, 3, 1, 1), drawn(2)))
+    assert nothing is None
+    truth = np.zeros((2, 3, 1, 1))
+    for b, i, j in np.ndindex(IDS.shape):
+        truth[:, IDS[b, i, j], 0, 0] += g[b, :, i, j]
+    assert distance(d.weight, truth) <= NAIVE_OP
+
+
+def test_an_enlarged_pixel_gets_the_sum_of_its_square():
+    g = drawn(1, 1, 4, 6)
+    (dx,) = backward.upsample2x2_backward(g, None, np.zeros((1, 1, 2, 3)))
+    truth = [[g[0, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].sum() for j in range(3)] for i in range(2)]
+    assert distance(dx[0, 0], np.array(truth)) <= NAIVE_OP
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 2), (2, 5)])

@@ -182,7 +182,9 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(data, model, tmp_pat
 
 
 def test_too_little_memory_is_said_with_what_fits(capsys, data, model, tmp_path, monkeypatch):
-    need = training_start.memory_needed(load_checkpoint(model, "image_classification")[0])
+    need = training_start.memory_needed(
+        load_checkpoint(model, "image_classification")[0], False, False, "image_classification"
+    )
     monkeypatch.setattr(training_start, "available_memory", lambda: need.total(2))
     code, _, err = run(capsys, "finetune", data, "-m", model, "-o", tmp_path / "o", *QUICK)
     assert code == 1 and "pieces of 4 pictures will take" in err and "--accumulate 2 fits" in err
@@ -227,7 +229,7 @@ def segmentation(folder):
         (one_class, "expected at least two classes, found only ['red']"),
         (unreadable_class, "no image of the class 'blue' to learn from can be read"),
         (unknown_class_held_out, "found also ['blue']"),
-        (segmentation, "one folder a class"),
+        (segmentation, "one folder per class"),
         (lambda folder: folder.mkdir(), "expected a folder for each class"),
         (lambda folder: None, "there is no such folder or list"),
     ],
@@ -242,8 +244,8 @@ def test_folders_that_teach_nothing(capsys, model, tmp_path, make, sentence):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"path": "0.png", "label": "0.png"}, "label maps are for segmentation"),
-        ({"path": "0.png", "label": [[0, 1], [1, 0]]}, "label maps are for segmentation"),
+        ({"path": "0.png", "label": "0.png"}, "label maps are for --task segmentation"),
+        ({"path": "0.png", "label": [[0, 1], [1, 0]]}, "label maps are for --task segmentation"),
         ({"path": "0.png", "label": ""}, "expected the name of a class, found nothing"),
         ({"path": "0.png"}, "expected path and one of label, labels, value, values"),
         ({"path": "0.png", "value": "high"}, "expected value to be a number, found 'high'"),

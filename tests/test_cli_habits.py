@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures, start
+from colour_tokenizer import colour_tokenizer
 from PIL import Image
 
 import minibeit
@@ -32,7 +33,9 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="pipes and limits of 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {kind: save(folder / kind, kind) for kind in ("classify", "segment", "mask", "bare")}
+    colour_tokenizer().save_pretrained(folder / "tokenizer")
+    made = {kind: save(folder / kind, kind) for kind in ("classify", "segment", "mask", "bare")}
+    return {**made, "tokenizer": folder / "tokenizer"}
 
 
 def shell(command: str, **options) -> subprocess.CompletedProcess:
@@ -168,6 +171,7 @@ def test_a_picture_from_standard_input(models, tmp_path):
     for command, wanted in (
         (f"classify - -m {models['classify']} --json", "classify"),
         (f"mask - -m {models['mask']} --json", "mask"),
+        (f"tokenize - -t {models['tokenizer']} --size 16 --json", "tokenize"),
         (f"segment - -m {models['segment']} -o {tmp_path}/out --json", "segment"),
     ):
         done = shell(f"minibeit {command} < {picture}")
@@ -176,6 +180,8 @@ def test_a_picture_from_standard_input(models, tmp_path):
         same = json.loads(shell(f"minibeit {command.replace(' - ', f' {picture} ')}").stdout)
         if wanted == "classify":
             assert piped[0]["file"] == "-" and piped[0]["predictions"] == same[0]["predictions"]
+        elif wanted == "tokenize":
+            assert piped[0]["file"] == "-" and piped[0]["tokens"] == same[0]["tokens"]
         elif wanted == "mask":
             assert piped["tokens"] == same["tokens"]
         else:
@@ -252,6 +258,7 @@ def outputs_of(command: str, models: dict, folder: Path, picture: Path) -> list:
         "features": ["features", picture, "-m", models["bare"], "-o", folder / "f.npz"],
         "features safetensors": ["features", picture, "-m", models["bare"], "-o", folder / "f.safetensors"],
         "mask": ["mask", picture, "-m", models["mask"], "-o", folder / "m.png"],
+        "tokenize": ["tokenize", picture, "-t", models["tokenizer"], "--size", "16", "-o", folder / "t.png"],
         "segment": ["segment", picture, "-m", models["segment"], "-o", folder],
         "convert": ["convert", models["bare"], folder / "new"],
         "report": ["verify", "-m", models["bare"], "--report", folder / "r.html"],
@@ -260,7 +267,7 @@ def outputs_of(command: str, models: dict, folder: Path, picture: Path) -> list:
     }[command]
 
 
-WRITING = ["features", "features safetensors", "mask", "segment", "convert", "report", "trace", "bench"]
+WRITING = ["features", "features safetensors", "mask", "tokenize", "segment", "convert", "report", "trace", "bench"]
 
 
 @pytest.mark.parametrize("command", WRITING)
@@ -279,10 +286,14 @@ def test_outputs_are_checked_before_models_load(capsys, models, tmp_path, monkey
         pytest.fail("work was done before the output was checked")
 
     import minibeit.bench.measure
+    import minibeit.checkpoint.convert  # has taken the name, so that what replaces it stays in this test
     import minibeit.checkpoint.load
+    import minibeit.tokenizer.tokenizer
 
     monkeypatch.setattr(os, "open", refuse)
-    monkeypatch.setattr(minibeit.checkpoint.load, "read_arrays", loaded)
+    for module in (minibeit.checkpoint.load, minibeit.checkpoint.convert):
+        monkeypatch.setattr(module, "read_arrays", loaded)
+    monkeypatch.setattr(minibeit.tokenizer.tokenizer, "read_tokenizer", loaded)
     monkeypatch.setattr(minibeit.bench.measure, "measure", loaded)
     code, out, err = run(capsys, *outputs_of(command, models, folder, picture))
     assert code == 1 and not out and err.count("\n") == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ from PIL import Image
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.cli import segment
 from minibeit.cli.pictures import OVERLAY, distinct_colours, indexed
+from minibeit.sliding import Inference, largest_logit
+from minibeit.sliding import segment as segment_image
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +63,6 @@ def test_table_names_files_and_classes(capsys, checkpoint, tmp_path):
     assert run(capsys, "segment", path, "-m", checkpoint, "-o", tmp_path / "out")[:2] == (0, out)  # once more
 
 
-def test_a_few_classes_at_a_time_give_the_same_map(checkpoint, monkeypatch):
-    processor = BeitImageProcessor.from_pretrained(checkpoint)
-    logits = np.random.default_rng(0).integers(0, 3, (1, 11, 5, 4)).astype(np.float32)  # many ties
-    whole = segment.label_map(processor, logits, (5, 4))
-    np.testing.assert_array_equal(whole, logits[0].argmax(axis=0))
-    larger = segment.label_map(processor, logits, (23, 17))
-    for room in (1, 23 * 17 * 4 * 3):
-        monkeypatch.setattr(segment, "ROOM", room)
-        np.testing.assert_array_equal(segment.label_map(processor, logits, (5, 4)), whole)
-        np.testing.assert_array_equal(segment.label_map(processor, logits, (23, 17)), larger)
-
-
-def test_classes_that_cannot_win_are_left_out_and_no_others(checkpoint):
-    processor = BeitImageProcessor.from_pretrained(checkpoint)
-    logits = np.random.default_rng(0).standard_normal((1, 40, 6, 7)).astype(np.float32)
-    logits[0, 10:] -= np.linspace(0, 8, 30, dtype=np.float32)[:, None, None]
-    kept = segment.contenders(logits[0])
-    assert 10 <= len(kept) < 40
-    for size in ((3, 4), (6, 7), (61, 50)):
-        (whole,) = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), [size])
-        assert set(np.unique(whole)) <= set(kept)
-        np.testing.assert_array_equal(segment.label_map(processor, logits, size), whole)
-
-
 def test_exif_orientation_turns_picture_and_map(capsys, checkpoint, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -128,6 +105,68 @@ def test_needs_a_segmentation_checkpoint(capsys, tmp_path):
     code, _, err = run(capsys, "segment", path, "-o", tmp_path / "out", "-m", folder)
     assert code == 1 and "made for image classification" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def labels_in(row):
+    with Image.open(row["labels"]) as picture:
+        return np.asarray(picture)
+
+
+def test_sliding_windows_scales_and_mirror_images(capsys, checkpoint, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png", size=(33, 57))
+    model = BeitForSemanticSegmentation.from_pretrained(checkpoint)
+    processor = BeitImageProcessor.from_pretrained(checkpoint)
+    seen = {}
+    for words, how in {
+        ("--slide",): Inference("slide", 16, 10, 16, patch=4),
+        ("--slide", "--window", "12", "--stride", "5", "--short-side", "20"): Inference("slide", 12, 5, 20, patch=4),
+        ("--slide", "--scales", "1", "1.5", "--flip", "-b", "3"): Inference("slide", 16, 10, 16, (1, 1.5), True, 3, 4),
+        ("--whole",): Inference("whole", short_side=16, patch=4),
+        ("--flip",): Inference(flip=True),
+    }.items():
+        code, out, err = run(capsys, "segment", path, "-m", checkpoint, "-o", tmp_path / "out", "--json", *words)
+        assert code == 0 and not err
+        with Image.open(path) as picture:
+            expected = segment_image(lambda x: model(x).logits, processor, picture, (33, 57), how)
+        np.testing.assert_array_equal(labels_in(json.loads(out)[0]), expected)
+        seen[expected.tobytes()] = words
+    assert len(seen) == 5  # each of them changes the map
+
+
+def test_means_and_hidden_states_of_the_published_weights(capsys, checkpoint, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png", size=(33, 57))
+    words = ("segment", path, "-m", checkpoint, "-o", tmp_path / "out", "--json")
+    plain = labels_in(json.loads(run(capsys, *words)[1])[0])
+    code, out, _ = run(capsys, *words, "--imagenet-mean")
+    processor = BeitImageProcessor(
+        size=16, resample=2, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+    with Image.open(path) as picture:
+        logits = BeitForSemanticSegmentation.from_pretrained(checkpoint)(processor(picture).pixel_values).logits[0]
+    np.testing.assert_array_equal(labels_in(json.loads(out)[0]), largest_logit(logits, (33, 57)))
+    assert code == 0 and not np.array_equal(plain, largest_logit(logits, (33, 57)))
+    four = save(tmp_path / "four", "segment", out_indices=[0, 1, 2, 3])
+    words = ("segment", path, "-m", four, "-o", tmp_path / "four-out", "--json", "--feature-convention")
+    maps = [labels_in(json.loads(run(capsys, *words, name)[1])[0]) for name in ("transformers", "unilm")]
+    assert not np.array_equal(*maps)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--stride", "4"], "--stride goes with --slide"),
+        (["--scales", "1", "2"], "--scales goes with --slide or --whole"),
+        (["--whole", "--window", "16"], "--window goes with --slide"),
+        (["--slide", "--stride", "17"], "--stride: expected 1 to the window's 16 pixels, found 17"),
+        (["--slide", "--window", "18"], "--window: expected a multiple of the patch size 4, found 18"),
+        (["--slide", "--scales", "0"], "--scales: expected numbers above 0"),
+        (["--flip", "--scores"], "--scores are the logits of one view"),
+    ],
+)
+def test_options_that_do_not_go_together(capsys, checkpoint, tmp_path, words, message):
+    (path,) = save_pictures(tmp_path, "a.png")
+    code, _, err = run(capsys, "segment", path, "-m", checkpoint, "-o", tmp_path / "out", *words)
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_palettes():

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("numba")
 
 from minibeit.ops import PositionBias, get_ops, reference
+from minibeit.ops.numba_cpu import convs
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import (
     Attention,
@@ -24,6 +25,7 @@ from minibeit.params import (
     FeaturePyramid,
     LayerNorm,
     Linear,
+    ReluConv,
     UperHead,
     table_rows,
 )
@@ -306,6 +308,37 @@ def test_maps(packed, B, h, w, channels_last):
         check("adaptive_avg_pool", (x, size))
     if min(h, w) > 1:
         assert np.array_equal(OPS.max_pool2x2(x), reference.max_pool2x2(x))
+
+
+@pytest.mark.parametrize("B, h, w", SHAPES)
+@pytest.mark.parametrize(("kernel", "into", "out"), [(1, 24, 40), (3, 64, 96), (3, 24, 20), (7, 3, 40), (5, 1, 1)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_convolutions_after_relu(B, h, w, kernel, into, out, channels_last):
+    weight = normal(1, out, into, kernel, kernel, scale=(into * kernel**2) ** -0.5)
+    layer, x, residual = ReluConv(weight, normal(2, out)), normal(3, B, into, h, w), normal(4, B, out, h, w)
+    if channels_last:
+        x, residual = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (x, residual))
+    packed = OPS.prepare(layer)
+    limit = WINOGRAD if isinstance(packed, convs.PackedTiles) else None
+    for layer_given in (packed, layer):  # in training it is packed at every call
+        check("relu_conv2d", (x, layer), (x, layer_given), limit=limit)
+        fast = (x, layer_given, 0.125, residual)
+        check("relu_conv2d_residual", (x, layer, 0.125, residual), fast, limit=limit)
+    plain = Conv(weight, layer.bias)
+    check("conv2d", (x, plain), (x, OPS.prepare(plain)))
+
+
+def test_windows_go_some_images_at_a_time(monkeypatch):
+    layer, x, residual = ReluConv(normal(1, 5, 3, 3, 3), normal(2, 5)), normal(3, 5, 3, 4, 6), normal(4, 5, 5, 4, 6)
+    packed = OPS.prepare(layer)
+    whole = OPS.relu_conv2d_residual(x, packed, 0.5, residual)
+    monkeypatch.setattr(convs, "_WINDOW_BYTES", 2 * 4 * 4 * 6 * 27)
+    assert np.array_equal(OPS.relu_conv2d_residual(x, packed, 0.5, residual), whole)
+
+
+def test_float64_convolutions_are_left_to_numpy():
+    layer, x = wide(ReluConv(normal(1, 16, 16, 3, 3), normal(2, 16))), wide(normal(3, 1, 16, 5, 4))
+    assert np.array_equal(OPS.relu_conv2d(x, OPS.prepare(layer)), reference.relu_conv2d(x, layer))
 
 
 def test_winograd_has_no_far_outliers():

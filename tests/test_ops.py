@@ -83,6 +83,10 @@ def test_array_ops(ops):
     assert ops.all_finite(x)
     assert not ops.all_finite(ops.asarray([1, np.inf], "float32"))
     assert not ops.all_finite(ops.asarray([1, np.nan], "float64"))
+    scores = np.array([[0, 3, 1], [2, 3, 0], [2, 1, 1]], np.float32).T.reshape(1, 3, 3, 1)
+    ids = ops.to_host(ops.argmax_channels(ops.asarray(scores, "float32")))
+    assert ids.dtype == np.int64
+    assert ids[0, :, 0].tolist() == [1, 1, 0]
 
 
 def test_namespace():

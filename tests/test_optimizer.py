@@ -151,6 +151,7 @@ def test_groups_are_those_of_the_original():
     assert all(decayed(name, shape) for name, shape in yes.items())
     assert not any(decayed(name, shape) for name, shape in no.items())
     assert not decayed("beit.encoder.3.bias_table", (9, 2), tables=False)
+    assert decayed("beit.embeddings.cls_token", (1, 1, 8), tokens=True)
     rates = {slot.name: slot.rate for slot in AdamW(classifier(), layer_decay=0.5).slots}
     assert rates["beit.embeddings.cls_token"] == 0.125
     assert rates["beit.encoder.1.fc1.weight"] == 0.5

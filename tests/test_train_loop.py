@@ -84,7 +84,7 @@ def test_handlers_are_those_of_before(data, tmp_path):
 
 def test_stopped_within_an_evaluation_the_learned_weights_are_saved(finished, data, tmp_path, monkeypatch):
     made = trainer(data, tmp_path, dataclasses.replace(QUICK, average=0.5))
-    real, asked = made._judged_pixels, []
+    real, asked = made._read_judged, []
 
     def asking(example):
         if not asked:  # once: a second signal ends the program
@@ -92,7 +92,7 @@ def test_stopped_within_an_evaluation_the_learned_weights_are_saved(finished, da
             os.kill(os.getpid(), signal.SIGTERM)
         return real(example)
 
-    monkeypatch.setattr(made, "_judged_pixels", asking)
+    monkeypatch.setattr(made, "_read_judged", asking)
     with pytest.raises(Stopped):
         made.run()
     again = trainer(data, tmp_path, dataclasses.replace(QUICK, average=0.5))
@@ -109,13 +109,12 @@ def test_number_of_workers_changes_nothing(finished, data, tmp_path):
 
 def test_pieces_give_the_gradients_of_the_whole_batch(data, tmp_path):
     whole, pieces = (trainer(data, tmp_path, accumulate=n) for n in (1, 3))
-    chosen, pixels = next(whole._batches())
-    targets = whole.examples.targets(chosen)
-    a, b = whole._gradients(pixels, targets), pieces._gradients(pixels, targets)
+    batch = next(whole._batches())
+    a, b = whole._learned(batch), pieces._learned(batch)
     assert abs(a.loss - b.loss) < 1e-6
     for x, y in zip(loop.flatten(a.grads).values(), loop.flatten(b.grads).values()):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(a.output, b.output, rtol=1e-4, atol=1e-6)
+    assert (a.right, a.answers) == (b.right, b.answers) == (a.right, len(batch))
 
 
 def test_other_data_or_settings_are_not_resumed(finished, data, tmp_path):
@@ -214,3 +213,31 @@ def test_what_is_frozen_stays(data, tmp_path):
 def test_numbers_that_make_no_training_are_refused(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         Recipe(**{field: value})
+
+
+def test_steps_and_epochs_are_recorded(data, tmp_path):
+    told = []
+    trainer(data, tmp_path, record=lambda step, numbers: told.append((step, numbers))).run()
+    assert [step for step, numbers in told if "train/loss" in numbers] == [1, 2, 3, 4]
+    assert [step for step, numbers in told if "epoch/held_out_top1" in numbers] == [2, 4]
+    assert all(np.isfinite(value) for _, numbers in told for value in numbers.values())
+
+
+def test_tensorboard_events_hold_the_losses(data, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    from minibeit.train.tensorboard import events
+
+    with events(tmp_path / "events") as record:
+        made = trainer(data, tmp_path / "o", record=record)
+        history = made.run()
+    (file,) = (tmp_path / "events").iterdir()
+    content, found = file.read_bytes(), {}
+    while content:  # a record: its length, a checksum of that, the event, a checksum of it
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        found.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+        content = content[16 + size :]
+    assert len([1 for tag, _ in found if tag == "train/loss"]) == made.steps
+    assert found["epoch/held_out_loss", made.steps] == pytest.approx(history[-1]["held_out_loss"], rel=1e-6)

@@ -71,3 +71,12 @@ REMAINDER = 1e-4
 # the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before
 # a batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
 STEPS64 = 1e-9
+
+# A small tokenizer's logits and images in float32 beside float64, in EPS32.  Measured: logits 2.6 at most with NumPy,
+# 2.8 with numba, whose 3x3 convolutions go by Winograd; images 0.9.
+TOKENIZER32 = 4.0
+
+# Logits of a float64 model for images in one batch beside one at a time, relative to the largest: BLAS adds up in
+# another order for another number of rows.  Measured: 8.7e-16 at most over 30 draws of a tiny segmentation model; five
+# times that, since every BLAS has an order of its own.
+MODEL_IN_BATCHES = 4e-15

@@ -11,6 +11,7 @@ from PIL import Image
 from minibeit import BeitForImageClassification, BeitImageProcessor
 from minibeit.train.examples import read_examples
 from minibeit.train.loop import Trainer
+from minibeit.train.objective import Classification
 from minibeit.train.recipes import Recipe
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -47,4 +48,5 @@ def trainer(data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, **o
     )
     model = BeitForImageClassification(settings, backend="numpy", seed=seed)
     folder.mkdir(exist_ok=True)
-    return Trainer(model, examples, BeitImageProcessor(size=16, resample=2), recipe, folder, **options)
+    objective = Classification(examples, BeitImageProcessor(size=16, resample=2), recipe, model.config.image_shape)
+    return Trainer(model, objective, recipe, folder, **options)

@@ -47,9 +47,18 @@ def write(name: str, content: dict[str, Any]) -> None:
 def main(timm_info: Path, mmseg_names: Path) -> None:
     lemmas = dict(line.split("\t") for line in lines(timm_info / "imagenet_synset_to_lemma.txt"))
     wordnet = "WordNet lemmas by way of timm/data/_info (Apache-2.0)"
-    for name, file in (("imagenet-1k", "imagenet_synsets.txt"), ("imagenet-22k", "imagenet22k_synsets.txt")):
-        synsets = lines(timm_info / file)
-        write(name, {"source": wordnet, "names": [lemmas[synset] for synset in synsets]})
+    synsets, more = (lines(timm_info / file) for file in ("imagenet_synsets.txt", "imagenet22k_synsets.txt"))
+    places = {synset: i for i, synset in enumerate(more)}
+    write(
+        "imagenet-1k",
+        {
+            "source": wordnet,
+            "names": [lemmas[synset] for synset in synsets],
+            "synsets": synsets,
+            "outputs of 22k": [places.get(synset) for synset in synsets],  # one is not among them
+        },
+    )
+    write("imagenet-22k", {"source": wordnet, "names": [lemmas[synset] for synset in more]})
     tree = ast.parse(mmseg_names.read_text(encoding="utf-8"))
     names = [name.strip() for name in returned_list(tree, "ade_classes")]
     source = "mmsegmentation 1.2.2, mmseg/utils/class_names.py (Apache-2.0)"

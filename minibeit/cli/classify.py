@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.model = str(shipped_checkpoint())
         if not args.quiet:
             note(SHIPPED)
-    names = None if args.labels is None else _given_names(Path(args.labels))
+    names = None if args.labels is None else given_names(Path(args.labels))
     found = find_images(args.images, args.recursive)
     model = load_model(BeitForImageClassification, args)
     if names is None:
@@ -109,7 +109,7 @@ def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K
     return softmax(x)
 
 
-def _given_names(path: Path) -> list[str]:
+def given_names(path: Path) -> list[str]:
     """The class names in a file, in the order of the outputs.  Raises UsageError for a file of another format."""
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -19,9 +19,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool =
 
     `half`: whether float16 and bfloat16 are offered.
     """
+    parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
+    add_backend_arguments(parser, half)
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) -> None:
+    """--backend, --device and --dtype."""
     from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES
 
-    parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
     parser.add_argument(
         "--backend",
         choices=list(BACKENDS),
@@ -44,15 +49,33 @@ def shipped_checkpoint() -> Path:
     return weights_folder() / SHIPPED
 
 
-def load_model(model_class: Any, args: argparse.Namespace) -> Any:
-    """The model that the options choose.
+def load_model(model_class: Any, args: argparse.Namespace, **fields: Any) -> Any:
+    """The model that the options choose; `fields` of its config are replaced.
 
     Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
     check_head(args.model, model_class.task)  # which fetches it, if it is on the Hub
     return model_class.from_pretrained(
-        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True
+        args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True, **fields
     )
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The tokenizer of --tokenizer, on the backend that the options choose."""
+    from ..tokenizer.tokenizer import DalleTokenizer
+
+    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend, device=args.device)
+
+
+def check_decoder(tokenizer: Any, name: str) -> None:
+    """Raises CheckpointError for a tokenizer that cannot draw."""
+    from ..errors import CheckpointError
+
+    if not tokenizer.has_decoder:
+        raise CheckpointError(
+            f"{name}: drawing needs a tokenizer with a decoder, this one has none; give a folder with decoder.pkl "
+            "beside encoder.pkl, or leave out --output"
+        )
 
 
 def config_of(model: str) -> BeitConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
 DARKEST, PALEST = 0.35, 0.95  # lightness in Oklab, 0 to 1
 OVERLAY = 0.55  # share of the class colour over the photo
 ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
+LEAST = 448  # pixels of the longer side that small photos are enlarged towards
 
 
 def distinct_colours(count: int) -> list[Colour]:
@@ -83,22 +85,57 @@ def legend(rows: list[tuple[Colour, str, str]]) -> Image.Image:
     return picture
 
 
-def masked(photo: np.ndarray, mask: np.ndarray, least: int = 448) -> Image.Image:
-    """A photo (H, W, 3), and beside it a copy with the patches of `mask` (gh, gw) covered.
-
-    Photos smaller than `least` pixels are enlarged by an integer factor.
-    """
-    zoom = max(1, least // max(photo.shape[:2]))
-    left = Image.fromarray(photo).resize((photo.shape[1] * zoom, photo.shape[0] * zoom), Image.Resampling.NEAREST)
-    right = left.copy()
-    draw = ImageDraw.Draw(right)
-    height, width = left.height / mask.shape[0], left.width / mask.shape[1]
+def covered(photo: np.ndarray, mask: np.ndarray, zoom: int) -> Image.Image:
+    """A photo (H, W, 3), enlarged by an integer factor, with the patches of `mask` (gh, gw) covered."""
+    picture = _enlarged(photo, zoom)
+    draw = ImageDraw.Draw(picture)
+    height, width = picture.height / mask.shape[0], picture.width / mask.shape[1]
     for row, column in np.argwhere(mask):
         box = (column * width, row * height, (column + 1) * width - 1, (row + 1) * height - 1)
         draw.rectangle(box, fill=(128, 128, 128), outline=(96, 96, 96))
-    picture = Image.new("RGB", (2 * left.width + MARGIN, left.height), PAPER)
-    picture.paste(left, (0, 0))
-    picture.paste(right, (left.width + MARGIN, 0))
+    return picture
+
+
+def masked(photo: np.ndarray, mask: np.ndarray, *further: np.ndarray) -> Image.Image:
+    """A photo (H, W, 3), beside it a copy with the patches of `mask` (gh, gw) covered, and further images."""
+    zoom = zoom_of(photo)
+    size = (photo.shape[1] * zoom, photo.shape[0] * zoom)
+    others = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in further]
+    return _in_rows([[_enlarged(photo, zoom), covered(photo, mask, zoom), *others]])
+
+
+def beside(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """Images (H, W, 3) beside each other in rows below each other, all enlarged by one integer factor."""
+    zoom = zoom_of(rows[0][0])
+    return _in_rows([[_enlarged(image, zoom) for image in row] for row in rows])
+
+
+def zoom_of(photo: np.ndarray) -> int:
+    """The integer factor that brings small photos to nearly LEAST pixels."""
+    return max(1, LEAST // max(photo.shape[:2]))
+
+
+def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8
+    """An image as bytes, one channel as gray; of more than three channels the first three."""
+    x = np.clip(np.rint(image.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
+    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]
+
+
+def _enlarged(image: np.ndarray, zoom: int) -> Image.Image:
+    size = (image.shape[1] * zoom, image.shape[0] * zoom)
+    return Image.fromarray(image).resize(size, Image.Resampling.NEAREST)
+
+
+def _in_rows(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    width = max(sum(image.width + MARGIN for image in row) for row in rows) - MARGIN
+    height = sum(max(image.height for image in row) + MARGIN for row in rows) - MARGIN
+    picture, top = Image.new("RGB", (width, height), PAPER), 0
+    for row in rows:
+        left = 0
+        for image in row:
+            picture.paste(image, (left, top))
+            left += image.width + MARGIN
+        top += max(image.height for image in row) + MARGIN
     return picture
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
@@ -13,11 +12,13 @@ from ..text import one_line, shown_name
 from . import results
 from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, failed, find_images
 from .loading import add_model_arguments, load_model, load_processor
-from .terminal import UsageError, out, print_json_list, progress, table
+from .terminal import UsageError, out, positive, print_json_list, progress, table
+from .views import add_view_arguments, config_changes, inference_of, processor_of
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..sliding import Inference
     from .pictures import Colour
 
 HELP = "find the class of every pixel, drawn as images"
@@ -34,10 +35,11 @@ Images that cannot be read are named on stderr and skipped; the exit code is the
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
+  minibeit segment street.jpg --model DIR --output out --slide         as the papers' numbers are made
+  minibeit segment street.jpg --model DIR --output out --slide --flip --scales 0.5 0.75 1 1.25 1.5 1.75
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
-ROOM = 256 << 20  # bytes for scores at the image's size: 150 classes of a large photo would take gigabytes
 ADE20K_CLASSES = 150
 
 
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
     parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
+    parser.add_argument("-b", "--batch-size", type=positive, metavar="B", help="windows computed at a time (default 1)")
+    add_view_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,14 +83,17 @@ def run(args: argparse.Namespace) -> int:
             f"{others[0]}: is the result of another model, {results.model_in(others[0])}; choose another --output, or "
             f"--overwrite removes its {len(others)} results"
         )
-    model = load_model(BeitForSemanticSegmentation, args)
+    model = load_model(BeitForSemanticSegmentation, args, **config_changes(args))
+    how = inference_of(args, model.config)
+    if args.scores and how.views > 1:
+        raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
     folder.mkdir(parents=True, exist_ok=True)
     for labels in others:
         results.remove(labels)
-    processor = load_processor(args.model, model.config, args.quiet)
+    processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     colours = palette(args.palette, model.config.num_labels)
     errors: list[str] = []
-    rows = _segmented(list(zip(found, outputs)), model, processor, colours, mark, args.quiet, errors)
+    rows = _segmented(list(zip(found, outputs)), model, processor, how, colours, mark, args.quiet, errors)
     if args.json:
         print_json_list(rows)
     else:
@@ -105,38 +112,6 @@ def palette(name: str, count: int) -> list[Colour]:
     if name == "ade20k" or count == ADE20K_CLASSES:
         return known("ade20k")[:count]
     return distinct_colours(count)
-
-
-def label_map(processor: Any, logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Class ids (H, W) of logits (1, K, h, w), computed a few classes at a time; same result as all at once."""
-    import numpy as np
-
-    classes = contenders(logits[0])
-    step = max(1, ROOM // (size[0] * size[1] * logits.itemsize))
-    labels, best = np.zeros(size, np.int64), np.full(size, -np.inf, logits.dtype)
-    for first in range(0, len(classes), step):
-        some = classes[first : first + step]
-        part = SimpleNamespace(logits=logits[:, some])
-        (here,) = processor.post_process_semantic_segmentation(part, [size], return_segmentation_scores=True)
-        top = here.segmentation_scores.max(axis=0)
-        better = top > best  # on a tie the lower class stays, as argmax has it
-        labels[better], best[better] = some[here.segmentation[better]], top[better]
-    return labels
-
-
-def contenders(logits: np.ndarray) -> np.ndarray:  # (K, h, w) -> (n,)
-    """The classes that can be the largest anywhere after a bilinear resize.
-
-    A resized value lies between the minimum and the maximum of four neighbours; a class whose maximum is below the
-    minimum of another class in every such square is ruled out.
-    """
-    import numpy as np
-
-    x = np.pad(logits, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    corners = [x[:, :-1, :-1], x[:, :-1, 1:], x[:, 1:, :-1], x[:, 1:, 1:]]
-    least, greatest = np.minimum.reduce(corners), np.maximum.reduce(corners)
-    rounding = 1e-5 * np.abs(logits).max()
-    return np.flatnonzero((greatest + rounding >= least.max(axis=0)).any(axis=(1, 2)))
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
@@ -163,6 +138,7 @@ def _segmented(
     work: list[tuple[Found, dict[str, Path]]],
     model: Any,
     processor: Any,
+    how: Inference,
     colours: list[Colour],
     mark: str,
     quiet: bool,
@@ -172,7 +148,7 @@ def _segmented(
         try:
             if entry.error is not None:
                 raise ValueError(entry.error)
-            yield _segment(entry, paths, model, processor, colours, mark)
+            yield _segment(entry, paths, model, processor, how, colours, mark)
         except ValueError as error:
             result = failed(entry.file, entry.named(str(error)))
             errors.append(str(result.error))
@@ -180,15 +156,20 @@ def _segmented(
 
 
 def _segment(
-    entry: Found, paths: dict[str, Path], model: Any, processor: Any, colours: list[Colour], mark: str
+    entry: Found, paths: dict[str, Path], model: Any, processor: Any, how: Inference, colours: list[Colour], mark: str
 ) -> dict[str, Any]:
     from ..images.loading import load_image, read_picture
+    from ..sliding import largest_logit, largest_mean_probability, views_of
     from . import pictures
 
     picture = read_picture(entry.source, processor.apply_exif_orientation)
-    outputs = model(processor(picture).pixel_values)
     size = picture.height, picture.width
-    labels = label_map(processor, check_finite(outputs.logits), size)
+    views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
+    if how.views == 1:
+        logits = next(views).logits
+        labels = largest_logit(logits, size)
+    else:
+        labels = largest_mean_probability(views, size)
     classes = _shares(labels, model.config.id2label, colours)
     pictures.save_png(pictures.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
     legend = pictures.legend([(colours[c["index"]], shown_name(c["label"]), _percent(c["share"])) for c in classes])
@@ -199,7 +180,7 @@ def _segment(
     if "scores" in paths:
         from ..checkpoint.formats.npz_file import write_npz
 
-        write_npz(paths["scores"], {"logits": outputs.logits[0]})
+        write_npz(paths["scores"], {"logits": logits})
     return {
         "file": entry.file,
         "height": size[0],

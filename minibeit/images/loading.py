@@ -69,10 +69,25 @@ def load_image(
     rounded.  Raises ImageError, naming file or argument, for what cannot be read or converted to that many channels.
     Source: PilBackend.process_image and image_transforms.convert_to_rgb of transformers 5.
     """
+    name, item = decoded(item, name, apply_exif_orientation)
+    return pixels_of(item, name, channels, input_data_format, value_range)
+
+
+def decoded(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[str, Any]:
+    """(name for messages, PIL image with its pixels in memory, upright) of a path or PIL image; arrays as they are."""
     if isinstance(item, (str, os.PathLike)):
-        name, item = str(item), read_picture(item, apply_exif_orientation)
-    elif isinstance(item, Image.Image):
-        name, item = _loaded(item, name, apply_exif_orientation)
+        return str(item), read_picture(item, apply_exif_orientation)
+    return _loaded(item, name, apply_exif_orientation) if isinstance(item, Image.Image) else (name, item)
+
+
+def pixels_of(
+    item: Any,
+    name: str,
+    channels: int | None = 3,
+    input_data_format: str | None = None,
+    value_range: float | None = None,
+) -> np.ndarray:
+    """What `load_image` returns, of an array or an image that `decoded` has read."""
     if isinstance(item, Image.Image):
         with _reading(name):
             if value_range is not None and (item.mode == "F" or item.mode.startswith("I")):
@@ -197,6 +212,12 @@ def _upright(image: Image.Image) -> Image.Image:
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
     return image
+
+
+def is_plain(image: Any, channels: int | None) -> bool:
+    """Whether an image's pixels need no conversion to that many channels: bytes, and no transparency."""
+    plain = isinstance(image, Image.Image) and image.mode == MODES.get(channels or 0) and channels in (1, 3)
+    return plain and image.info.get("transparency") is None
 
 
 def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarray:  # -> (H, W) or (H, W, C)

@@ -19,18 +19,31 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     256 levels and returned as float32 in 0..1.  Raises ImageError for other values.
     Source: image_transforms.resize of transformers 5, bit for bit equal.
     """
-    height, width = resized_shape(pixels.shape[:2], size, name)
-    if pixels.shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
-        raise ImageError(
-            f"{name}: expected a less elongated image, found {pixels.shape[0]} x {pixels.shape[1]}; "
-            f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
-        )
+    height, width = _checked_shape(pixels.shape[:2], size, name)
     levels, in_unit_range = _to_bytes(pixels, name)
     parts = [levels] if levels.shape[-1] in (3, 4) else np.split(levels, levels.shape[-1], axis=-1)
     pictures = [Image.fromarray(part[..., 0] if part.shape[-1] == 1 else part) for part in parts]
     arrays = [np.asarray(picture.resize((width, height), Image.Resampling(resample))) for picture in pictures]
     resized = arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, axis=-1)
     return _multiplied(resized, 1 / 255) if in_unit_range else resized
+
+
+def resize_picture(picture: Image.Image, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
+    """`resize` of the pixels of a PIL image of bytes, without a copy of them: (height, width, C)."""
+    height, width = _checked_shape((picture.height, picture.width), size, name)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
+    return resized if resized.ndim == 3 else resized[..., None]
+
+
+def _checked_shape(shape: tuple[int, ...], size: dict[str, int], name: str) -> tuple[int, int]:
+    """`resized_shape`.  Raises ImageError if the resizing itself would take too many pixels."""
+    height, width = resized_shape(shape, size, name)
+    if shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
+        raise ImageError(
+            f"{name}: expected a less elongated image, found {shape[0]} x {shape[1]}; "
+            f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
+        )
+    return height, width
 
 
 def resized_shape(shape: tuple[int, ...], size: dict[str, int], name: str = "image") -> tuple[int, int]:

@@ -161,10 +161,15 @@ def _conv_products(args: Sequence[Any], result: Array) -> int:
 
 
 def _taps(layer: Any) -> int:
-    """Positions in the kernel window.  Packed layers have `taps` (one matrix each) or 3x3 `parts`, or are linear."""
+    """Positions in the kernel window.
+
+    Packed layers have a `kernel` (height, width), `taps` (one matrix each) or 3x3 `parts`, or are linear.
+    """
     weight: Any = getattr(getattr(layer, "conv", layer), "weight", None)
     if len(getattr(weight, "shape", ())) == 4:
         return math.prod(weight.shape[2:])
+    if hasattr(layer, "kernel"):
+        return math.prod(layer.kernel)
     if hasattr(layer, "taps"):
         return len(layer.taps)
     return 9 if hasattr(layer, "parts") else 1
@@ -230,6 +235,9 @@ class Ops(Protocol):
     @op(kind=ARRAYS, backends=GPU, shape=lambda x, grid: (x.shape[0], x.shape[2], *grid))
     def tokens_to_map(self, x: Array, grid: tuple[int, int]) -> Array: ...
 
+    @op(kind=ARRAYS, backends=GPU, shape=lambda x: (x.shape[0], *x.shape[2:]))
+    def argmax_channels(self, x: Array) -> Array: ...
+
     @op(kind=ARRAYS, backends=GPU)
     def masked_patches(self, x: Array, mask: Array) -> Array: ...
 
@@ -288,6 +296,15 @@ class Ops(Protocol):
     @op(backends=FAST, shape=_convolved, products=_conv_products)
     def conv2d(self, x: Array, conv: Any) -> Array: ...
 
+    @op(backends=FAST, shape=_convolved, products=_conv_products, error_budget=WINOGRAD)
+    def relu_conv2d(self, x: Array, conv: Any) -> Array: ...
+
+    @op(backends=FAST, shape=lambda x, conv, *_: _convolved(x, conv), products=_conv_products, error_budget=WINOGRAD)
+    def relu_conv2d_residual(self, x: Array, conv: Any, gain: float, residual: Array) -> Array: ...
+
+    @op(backends=FAST, shape=lambda ids, conv: (ids.shape[0], conv.weight.shape[0], *ids.shape[1:]))
+    def conv2d_one_hot(self, ids: Array, conv: Any) -> Array: ...
+
     @op(
         backends=FAST,
         shape=lambda x, layer: _convolved(x, layer.conv),
@@ -315,6 +332,9 @@ class Ops(Protocol):
     @op(backends=FAST, shape=lambda x: (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
     def max_pool2x2(self, x: Array) -> Array: ...
 
+    @op(backends=FAST, shape=lambda x: _resized(x, (2 * x.shape[2], 2 * x.shape[3])))
+    def upsample2x2(self, x: Array) -> Array: ...
+
     @op(backends=FAST, shape=lambda x, size: _resized(x, (size, size)))
     def adaptive_avg_pool(self, x: Array, size: int) -> Array: ...
 
@@ -323,6 +343,17 @@ class Ops(Protocol):
 
     @op(backends=GPU, shape=_resized)
     def resize_bicubic(self, x: Array, size: tuple[int, int]) -> Array: ...
+
+    # Training a tokenizer
+
+    @op(shape=_same)
+    def gumbel_softmax(self, logits: Array, noise: Array, temperature: float) -> Array: ...
+
+    @op(shape=_scalar)
+    def divergence_from_uniform(self, logits: Array) -> Array: ...
+
+    @op(shape=_scalar)
+    def logit_laplace_loss(self, statistics: Array, pixels: Array) -> Array: ...
 
     # Losses
 

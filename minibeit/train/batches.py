@@ -11,10 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..image_processor import BeitImageProcessor
-from ..images.loading import load_image, read_picture
-from ..images.transforms import to_pixel_values
+from ..images.loading import load_image
 from .augment import augmented, erase
-from .examples import Example
 from .recipes import Recipe
 
 Item = TypeVar("Item")
@@ -23,27 +21,35 @@ AHEAD = 2  # batches that are decoded before they are asked for
 
 
 def training_pixels(
-    example: Example, recipe: Recipe, processor: BeitImageProcessor, shape: tuple[int, int], key: Sequence[int]
+    path: str, recipe: Recipe, processor: BeitImageProcessor, shape: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:  # -> (C, h, w)
-    """The normalised pixels of a picture, changed at random by a generator that `key` alone seeds."""
-    rng = np.random.default_rng(list(key))
-    channels = len(processor.image_mean) if isinstance(processor.image_mean, list) else 3
-    pixels = load_image(read_picture(example.path, processor.apply_exif_orientation), example.path, channels)
-    flat = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-    changed = np.asarray(augmented(Image.fromarray(flat), shape, recipe, rng)).reshape(*shape, channels)
-    mean, std = ([v] * channels if isinstance(v, float) else v for v in (processor.image_mean, processor.image_std))
-    values = to_pixel_values(
-        changed,
-        processor.rescale_factor if processor.do_rescale else None,
-        mean if processor.do_normalize else None,
-        std if processor.do_normalize else None,
+    """The normalised pixels of an image, changed at random."""
+    changed = np.asarray(augmented(read_image(path, processor), shape, recipe, rng))
+    return erase(normalised(changed, processor), recipe.erasing, rng)
+
+
+def read_image(path: str, processor: BeitImageProcessor) -> Image.Image:
+    """An image file as the processor reads it, before it is resized."""
+    mean = processor.image_mean
+    pixels = load_image(
+        path,
+        channels=len(mean) if isinstance(mean, list) else 3,
+        apply_exif_orientation=processor.apply_exif_orientation,
+        value_range=processor.value_range,
     )
-    return erase(values, recipe.erasing, rng)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def judged_pixels(example: Example, processor: BeitImageProcessor) -> np.ndarray:  # -> (C, h, w)
-    """The pixels of a picture as `minibeit classify` will make them."""
-    return processor(example.path).pixel_values[0]
+def normalised(image: np.ndarray, processor: BeitImageProcessor) -> np.ndarray:  # (h, w, C) or (h, w) -> (C, h, w)
+    """What the processor makes of an image that has its final size."""
+    pixels = image.reshape(*image.shape[:2], -1)
+    whole = dict(do_resize=False, do_center_crop=False, input_data_format="channels_last")
+    return processor(pixels, **whole).pixel_values[0]
+
+
+def judged_pixels(path: str, processor: BeitImageProcessor) -> np.ndarray:  # -> (C, h, w)
+    """The pixels of an image as `minibeit classify` will make them."""
+    return processor(path).pixel_values[0]
 
 
 def order_of(count: int, seed: int, epoch: int) -> np.ndarray:  # -> (count,)
@@ -52,14 +58,13 @@ def order_of(count: int, seed: int, epoch: int) -> np.ndarray:  # -> (count,)
 
 
 def in_batches(
-    items: Sequence[Item], size: int, read: Callable[[Item], np.ndarray], workers: int
-) -> Iterator[tuple[Sequence[Item], np.ndarray]]:
-    """(items, pixels (B, C, h, w)) of `size` items each, the last perhaps of fewer, read ahead by threads."""
+    items: Sequence[Item], size: int, read: Callable[[Item], Result], workers: int
+) -> Iterator[tuple[Sequence[Item], list[Result]]]:
+    """(items, what `read` makes of them) of `size` items each, the last perhaps of fewer, read ahead by threads."""
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    flat = (item for part in parts for item in part)
-    read_ahead = ahead(flat, read, workers, size * AHEAD)
+    read_ahead = ahead((item for part in parts for item in part), read, workers, size * AHEAD)
     for part in parts:
-        yield part, np.stack([next(read_ahead) for _ in part])
+        yield part, [next(read_ahead) for _ in part]
 
 
 def ahead(items: Iterable[Any], function: Callable[[Any], Any], workers: int, most: int) -> Iterator[Any]:

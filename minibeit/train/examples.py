@@ -24,6 +24,7 @@ from ..text import shown_name
 
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+UNLABELLED = "unlabelled"  # images for pre-training
 KINDS = {"label": SINGLE, "labels": MULTI, "value": REGRESSION, "values": REGRESSION}  # column or key -> problem type
 SHOWN = 5
 
@@ -87,40 +88,91 @@ def read_examples(
     Raises ValueError, one sentence, for data that nothing can be learned from; warns of images that are in both
     parts.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number of at least 0 and below 1, found {fraction}")
+    _check_fraction(fraction)
     path = Path(data)
-    if path.is_dir():
-        problem, found = SINGLE, _folder(path)
-    elif path.is_file():
-        problem, found = _listed(path)
-    else:
-        raise FileNotFoundError(f"{path}: there is no such folder or list of images")
+    problem, found = find_examples(path)
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
+    return _parted(path, problem, classes, good, unreadable, fraction, seed)
+
+
+def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int = 0, workers: int = 2) -> Examples:
+    """The images of a folder at any depth, or of a list as `read_examples` takes it, whose labels are not looked at.
+
+    Where no split is given, `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence,
+    for data without images; warns of images that are in both parts.
+    """
+    _check_fraction(fraction)
+    path = Path(data)
+    if path.is_dir():
+        found = [Example(str(file), None) for file in images_in(path)]
+    elif path.is_file():
+        found = [_unlabelled(path, where, row) for where, row in rows_of(path)]
+    else:
+        raise _nothing_there(path)
+    good, unreadable = _readable(found, workers)
+    if not good:
+        raise ValueError(f"{path}: expected images to learn from, found {len(found)}, none of which can be read")
+    return _parted(path, UNLABELLED, (), good, unreadable, fraction, seed)
+
+
+def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
+    return Example(_file(path, where, row), None, part_of(where, row.get("split")))
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 <= fraction < 1:
+        raise ValueError(f"share held out: expected a number of at least 0 and below 1, found {fraction}")
+
+
+def _nothing_there(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"{path}: there is no such folder or list of images")
+
+
+def _parted(
+    path: Path,
+    problem: str,
+    names: tuple[str, ...],
+    good: list[Example],
+    unreadable: list[str],
+    fraction: float,
+    seed: int,
+) -> Examples:
+    """The two parts, split as the data says or by `seed`."""
+    if len({example.held_out is None for example in good}) > 1:
+        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
     if all(example.held_out is None for example in good):
         good = _split(good, problem, fraction, seed)
     train = tuple(example for example in good if not example.held_out)
     held_out = tuple(example for example in good if example.held_out)
     if not train:
         raise ValueError(f"{path}: expected images to learn from, found only {len(held_out)} held-out ones")
-    _warn_of_duplicates(train, held_out)
-    return Examples(problem, classes, train, held_out, tuple(unreadable))
+    warn_of_duplicates(train, held_out)
+    return Examples(problem, names, train, held_out, tuple(unreadable))
+
+
+def find_examples(path: Path) -> tuple[str, list[Example]]:
+    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no image read."""
+    if path.is_dir():
+        return SINGLE, _folder(path)
+    if path.is_file():
+        return _listed(path)
+    raise _nothing_there(path)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
 def _folder(path: Path) -> list[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     parts = {folder.name.lower(): folder for folder in folders}
     train = next((parts[name] for name in TRAIN if name in parts), None)
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: its folders images and annotations are data for segmentation; a classifier learns from "
-            "one folder a class"
+            f"{path}: its folders images and annotations hold data for segmentation (--task segmentation); a "
+            "classifier learns from one folder per class"
         )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]
@@ -130,29 +182,36 @@ def _folder(path: Path) -> list[Example]:
     return found
 
 
-def _subfolders(path: Path) -> list[Path]:
+def subfolders(path: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are left out."""
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
-    folders = _subfolders(path)
+    folders = subfolders(path)
     if not folders:
         raise ValueError(f"{path}: expected a folder for each class with its images in it, found no folder")
     for folder in folders:
-        files = sorted(
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
+        files = images_in(folder)
         if not files and not held_out:
             raise ValueError(f"{folder}: this class is empty; put images (.png, .jpg, ...) into it or remove it")
         yield from (Example(str(file), folder.name, held_out) for file in files)
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and in the folders in it, by name."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
 # Lists ----------------------------------------------------------------------------------------------------------------
 
 
-def _listed(path: Path) -> tuple[str, list[Example]]:
+def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file and line, what it says) for every line of a list."""
     if path.suffix.lower() not in (".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
     try:
@@ -161,6 +220,11 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
         raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
     if not rows:
         raise ValueError(f"{path}: expected an image and its label in each line, found no line")
+    return rows
+
+
+def _listed(path: Path) -> tuple[str, list[Example]]:
+    rows = rows_of(path)
     keys = [key for key in KINDS if key in rows[0][1]]
     if "path" not in rows[0][1] or len(keys) != 1:
         raise ValueError(
@@ -168,15 +232,17 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
         )
     key, found = keys[0], []
     for where, row in rows:
-        if not isinstance(row.get("path"), str) or not row["path"]:
-            raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
-        file = str(path.parent / row["path"])
-        found.append(Example(file, _label(where, key, row.get(key), path.parent), _part(where, row.get("split"))))
-    if len({example.held_out is None for example in found}) > 1:
-        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
+        label = _label(where, key, row.get(key), path.parent)
+        found.append(Example(_file(path, where, row), label, part_of(where, row.get("split"))))
     if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
         raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
     return KINDS[key], found
+
+
+def _file(path: Path, where: str, row: dict[str, Any]) -> str:
+    if not isinstance(row.get("path"), str) or not row["path"]:
+        raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
+    return str(path.parent / row["path"])
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -199,7 +265,8 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _part(where: str, word: Any) -> bool | None:
+def part_of(where: str, word: Any) -> bool | None:
+    """Whether a word for a part of the data means what is held out; None for no word.  Raises ValueError for others."""
     if word in (None, ""):
         return None
     if str(word).lower() not in (*TRAIN, *HELD_OUT):
@@ -211,7 +278,7 @@ def _label(where: str, key: str, value: Any, folder: Path) -> Any:
     if key == "label":
         if isinstance(value, (list, dict)) or _is_picture(value, folder):
             raise ValueError(
-                f"{where}: expected the name of one class, found {brief(value)}; label maps are for segmentation"
+                f"{where}: expected the name of one class, found {brief(value)}; label maps are for --task segmentation"
             )
         if value is None or str(value).strip() == "":
             raise ValueError(f"{where}: expected the name of a class, found nothing")
@@ -301,7 +368,8 @@ def _split(examples: list[Example], problem: str, fraction: float, seed: int) ->
     return [replace(example, held_out=i in chosen) for i, example in enumerate(examples)]
 
 
-def _warn_of_duplicates(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
+    """Warns of files that are in both parts, by `digest` and `path` of the examples."""
     learned = {example.digest: example.path for example in train}
     twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
     if twice:

@@ -8,43 +8,49 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..image_processor import BeitImageProcessor
-from ..model.masked_modeling import IGNORE_INDEX
 from ..noise import Noise
 from ..params import flatten, unflatten
 from ..trace import Trace
-from .augment import mixed, smoothed
-from .batches import ahead, in_batches, judged_pixels, order_of, training_pixels
-from .examples import MULTI, SINGLE, Example, Examples
-from .gradients import Gradients, value_and_grad
-from .metrics import better, draw_curves, metrics, right_answers, write_log
-from .optimizer import AdamW, AverageOfWeights, clipped, global_norm
+from .batches import in_batches, order_of
+from .gradients import value_and_grad
+from .metrics import better, draw_curves, write_log
+from .objective import Batch, Objective
+from .optimizer import AdamW, AverageOfWeights, clipped, set_running
 from .recipes import Recipe
-from .schedule import Cosine
 from .state import State, Stopped, StopSign, digest, load_state, save_state, stop_signals
 
 LOG_NAME, CURVES_NAME = "log.jsonl", "curves.png"
 SAVE_SECONDS = 600  # within an epoch the state is saved so often
-MIXING = 1 << 20  # keeps the generators of mixup apart from those of pictures
+MIXING = 1 << 20  # keeps the generators of mixup apart from those of images
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step has to tell: means of the epoch so far, pictures a second, and the seconds left."""
+    """What a step has to tell: means of the epoch so far, images a second, and the seconds left."""
 
     step: int
     steps: int
     epoch: int
     loss: float
-    accuracy: float
+    accuracy: float | None  # None where nothing is right or wrong
     images_per_s: float
     seconds_left: float
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a batch teaches: its loss, the tree of gradients, and how many of its answers were right."""
+
+    loss: float
+    grads: Any
+    right: float
+    answers: int
 
 
 class NotFinite(ValueError):
@@ -52,18 +58,18 @@ class NotFinite(ValueError):
 
 
 class Trainer:
-    """Trains a `BeitForImageClassification` on `examples` as `recipe` says; `folder` gets the best model.
+    """Trains a model for an `objective` as `recipe` says; `folder` gets the best model.
 
     `frozen` has the names or patterns of what is not learned, `accumulate` in how many pieces a batch is computed,
-    `recompute` trades time for memory, `workers` threads decode pictures.  `tell` gets a `Progress` after each step.
+    `recompute` trades time for memory, `workers` threads decode images.  `tell` gets a `Progress` after each step,
+    `record` the number of the step and named numbers after each step and each epoch.
     The result depends on `seed` and on nothing else: not on the number of workers, nor on stops in between.
     """
 
     def __init__(
         self,
         model: Any,
-        examples: Examples,
-        processor: BeitImageProcessor,
+        objective: Objective,
         recipe: Recipe,
         folder: str | os.PathLike[str],
         *,
@@ -73,17 +79,19 @@ class Trainer:
         recompute: bool = False,
         workers: int = 2,
         tell: Callable[[Progress], None] = lambda progress: None,
+        record: Callable[[int, dict[str, float]], None] = lambda step, numbers: None,
     ) -> None:
-        self.model, self.examples, self.processor, self.recipe = model, examples, processor, recipe
-        self.folder, self.seed, self.recompute, self.workers, self.tell = Path(folder), seed, recompute, workers, tell
+        self.model, self.objective, self.recipe, self.folder = model, objective, recipe, Path(folder)
+        self.seed, self.recompute, self.workers, self.tell, self.record = seed, recompute, workers, tell, record
         self.frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
-        self.batch_size = min(recipe.batch_size, len(examples.train))
+        self.batch_size = min(recipe.batch_size, len(objective.train))
         self.pieces = min(accumulate, self.batch_size)
-        self.steps_per_epoch = len(examples.train) // self.batch_size  # what is left over waits for another epoch
+        self.steps_per_epoch = len(objective.train) // self.batch_size  # what is left over waits for another epoch
         self.steps = recipe.epochs * self.steps_per_epoch
+        settings = dataclasses.asdict(dataclasses.replace(recipe, source=""))
         self.identity = {
-            "pictures, labels or split": examples.fingerprint,
-            "settings": digest([dataclasses.asdict(recipe), seed, self.frozen, accumulate]),
+            "pictures, labels or split": objective.fingerprint,
+            "settings": digest([settings, seed, self.frozen, accumulate]),
             "config": digest(model.config.to_dict()),
             "weights of --model": digest(dict(model.arrays)),
         }
@@ -92,14 +100,11 @@ class Trainer:
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
             decay_tables=recipe.decay_tables,
+            decay_tokens=recipe.decay_tokens,
+            table_rate=recipe.table_rate,
             frozen=self.frozen,
         )
-        self.optimizer.slots = [
-            replace(slot, rate=slot.rate * recipe.table_rate) if slot.name.endswith("bias_table") else slot
-            for slot in self.optimizer.slots
-        ]
-        warmup = min(round(recipe.warmup * self.steps_per_epoch), self.steps - 1)
-        self.schedule = Cosine(recipe.lr, self.steps, warmup, min(recipe.floor, recipe.lr))
+        self.rate = recipe.schedule(self.steps, self.steps_per_epoch)
         self.average = AverageOfWeights(self.optimizer, recipe.average) if recipe.average else None
         self.state = State()
 
@@ -120,22 +125,22 @@ class Trainer:
         for name, vector in self._vectors().items():
             vector[...] = vectors[name]
 
-    def evaluate(self, examples: Sequence[Example], sign: StopSign | None = None) -> dict[str, float]:
-        """The metrics of the model on pictures as `minibeit classify` would read them."""
-        logits = []
-        for _, pixels in in_batches(examples, self.batch_size, self._judged_pixels, self.workers):
-            logits.append(self.model(pixels).logits)
+    def evaluate(self, examples: Sequence[Any], sign: StopSign | None = None) -> dict[str, float]:
+        """The metrics of the model on examples as it will be asked about them."""
+        score = self.objective.score()
+        for _, samples in in_batches(examples, self.batch_size, self._read_judged, self.workers):
+            batch = self.objective.batch(samples)
+            score.add(self.model(batch.pixels, **batch.inputs), batch)
             if sign is not None and sign.asked:
                 raise Stopped
-        problem = self.examples.problem
-        return metrics(np.concatenate(logits), self.examples.targets(examples), problem)
+        return score.metrics()
 
     # One epoch --------------------------------------------------------------------------------------------------------
 
     def _train_epoch(self, sign: StopSign) -> None:
         started, saved, first = time.monotonic(), time.monotonic(), self.state.step
-        for chosen, pixels in self._batches():
-            self._step(chosen, pixels)
+        for batch in self._batches():
+            self._step(batch)
             seconds = time.monotonic() - started
             self.tell(self._progress((self.state.step - first) / max(seconds, 1e-9)))
             if sign.asked:
@@ -144,88 +149,78 @@ class Trainer:
                 self._save()
                 saved = time.monotonic()
 
-    def _batches(self) -> Iterator[tuple[list[Example], np.ndarray]]:
+    def _batches(self) -> Iterator[Batch]:
         """The batches of the epoch at hand that have not been used yet."""
-        epoch, size = len(self.state.history), self.batch_size
-        order = order_of(len(self.examples.train), self.seed, epoch)[: self.steps_per_epoch * size]
+        epoch, size, train = len(self.state.history), self.batch_size, self.objective.train
+        order = order_of(len(train), self.seed, epoch)[: self.steps_per_epoch * size]
         left = order[(self.state.step - epoch * self.steps_per_epoch) * size :].tolist()
-        shape = self.model.config.image_shape
 
-        def read(i: int) -> np.ndarray:
-            key = (self.seed, epoch, i)
-            return training_pixels(self.examples.train[i], self.recipe, self.processor, shape, key)
+        def read(i: int) -> Any:
+            return self.objective.read(train[i], (self.seed, epoch, i))
 
-        pixels = ahead(left, read, self.workers, 2 * size)
-        for start in range(0, len(left), size):
-            chosen = [self.examples.train[i] for i in left[start : start + size]]
-            yield chosen, np.stack([next(pixels) for _ in chosen])
+        for _, samples in in_batches(left, size, read, self.workers):
+            yield self.objective.batch(samples)
 
-    def _step(self, chosen: list[Example], pixels: np.ndarray) -> None:
+    def _step(self, batch: Batch) -> None:
         state = self.state
-        labels = self.examples.targets(chosen)
-        pixels, targets = self._mixed(pixels, labels)
-        found = self._gradients(pixels, targets)
-        norm = global_norm(found.grads)
+        batch = self.objective.for_step(batch, state.step / self.steps, (self.seed, state.step, MIXING))
+        found = self._learned(batch)
+        grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
-            raise NotFinite(self._first_not_finite(found, pixels))
-        grads = clipped(found.grads, self.recipe.clip)[0] if self.recipe.clip else found.grads
-        self.optimizer.step(grads, self.schedule(state.step))
+            raise NotFinite(self._first_not_finite(found, batch))
+        rate = self.rate(state.step)
+        self.optimizer.step(grads, rate)
         if self.average is not None:
             self.average.update()
         state.step += 1
-        state.seen += len(chosen)
-        state.loss_sum += found.loss * len(chosen)
-        state.right += right_answers(found.output, targets, self.examples.problem)
+        state.seen += len(batch)
+        state.loss_sum += found.loss * len(batch)
+        state.right += found.right
+        state.answers += found.answers
+        self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
 
-    def _mixed(self, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        recipe, K = self.recipe, len(self.examples.names)
-        if self.examples.problem != SINGLE or not (recipe.mixup or recipe.cutmix):
-            return pixels, labels
-        rng = np.random.default_rng([self.seed, self.state.step, MIXING])
-        return mixed(pixels, smoothed(labels, K, recipe.smoothing), recipe, rng)
-
-    def _gradients(self, pixels: np.ndarray, targets: np.ndarray) -> Gradients:
-        """Loss, gradients and logits of a batch, computed in pieces."""
-        parts = np.array_split(np.arange(len(pixels)), self.pieces)
-        total: dict[str, np.ndarray] = {}
-        loss, logits, grads = 0.0, [], None
-        for part in parts:
-            found = value_and_grad(
-                self.model,
-                pixels[part],
-                loss=self._loss(targets[part]),
-                rng=Noise(self.seed, self.state.step, first_sample=int(part[0])),
-                frozen=self.frozen,
-                recompute=self.recompute,
-            )
-            if len(parts) == 1:
-                return replace(found, output=found.output.logits)
-            share = len(part) / len(pixels)
-            loss += found.loss * share
-            logits.append(found.output.logits)
-            grads = found.grads
-            for name, g in flatten(grads).items():
+    def _learned(self, batch: Batch) -> Learned:
+        """What a batch teaches, computed in pieces."""
+        pieces = np.array_split(np.arange(len(batch)), self.pieces)
+        if len(pieces) == 1:
+            return self._learned_of(batch, 0)
+        terms = max(self.objective.terms(batch), 1)
+        total = Learned(0.0, None, 0.0, 0)
+        sums: dict[str, np.ndarray] = {}
+        for rows in pieces:
+            piece = batch.rows(rows)
+            found = self._learned_of(piece, first_sample=int(rows[0]))
+            share = self.objective.terms(piece) / terms
+            for name, g in flatten(found.grads).items():
                 scaled = g * g.dtype.type(share)
-                total[name] = total[name] + scaled if name in total else scaled
-        assert grads is not None
-        return Gradients(loss, unflatten(grads, total), np.concatenate(logits), {})
+                sums[name] = sums[name] + scaled if name in sums else scaled
+            grads = unflatten(found.grads, sums)
+            total = Learned(
+                total.loss + found.loss * share, grads, total.right + found.right, total.answers + found.answers
+            )
+        return total
 
-    def _loss(self, targets: np.ndarray) -> Callable[[Any, Any], Any]:
-        problem, smoothing = self.examples.problem, self.recipe.smoothing
-        if problem == MULTI:
-            return lambda ops, output: ops.bce_with_logits(output.logits, targets)
-        if problem != SINGLE:
-            return lambda ops, output: ops.mse_loss(output.logits, targets)
-        if targets.ndim == 2:
-            return lambda ops, output: ops.soft_cross_entropy(output.logits, targets)
-        return lambda ops, output: ops.cross_entropy(output.logits, targets, IGNORE_INDEX, smoothing)
+    def _learned_of(self, piece: Batch, first_sample: int) -> Learned:
+        found = value_and_grad(
+            self.model,
+            piece.pixels,
+            loss=self.objective.loss(piece),
+            rng=Noise(self.seed, self.state.step, first_sample=first_sample),
+            frozen=self.frozen,
+            batch_statistics=self.objective.batch_statistics,
+            recompute=self.recompute,
+            **piece.inputs,
+        )
+        if found.running:
+            set_running(self.model, found.running)
+        return Learned(found.loss, found.grads, *self.objective.right(found.output, piece))
 
     def _end_epoch(self, sign: StopSign) -> None:
         state = self.state
         row: dict[str, Any] = {"epoch": len(state.history) + 1, "step": state.step}
-        row.update(lr=self.schedule(state.step - 1), train_loss=state.loss_sum / state.seen)
-        if self.examples.problem in (SINGLE, MULTI):
-            row["train_accuracy"] = state.right / state.seen
+        row.update(lr=self.rate(state.step - 1), train_loss=state.loss_sum / state.seen)
+        if state.answers:
+            row["train_accuracy"] = state.right / state.answers
         try:
             with self.average.in_use() if self.average is not None else contextlib.nullcontext():
                 self._judge(row, sign)
@@ -235,24 +230,25 @@ class Trainer:
         self._save()
         write_log(self.folder / LOG_NAME, self.state.history)
         draw_curves(self.folder / CURVES_NAME, self.state.history)
+        self.record(state.step, {f"epoch/{name}": value for name, value in row.items() if isinstance(value, float)})
 
     def _judge(self, row: dict[str, Any], sign: StopSign) -> None:
         """Evaluates, and writes the model if none was better."""
-        if self.examples.held_out:
-            judged = self.evaluate(self.examples.held_out, sign)
+        if self.objective.held_out:
+            judged = self.evaluate(self.objective.held_out, sign)
             row.update({f"held_out_{name}": value for name, value in judged.items()})
         self._check_weights()
         best = next((r for r in reversed(self.state.history) if r["best"]), None)
-        row["best"] = better(row, best, self.examples.problem)
+        row["best"] = better(row, best, self.objective.best)
         if row["best"]:
-            self.processor.save_pretrained(self.folder)
-            self.model.save_pretrained(self.folder)
+            self.objective.save(self.model, self.folder)
 
     # What is kept -----------------------------------------------------------------------------------------------------
 
     def _vectors(self) -> dict[str, np.ndarray]:
         o = self.optimizer
         vectors = {"weights": o.weights, "mean": o.mean, "square": o.square, "steps": o.steps}
+        vectors.update((n, a) for n, a in flatten(self.model.plain_params).items() if ".running_" in n)
         return vectors if self.average is None else {**vectors, "average": self.average.average}
 
     def _save(self) -> None:
@@ -267,12 +263,11 @@ class Trainer:
         s = self.state
         left = (self.steps - s.step) / steps_per_s
         rate = steps_per_s * self.batch_size
-        return Progress(
-            s.step, self.steps, len(s.history) + 1, s.loss_sum / s.seen, s.right / s.seen, rate, left
-        )  # fmt: skip
+        right = s.right / s.answers if s.answers else None
+        return Progress(s.step, self.steps, len(s.history) + 1, s.loss_sum / s.seen, right, rate, left)
 
-    def _judged_pixels(self, example: Example) -> np.ndarray:
-        return judged_pixels(example, self.processor)
+    def _read_judged(self, example: Any) -> Any:
+        return self.objective.read_judged(example)
 
     # What is not finite -----------------------------------------------------------------------------------------------
 
@@ -280,16 +275,16 @@ class Trainer:
         if not np.isfinite(self.optimizer.weights).all():
             raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.plain_params))}"))
 
-    def _first_not_finite(self, found: Gradients, pixels: np.ndarray) -> str:
+    def _first_not_finite(self, found: Learned, batch: Batch) -> str:
         """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients."""
-        if not np.isfinite(pixels).all():
+        if not np.isfinite(batch.pixels).all():
             return self._sentence("the pixel values")
         if name := _first(flatten(self.model.plain_params)):
             return self._sentence(f"the weights {name}")
         if not math.isfinite(found.loss):
             trace = Trace()
             with contextlib.suppress(ValueError):
-                self.model(pixels, rng=Noise(self.seed, self.state.step), trace=trace)
+                self.model(batch.pixels, rng=Noise(self.seed, self.state.step), trace=trace, **batch.inputs)
             return self._sentence(_first(trace) or "the loss itself")
         return self._sentence(f"the gradient of {_first(dict(reversed(flatten(found.grads).items())))}")
 

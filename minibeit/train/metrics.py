@@ -51,9 +51,16 @@ def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, 
     return {"loss": float(loss), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
 
 
-def better(row: dict[str, Any], best: dict[str, Any] | None, problem: str) -> bool:
-    """Whether an epoch is at least as good as the best so far: by held-out images, or without any the later one."""
-    name, sign = BEST[problem]
+def perplexity(counts: np.ndarray) -> float:
+    """exp of the entropy of a histogram: how many tokens, if all were equally frequent, would be as varied."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def better(row: dict[str, Any], best: dict[str, Any] | None, by: tuple[str, int]) -> bool:
+    """Whether an epoch is at least as good as the best so far: by the held-out metric `by` (its name, and 1 if more is
+    better, else -1), or without held-out images the later one."""
+    name, sign = by
     if best is None or f"held_out_{name}" not in row:
         return True
     return sign * row[f"held_out_{name}"] >= sign * best[f"held_out_{name}"]
@@ -68,13 +75,13 @@ def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> N
 # The plot of the curves ---------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, MARGIN = 480, 320, 44
+SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "used", "iou")  # drawn together: shares, but for rmse
 COLORS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189))
 
 
 def draw_curves(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> None:
     """A PNG: on the left the losses by epoch, on the right the scores."""
-    scores = [name for name in rows[0] if name.rpartition("_")[2] in ("top1", "top5", "f1", "exact", "rmse")]
-    scores = [name for name in ("train_accuracy",) if name in rows[0]] + scores
+    scores = [name for name in rows[0] if name.rpartition("_")[2] in SCORES]
     losses = [name for name in ("train_loss", "held_out_loss") if name in rows[0]]
     picture = Image.new("RGB", (2 * WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(picture)

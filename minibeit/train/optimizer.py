@@ -13,7 +13,7 @@ import numpy as np
 from ..params import flatten, unflatten
 from .gradients import matching
 
-NEVER_DECAYED = ("cls_token", "position_embeddings")
+SELDOM_DECAYED = ("cls_token", "position_embeddings")
 
 
 def layer_number(name: str, num_layers: int) -> int:
@@ -25,13 +25,13 @@ def layer_number(name: str, num_layers: int) -> int:
     return num_layers + 1
 
 
-def decayed(name: str, shape: tuple[int, ...], tables: bool = True) -> bool:
+def decayed(name: str, shape: tuple[int, ...], tables: bool = True, tokens: bool = False) -> bool:
     """Whether weight decay acts on a parameter of that canonical name.
 
-    Not on vectors (biases, norms, layer scales), the CLS token and absolute positions.  As in the original the mask
-    token and the position bias tables are decayed, the latter unless `tables` is false.
+    Not on vectors (biases, norms, layer scales), nor, unless `tokens`, on the CLS token and absolute positions.  As in
+    the original the mask token and the position bias tables are decayed, the latter unless `tables` is false.
     """
-    if len(shape) < 2 or name.endswith(NEVER_DECAYED):
+    if len(shape) < 2 or (name.endswith(SELDOM_DECAYED) and not tokens):
         return False
     return tables or not name.endswith("bias_table")
 
@@ -57,7 +57,8 @@ class AdamW:
         w = w - rate (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     The rate of a parameter in layer i of L + 1 (see `layer_number`) is `layer_decay`^(L + 1 - i) times that of the
-    step.  `frozen` has names or glob patterns of what is not learned.  Raises ValueError for numbers out of range.
+    step, and that of position bias tables `table_rate` times as large.  `frozen` has names or glob patterns of what is
+    not learned.  Raises ValueError for numbers out of range.
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; LayerDecayValueAssigner in microsoft/unilm beit.
     """
 
@@ -70,6 +71,8 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay_tables: bool = True,
+        decay_tokens: bool = False,
+        table_rate: float = 1.0,
         frozen: str | Iterable[str] = (),
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
@@ -78,11 +81,14 @@ class AdamW:
         named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
-        L, start, self.slots = model.config.num_hidden_layers, 0, []
+        start, self.slots = 0, []
         for name in learned:
             shape = named[name].shape
-            rate = layer_decay ** (L + 1 - layer_number(name, L))
-            decay = weight_decay if decayed(name, shape, decay_tables) else 0.0
+            rate = table_rate if name.endswith("bias_table") else 1.0
+            if layer_decay != 1:  # a tokenizer has no such layers
+                L = model.config.num_hidden_layers
+                rate *= layer_decay ** (L + 1 - layer_number(name, L))
+            decay = weight_decay if decayed(name, shape, decay_tables, decay_tokens) else 0.0
             stop = start + math.prod(shape)
             self.slots.append(Slot(name, start, stop, rate, decay))
             start = stop

@@ -81,8 +81,8 @@ def features(
     """[CLS, mean of the patch tokens] after every block of a `BeitModel`."""
     L, D = model.config.num_hidden_layers, model.config.hidden_size
     made, done = np.empty((L, len(examples), 2 * D), np.float32), 0
-    for part, pixels in in_batches(examples, batch_size, lambda e: judged_pixels(e, processor), workers):
-        states = model(pixels, output_hidden_states=True).hidden_states
+    for part, pixels in in_batches(examples, batch_size, lambda e: judged_pixels(e.path, processor), workers):
+        states = model(np.stack(pixels), output_hidden_states=True).hidden_states
         for block, x in zip(made, states[1:]):
             block[done : done + len(part), :D] = x[:, 0]
             block[done : done + len(part), D:] = x[:, 1:].mean(1)

@@ -25,7 +25,7 @@ class Cosine:
     def __call__(self, step: int) -> float:
         """The rate of a step."""
         if step < self.warmup:
-            return self.peak * step / (self.warmup - 1) if self.warmup > 1 else 0.0
+            return self.peak * (step / (self.warmup - 1) if self.warmup > 1 else 0.0)
         progress = min(1.0, (step - self.warmup) / max(self.steps - self.warmup, 1))
         return self.floor + 0.5 * (self.peak - self.floor) * (1 + math.cos(math.pi * progress))
 

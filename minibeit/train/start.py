@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.load import open_checkpoint
+from ..checkpoint.load import load_checkpoint, open_checkpoint
 from ..config import BeitConfig
 from ..file_names import PROCESSOR_NAME, beside
 from ..hub import resolve
 from ..image_processor import BeitImageProcessor
 from ..loading_options import FETCHED
+from ..ops import get_ops
 from ..params import flatten, param_shapes
 from ..tasks.image_classification import BeitForImageClassification
 from .examples import Examples
@@ -24,6 +25,7 @@ from .recipes import PRESETS
 HEAD_SCALE = 0.001  # of a new head's random weights, so that training begins at even odds (unilm's init_scale)
 KEPT_WIDE, KEPT_MLP = 8, 3  # arrays of (N, D) and (N, F) that a block keeps for its backward
 PASSING_MLP, PASSING_SCORES = 6, 2  # arrays of (N, F) and (H, N, N) that one block needs for a moment
+SEGMENTATION, HEAD_MAPS, SCORE_MAPS = "semantic_segmentation", 22, 8  # UPerNet's (D, 4 gh, 4 gw), its loss's (K, h, w)
 
 
 def from_checkpoint(
@@ -43,20 +45,24 @@ def from_checkpoint(
     head are left out, and the pooling norm starts anew.  The head is new, near zero, unless `keep_classes`.
     Source: run_class_finetuning.py in microsoft/unilm beit.
     """
+    get_ops(backend)  # reports a missing backend before gigabytes are read
     config = open_checkpoint(path).config
     fields: dict[str, Any] = {"problem_type": examples.problem}
     if not keep_classes:
-        fields.update(_labels(examples.names))
+        fields.update(labels_of(examples.names))
     if config.use_shared_relative_position_bias:
         fields.update(use_relative_position_bias=True, use_shared_relative_position_bias=False)
     if drop_path is not None:
         fields["drop_path_rate"] = drop_path
     if image_size is not None and config.image_shape != (image_size, image_size):
         fields["image_size"] = image_size
-    model = BeitForImageClassification.from_pretrained(
-        path, backend=backend, seed=seed, num_threads=num_threads, local_files_only=True, **fields
-    )
-    return for_classification(model, seed, new_head=not keep_classes)
+    task = BeitForImageClassification.task
+    config, loaded = load_checkpoint(path, task, "float32", seed, {**fields, "local_files_only": True})
+    arrays = {name: array for name, array in loaded.items() if name != "beit.embeddings.mask_token"}
+    if not keep_classes:
+        arrays.update(new_head(arrays["classifier.weight"].shape, config.initializer_range, seed))
+    config = config.replace(use_mask_token=False)
+    return BeitForImageClassification(config, backend=backend, num_threads=num_threads, arrays=arrays)
 
 
 def from_scratch(
@@ -76,7 +82,7 @@ def from_scratch(
         config = BeitConfig.from_pretrained(source)
     else:
         raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(PRESETS)}")
-    fields: dict[str, Any] = {"problem_type": examples.problem, **_labels(examples.names)}
+    fields: dict[str, Any] = {"problem_type": examples.problem, **labels_of(examples.names)}
     if drop_path is not None:
         fields["drop_path_rate"] = drop_path
     if image_size is not None:
@@ -85,18 +91,11 @@ def from_scratch(
     return BeitForImageClassification(config, seed=seed, backend=backend, num_threads=num_threads)
 
 
-def for_classification(model: BeitForImageClassification, seed: int, new_head: bool) -> BeitForImageClassification:
-    """The model without a mask token and, where asked for, with a random head near zero in place of its own."""
-    arrays, config = dict(model.arrays), model.config.replace(use_mask_token=False)
-    arrays.pop("beit.embeddings.mask_token", None)
-    if new_head:
-        K, D = arrays["classifier.weight"].shape
-        scale = HEAD_SCALE * config.initializer_range
-        weight = scale * np.random.default_rng([seed, K]).standard_normal((K, D))
-        arrays["classifier.weight"] = weight.astype(model.dtype)
-        arrays["classifier.bias"] = np.zeros(K, model.dtype)
-    options: dict[str, Any] = dict(dtype=model.dtype, backend=model.ops.backend, num_threads=model.num_threads)
-    return BeitForImageClassification(config, arrays=arrays, **options)
+def new_head(shape: tuple[int, int], spread: float, seed: int) -> dict[str, np.ndarray]:
+    """A random classifier near zero, (K, D), whose first answers are even odds."""
+    K, D = shape
+    weight = HEAD_SCALE * spread * np.random.default_rng([seed, K]).standard_normal((K, D))
+    return {"classifier.weight": weight.astype(np.float32), "classifier.bias": np.zeros(K, np.float32)}
 
 
 def processor_for(config: BeitConfig, checkpoint: str | os.PathLike[str] | None) -> BeitImageProcessor:
@@ -132,7 +131,8 @@ def frozen_patterns(words: Sequence[str], config: BeitConfig) -> tuple[str, ...]
     return tuple(found)
 
 
-def _labels(names: Sequence[str]) -> dict[str, Any]:
+def labels_of(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a config that name its classes."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
 
@@ -151,13 +151,13 @@ class Need:
         return self.fixed + pictures * self.per_picture
 
 
-def memory_needed(config: BeitConfig, average: bool = False, recompute: bool = False) -> Need:
+def memory_needed(config: BeitConfig, average: bool, recompute: bool, task: str) -> Need:
     """Weights, gradients, two moments, temporaries of a step, and the arrays that the backward needs, in float32.
 
     The numbers of arrays that a block keeps and passes were measured on the NumPy backend, rounded up.  With
     `recompute` one block keeps them at a time, and every block its input.
     """
-    numbers = sum(int(np.prod(shape)) for shape in param_shapes(config, BeitForImageClassification.task).values())
+    numbers = sum(int(np.prod(shape)) for shape in param_shapes(config, task).values())
     gh, gw = config.grid
     N, D, F, H = gh * gw + 1, config.hidden_size, config.intermediate_size, config.num_attention_heads
     L = config.num_hidden_layers
@@ -165,6 +165,9 @@ def memory_needed(config: BeitConfig, average: bool = False, recompute: bool = F
     passing = 4 * (PASSING_MLP * N * F + PASSING_SCORES * H * N * N)
     pixels = 3 * 4 * config.num_channels * config.image_shape[0] * config.image_shape[1]
     kept = block + 4 * L * N * D if recompute else L * block
+    if task == SEGMENTATION:
+        height, width = config.image_shape
+        kept += 4 * (HEAD_MAPS * D * 16 * gh * gw + SCORE_MAPS * config.num_labels * height * width)
     return Need(4 * numbers * (6 if average else 5), kept + passing + pixels)
 
 
@@ -178,12 +181,14 @@ def available_memory() -> int | None:
         return None
 
 
-def check_memory(config: BeitConfig, batch_size: int, accumulate: int, average: bool, recompute: bool) -> str:
-    """A sentence about the memory that a training will take.
+def check_memory(
+    config: BeitConfig, batch_size: int, accumulate: int, average: bool, recompute: bool, task: str
+) -> str:
+    """A sentence about the memory that training a model of `task` will take.
 
     Raises ValueError, with what would fit, where it is more than there is.
     """
-    need, there = memory_needed(config, average, recompute), available_memory()
+    need, there = memory_needed(config, average, recompute, task), available_memory()
     piece = -(-batch_size // accumulate)
     total = need.total(piece)
     if there is None or total <= there:

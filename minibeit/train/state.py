@@ -31,6 +31,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     loss_sum: float = 0.0
     right: float = 0.0
+    answers: int = 0  # that are right or wrong
     seen: int = 0
 
 

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..activations import sigmoid
+from ..reference import losses
 
 __all__ = [
     "bce_with_logits_backward",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "divergence_from_uniform_backward",
+    "gumbel_softmax_backward",
+    "gumbel_softmax_forward",
+    "logit_laplace_loss_backward",
     "mse_loss_backward",
     "soft_cross_entropy_backward",
     "weighted_sum_backward",
@@ -105,3 +110,42 @@ def log_sum_exp(logits: np.ndarray) -> np.ndarray:  # (n, K) -> (n,), float64
 
 def _number(value: np.floating, like: np.ndarray) -> np.ndarray:
     return np.asarray(value, like.dtype)
+
+
+# Training a tokenizer -------------------------------------------------------------------------------------------------
+
+
+def gumbel_softmax_forward(
+    logits: np.ndarray, noise: np.ndarray, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:  # (B, V, h, w) -> twice the same
+    """See `reference.gumbel_softmax`; its result is what the backward needs."""
+    y = losses.gumbel_softmax(logits, noise, temperature)
+    return y, y
+
+
+def gumbel_softmax_backward(
+    g: np.ndarray, saved: np.ndarray, logits: np.ndarray, noise: np.ndarray, temperature: float
+) -> tuple[np.ndarray, None, None]:  # (B, V, h, w) -> (B, V, h, w)
+    """dlogits = y (g - sum over tokens of g y) / temperature; the noise is a constant."""
+    inner = (g * saved).sum(1, keepdims=True)
+    return saved * (g - inner) / logits.dtype.type(temperature), None, None
+
+
+def divergence_from_uniform_backward(g: np.ndarray, saved: None, logits: np.ndarray) -> tuple[np.ndarray]:
+    """dlogits = g q (log q - sum q log q) / (number of places)."""
+    shifted = logits - logits.max(1, keepdims=True)
+    log_q = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    q = np.exp(log_q)
+    places = logits.size // logits.shape[1]
+    return ((q * (log_q - (q * log_q).sum(1, keepdims=True)) * (g / places)).astype(logits.dtype, copy=False),)
+
+
+def logit_laplace_loss_backward(
+    g: np.ndarray, saved: None, statistics: np.ndarray, pixels: np.ndarray
+) -> tuple[np.ndarray, None]:  # () -> (B, 2 C, height, width)
+    """dmu = -g sign(logit(x) - mu) exp(-s) / n, ds = g (1 - |logit(x) - mu| exp(-s)) / n, n the number of elements."""
+    C = pixels.shape[1]
+    x = pixels.astype(statistics.dtype)
+    difference, weight = np.log(x / (1 - x)) - statistics[:, :C], np.exp(-statistics[:, C:])
+    both = np.concatenate([-np.sign(difference) * weight, 1 - np.abs(difference) * weight], axis=1)
+    return (both * (g / x.size)).astype(statistics.dtype, copy=False), None

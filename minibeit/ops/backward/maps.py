@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
+from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from .. import reference
 from ..activations import gelu
 from .activations import derivative
@@ -19,6 +19,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "conv2d_backward",
+    "conv2d_one_hot_backward",
     "conv_bn_relu_backward",
     "conv_bn_relu_forward",
     "conv_bn_relu_resized_backward",
@@ -27,8 +28,11 @@ __all__ = [
     "conv_transpose_bn_gelu_backward",
     "conv_transpose_bn_gelu_forward",
     "max_pool2x2_backward",
+    "relu_conv2d_backward",
+    "relu_conv2d_residual_backward",
     "resize_bicubic_backward",
     "resize_bilinear_backward",
+    "upsample2x2_backward",
 ]
 
 PLACES = (0, 2, 3)  # the axes of a map over which a channel is summed
@@ -39,7 +43,7 @@ Reduce = Callable[[np.ndarray], np.ndarray]  # adds an array up over all workers
 
 
 def conv2d_backward(
-    g: np.ndarray, saved: None, x: np.ndarray, conv: Conv
+    g: np.ndarray, saved: None, x: np.ndarray, conv: Conv | ReluConv
 ) -> tuple[np.ndarray, Conv]:  # (B, out, h, w) -> (B, C, h, w), the layer
     """For each kernel tap (i, j), X being x shifted to it: dW[:, :, i, j] = sum of g X^T, and W[:, :, i, j]^T g is
     added to dx where X came from; db = sum of g."""
@@ -55,6 +59,31 @@ def conv2d_backward(
             d_padded[tap] += (conv.weight[:, :, i, j].T @ g.reshape(B, out, h * w)).reshape(x.shape)
     dx = d_padded[:, :, kh // 2 : kh // 2 + h, kw // 2 : kw // 2 + w]
     return dx, Conv(d_weight, None if conv.bias is None else total(g, PLACES))
+
+
+def relu_conv2d_backward(
+    g: np.ndarray, saved: None, x: np.ndarray, conv: ReluConv
+) -> tuple[np.ndarray, ReluConv]:  # (B, out, h, w) -> (B, C, h, w), the layer
+    """The backward of the convolution at max(0, x), which lets dx through where x is positive."""
+    dx, d = conv2d_backward(g, None, np.maximum(x, 0), conv)
+    return dx * (x > 0), ReluConv(d.weight, d.bias)
+
+
+def relu_conv2d_residual_backward(
+    g: np.ndarray, saved: None, x: np.ndarray, conv: ReluConv, gain: float, residual: np.ndarray
+) -> tuple[np.ndarray, ReluConv, None, np.ndarray]:
+    """dresidual = g; all else is the backward of `relu_conv2d` at gain * g."""
+    return (*relu_conv2d_backward(g * g.dtype.type(gain), None, x, conv), None, g)
+
+
+def conv2d_one_hot_backward(
+    g: np.ndarray, saved: None, ids: np.ndarray, conv: Conv
+) -> tuple[None, Conv]:  # (B, out, h, w) -> the layer
+    """Column v of dW = sum of g over the pixels whose id is v;  db = sum of g."""
+    sums = np.zeros((conv.weight.shape[1], conv.weight.shape[0]))  # (V, out), float64
+    np.add.at(sums, ids, g.transpose(0, 2, 3, 1))
+    d_weight = np.ascontiguousarray(sums.T, g.dtype).reshape(conv.weight.shape)
+    return None, Conv(d_weight, None if conv.bias is None else total(g, PLACES))
 
 
 def conv_transpose_backward(
@@ -236,6 +265,12 @@ def max_pool2x2_backward(g: np.ndarray, saved: None, x: np.ndarray) -> tuple[np.
     dx = np.zeros_like(x)
     dx[:, :, : 2 * h, : 2 * w] = d.reshape(B, C, h, w, 2, 2).transpose(0, 1, 2, 4, 3, 5).reshape(B, C, 2 * h, 2 * w)
     return (dx,)
+
+
+def upsample2x2_backward(g: np.ndarray, saved: None, x: np.ndarray) -> tuple[np.ndarray]:
+    """The sum of every 2x2 square of g."""
+    B, C, h, w = x.shape
+    return (g.reshape(B, C, h, 2, w, 2).sum((3, 5)),)
 
 
 def adaptive_avg_pool_backward(g: np.ndarray, saved: None, x: np.ndarray, size: int) -> tuple[np.ndarray, None]:

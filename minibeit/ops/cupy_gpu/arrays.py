@@ -113,6 +113,11 @@ def tokens_to_map(x: Array, grid: tuple[int, int]) -> Array:  # (B, N, D) -> (B,
     return x[:, 1:].transpose(0, 2, 1).reshape(B, D, *grid)
 
 
+def argmax_channels(x: Array) -> Array:  # (B, C, h, w) -> (B, h, w) int64
+    """See `reference.argmax_channels`."""
+    return cupy.argmax(x, axis=1).astype(np.int64, copy=False)
+
+
 def masked_patches(x: Array, mask: Array) -> Array:  # (B, P, D), (B, P) -> (n, D)
     """See `reference.masked_patches`."""
     return x[mask]

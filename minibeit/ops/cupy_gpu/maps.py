@@ -31,10 +31,33 @@ WORK_BYTES = 1 << 30  # limit for the products of a convolution in memory at a t
 
 
 def conv2d(x: Array, conv: DeviceLinear) -> Array:  # (B, C, h, w) -> (B, out, h, w)
-    """See `reference.conv2d`, for square kernels; in the models these layers are all 1x1."""
+    """See `reference.conv2d`, for square kernels."""
     side, (out, length) = conv.kernel[0], conv.weight.shape
     taps = conv.weight.reshape(out, length // side**2, side**2).transpose(2, 0, 1)
     return _convolve(x, cupy.ascontiguousarray(taps), conv.bias, PLAIN, conv.dtype)
+
+
+def relu_conv2d(x: Array, conv: DeviceConv) -> Array:  # (B, C, h, w) -> (B, out, h, w)
+    """See `reference.relu_conv2d`."""
+    source = cupy.maximum(last(x, conv.dtype), 0)
+    if conv.winograd is None:
+        return _convolve(first(source), conv.taps, conv.bias, PLAIN, conv.dtype)
+    y = cupy.empty((*source.shape[:3], conv.taps.shape[1]), source.dtype)
+    winograd.convolve(source, conv.winograd, conv.bias, y, False, PLAIN)
+    return first(y)
+
+
+def relu_conv2d_residual(
+    x: Array, conv: DeviceConv, gain: float, residual: Array
+) -> Array:  # (B, C, h, w) -> (B, out, h, w)
+    """See `reference.relu_conv2d_residual`."""
+    return relu_conv2d(x, conv) * gain + residual
+
+
+def conv2d_one_hot(ids: Array, conv: DeviceLinear) -> Array:  # (B, h, w) -> (B, out, h, w)
+    """See `reference.conv2d_one_hot`."""
+    y = to_compute(conv.weight[:, ids], conv.dtype).transpose(1, 0, 2, 3)
+    return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
 def conv_bn_relu(x: Array, layer: DeviceConv) -> Array:  # (B, C, h, w) -> (B, out, h, w)
@@ -149,6 +172,17 @@ def max_pool2x2(x: Array) -> Array:  # (B, C, h, w) -> (B, C, h // 2, w // 2)
     B, h, w, C = source.shape
     y = cupy.empty((B, h // 2, w // 2, C), source.dtype)
     along_rows("max_pool", dtype, B * (h // 2) * (w // 2), C, source, y, h, w, C)
+    return first(y)
+
+
+def upsample2x2(x: Array) -> Array:  # (B, C, h, w) -> (B, C, 2h, 2w)
+    """See `reference.upsample2x2`."""
+    source, _ = _plain(x)
+    B, h, w, C = source.shape
+    y = cupy.empty((B, 2 * h, 2 * w, C), source.dtype)
+    for row in (0, 1):
+        for column in (0, 1):
+            y[:, row::2, column::2] = source
     return first(y)
 
 

@@ -20,6 +20,7 @@ from ...params import (
     ConvTranspose,
     LayerNorm,
     Linear,
+    ReluConv,
     UperHead,
 )  # fmt: skip
 from ..folding import fold
@@ -62,7 +63,7 @@ class DeviceNorm:
 
 @dataclass(frozen=True)
 class DeviceConv:
-    """A convolution with odd square kernels and its batch norm folded in, as one matrix per tap."""
+    """A convolution with odd square kernels as one matrix per tap; a batch norm behind it is folded in."""
 
     taps: Array  # (side * side, out, C)
     bias: Array  # (out,)
@@ -111,6 +112,7 @@ class _Preparation:
         makers: dict[type, Callable[[Any], Any]] = {
             Linear: self.linear,
             Conv: self.conv,
+            ReluConv: self.relu_conv,
             LayerNorm: self.norm,
             BatchNorm: self.batch_norm,
             ConvTranspose: self.deconv,
@@ -135,6 +137,13 @@ class _Preparation:
         out, _, kh, kw = p.weight.shape
         weight = self.matrix(np.reshape(p.weight, (out, -1)))
         return DeviceLinear(weight, self.optional(p.bias), self.dtype, (kh, kw), self.source(p))
+
+    def relu_conv(self, p: ReluConv) -> DeviceConv:
+        weight = np.asarray(p.weight)
+        out, C, side, _ = weight.shape
+        taps = self.matrix(weight.reshape(out, C, side * side).transpose(2, 0, 1))
+        winograd = self.seen(transformed(weight)) if side == 3 and self.dtype == "float32" else None
+        return DeviceConv(taps, self.seen(p.bias), winograd, self.dtype, self.source(p))
 
     def norm(self, p: LayerNorm) -> DeviceNorm:
         return DeviceNorm(self.seen(p.weight), self.seen(p.bias), self.dtype, self.source(p))

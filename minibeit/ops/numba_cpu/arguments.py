@@ -179,6 +179,7 @@ TRANSFORM_INPUT = Arguments(
         "channels",
         "tile_bytes",  # between tiles of v
         "point_bytes",  # between points of v
+        "relu",  # 1: negative elements of the map are taken for 0
         "first_tile",  # of the whole map, the one that task 0 transforms
     ),
 )
@@ -188,6 +189,8 @@ TRANSFORM_OUTPUT = Arguments(
         "m",  # products (POINTS, tiles, channels)
         "y",  # the map (images, height, width, channels), written or added to
         "bias",  # `channels` elements; without it the tile is added to what is in y
+        "gain",  # one element, the factor of a tile that is added to the residual
+        "residual",  # optional: a map like y, to which gain * (tile + bias) is added
     ),
     numbers=(
         "tile_bytes",  # between tiles of m
@@ -199,6 +202,9 @@ TRANSFORM_OUTPUT = Arguments(
         "height",
         "width",
         "relu",  # 1: negative elements become 0
+        "residual_pixel_bytes",
+        "residual_row_bytes",
+        "residual_image_bytes",
         "first_tile",  # of the whole map, the one that task 0 transforms
     ),
 )

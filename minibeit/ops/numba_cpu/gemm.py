@@ -33,14 +33,15 @@ def product(
     scale: np.ndarray | None = None,
     residual: np.ndarray | None = None,
     steps_per_sum: int = STEPS,
+    into: np.ndarray | None = None,
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """f(x W^T + b) in float32, f being `mode`: nothing, GELU, ReLU, or residual + scale * ( ).
 
     Sums are made of partial sums of `steps_per_sum` products.  The distance between the result's rows may be more than
-    their length (see `memory.result`).
+    their length (see `memory.result`).  The result is written into `into`, whole images of such an array, if given.
     """
     x_rows, count, x_bytes = rows(x)
-    y, y_rows, y_bytes = result((*x.shape[:-1], layer.out))
+    y, y_rows, y_bytes = result((*x.shape[:-1], layer.out)) if into is None else (into, *rows(into)[::2])
     factors, addend, addend_bytes = NOTHING, NOTHING, 0
     if scale is not None:
         factors = operand(contiguous(scale))

@@ -16,7 +16,7 @@ from .pack import PackedLinear
 from .packed import Packed
 from .spread import PackedTaps, convolve_enlarged, enlarge_into
 from .target import LANES, NR, STEPS
-from .winograd import PackedWinograd, convolve
+from .winograd import After, PackedWinograd, convolve
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int
     for i, (x, part) in enumerate(zip(maps, layer.parts, strict=True)):
         bias, relu = layer.bias if i == 0 else None, i == len(maps) - 1
         if isinstance(part, PackedWinograd):
-            convolve(to_channels_last(x if x.shape[2:] == size else resize(x, size)), part, bias, relu, y)
+            same_size = x if x.shape[2:] == size else resize(x, size)
+            convolve(to_channels_last(same_size), part, bias, After(relu), y)
         else:
             convolve_enlarged(to_channels_last(x), part, bias, relu, y)
     return to_channels_first(y)
@@ -108,6 +109,16 @@ def max_pool(x: np.ndarray) -> np.ndarray:
     y = to_channels_last(x)[:, : h // 2 * 2, : w // 2 * 2]
     upper = np.maximum(y[:, ::2, ::2], y[:, ::2, 1::2])
     return to_channels_first(np.maximum(upper, np.maximum(y[:, 1::2, ::2], y[:, 1::2, 1::2])))
+
+
+def upsample(x: np.ndarray) -> np.ndarray:
+    """Every pixel as a 2x2 square, channels last."""
+    B, C, h, w = x.shape
+    y = padded((B, 2 * h, 2 * w, C))
+    for row in (0, 1):
+        for column in (0, 1):
+            y[:, row::2, column::2] = to_channels_last(x)
+    return to_channels_first(y)
 
 
 def average_pool(x: np.ndarray, size: int) -> np.ndarray:

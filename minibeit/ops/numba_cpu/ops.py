@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from ...params import Attention, Conv, LayerNorm, Linear
+from ...params import Attention, Conv, LayerNorm, Linear, ReluConv
 from .. import reference
 from ..activations import ACTIVATIONS
 from ..table import TABLE
 from . import gemm
 from .arguments import GELU, PLAIN, RELU, RESIDUAL
 from .attention import attend, can_fuse
+from .convs import PACKED, convolve_map
 from .maps import (
     PackedConv,
     PackedDeconv,
@@ -25,11 +26,12 @@ from .maps import (
     conv_transpose_2x2,
     max_pool,
     resize,
+    upsample,
 )
 from .norm import PackedNorm, layer_norm_rows
 from .operands import contiguous
 from .pack import PackedLinear
-from .prepare import PackedAttention, is_float32, pack_linear
+from .prepare import PackedAttention, is_float32, pack_linear, pack_map_conv
 from .queue import flush, synchronous
 from .target import SHORT_SUM
 
@@ -111,10 +113,37 @@ def attention(
 
 @synchronous
 def conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
-    """See `reference.conv2d`; fast for kernels of 1x1."""
+    """See `reference.conv2d`."""
+    conv = _packed_conv(x, conv)
+    return convolve_map(x, conv, relu=False) if isinstance(conv, PACKED) else reference.conv2d(x, conv)
+
+
+@synchronous
+def relu_conv2d(x: np.ndarray, conv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """See `reference.relu_conv2d`."""
+    conv = _packed_conv(x, conv)
+    return convolve_map(x, conv, relu=True) if isinstance(conv, PACKED) else reference.relu_conv2d(x, conv)
+
+
+@synchronous
+def relu_conv2d_residual(
+    x: np.ndarray, conv: Any, gain: float, residual: np.ndarray
+) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """See `reference.relu_conv2d_residual`."""
+    conv = _packed_conv(x, conv)
+    if not isinstance(conv, PACKED):
+        return reference.relu_conv2d_residual(x, conv, gain, residual)
+    return convolve_map(x, conv, True, gain, residual)
+
+
+@synchronous
+def conv2d_one_hot(ids: np.ndarray, conv: Any) -> np.ndarray:  # (B, h, w) -> (B, out, h, w)
+    """See `reference.conv2d_one_hot`; rows of the panels are columns of the weight."""
     if not isinstance(conv, PackedLinear):
-        return reference.conv2d(x, conv)
-    return conv_1x1(x, conv, relu=False)
+        return reference.conv2d_one_hot(ids, conv)
+    columns = conv.panels[:, ids]  # (panels, B, h, w, NR)
+    y = np.moveaxis(columns, 0, 3).reshape(*ids.shape, -1) + conv.bias
+    return y[..., : conv.out].transpose(0, 3, 1, 2)
 
 
 @synchronous
@@ -163,6 +192,12 @@ def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, 
 
 
 @synchronous
+def upsample2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, 2h, 2w)
+    """See `reference.upsample2x2`."""
+    return upsample(x) if is_float32(x) else reference.upsample2x2(x)
+
+
+@synchronous
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)
     """See `reference.adaptive_avg_pool`."""
     return average_pool(x, size) if is_float32(x) else reference.adaptive_avg_pool(x, size)
@@ -177,6 +212,11 @@ def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, 
 def _packed(x: np.ndarray, layer: Any) -> Any:
     """A layer in training, whose weights change at every step, packed for this one call; others as they are."""
     return pack_linear([layer], False) if isinstance(layer, (Linear, Conv)) and is_float32(x) and x.size else layer
+
+
+def _packed_conv(x: np.ndarray, conv: Any) -> Any:
+    """The same for a convolution of maps."""
+    return pack_map_conv(conv, False) if isinstance(conv, (Conv, ReluConv)) and is_float32(x) and x.size else conv
 
 
 def _packed_attention(x: np.ndarray, p: Any) -> Any:

@@ -20,9 +20,11 @@ from ...params import (
     FeaturePyramid,
     LayerNorm,
     Linear,
+    ReluConv,
     UperHead,
 )  # fmt: skip
 from ..folding import fold
+from .convs import pack_conv
 from .maps import PackedConv, PackedDeconv
 from .memory import aligned, aligned_copy, release_pages
 from .norm import PackedNorm
@@ -59,8 +61,10 @@ def prepare(params: Any, keep_source: bool = False) -> Any:
         return _pack_pyramid(params, keep_source)
     if isinstance(params, UperHead):
         return _pack_head(params, keep_source)
-    if isinstance(params, FcnHead):
+    if isinstance(params, (FcnHead, ConvBatchNorm)):
         return params  # runs in training only, on NumPy
+    if isinstance(params, (Conv, ReluConv)):
+        return pack_map_conv(params, keep_source)
     if isinstance(params, tuple):
         return tuple(prepare(child, keep_source) for child in params)
     if dataclasses.is_dataclass(params):
@@ -108,6 +112,17 @@ def _pack_norm(norm: LayerNorm, keep_source: bool) -> Any:
         return norm
     weight, bias = (aligned_copy(a) for a in (norm.weight, norm.bias))
     return PackedNorm(weight, bias, norm if keep_source else None)
+
+
+def pack_map_conv(layer: Conv | ReluConv, keep_source: bool) -> Any:
+    """A convolution of maps, packed; one of even kernel or that is not float32 stays as it is.
+
+    Winograd's form, which is less accurate, is kept for those after a ReLU, which have an error budget for it.
+    """
+    kh, kw = layer.weight.shape[2:]
+    if not is_float32(layer.weight, layer.bias) or kh % 2 == 0 or kw % 2 == 0:
+        return layer
+    return pack_conv(layer, keep_source, winograd=isinstance(layer, ReluConv))
 
 
 # Convolutions -------------------------------------------------------------------------------------------------------

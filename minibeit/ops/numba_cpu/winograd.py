@@ -15,7 +15,8 @@ import numpy as np
 from .arguments import PLAIN, POINTS, PRODUCT, TRANSFORM_INPUT, TRANSFORM_OUTPUT, TRANSFORM_WEIGHT
 from .gemm import panel_group, run_products
 from .machine_code import Kernel
-from .memory import NOTHING, aligned, constant_operand, operand, result
+from .memory import NOTHING, Operand, aligned, constant_operand, operand, result
+from .operands import scalar
 from .pack import Hollow, padded_bias
 from .packed import Packed
 from .queue import run
@@ -38,6 +39,15 @@ class PackedWinograd(Packed):
         return self.panels.shape[2]
 
 
+@dataclass(frozen=True)
+class After:
+    """What follows the convolution: ReLU, or residual + gain * ( ), the residual being a map (B, h, w, out)."""
+
+    relu: bool = False
+    gain: float = 1.0
+    residual: np.ndarray | None = None
+
+
 _transform_input = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_input", arguments=TRANSFORM_INPUT)
 _transform_output = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_output", arguments=TRANSFORM_OUTPUT)
 _transform_weight = Kernel("minibeit.ops.numba_cpu.kernels.winograd", "transform_weight", arguments=TRANSFORM_WEIGHT)
@@ -58,8 +68,18 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
     return PackedWinograd(panels, out)
 
 
-def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu: bool, y: np.ndarray) -> None:
-    """y = f(conv(x) + bias), or f(y + conv(x)) without `bias`; x (B, h, w, C), y (B, h, w, out), f ReLU or nothing."""
+def convolve(
+    x: np.ndarray,
+    layer: PackedWinograd,
+    bias: np.ndarray | None,
+    after: After,
+    y: np.ndarray,
+    relu_before: bool = False,
+) -> None:
+    """y = f(conv(x) + bias), or f(y + conv(x)) without `bias`; x (B, h, w, C), y (B, h, w, out), f as `after` says.
+
+    With `relu_before` it is conv(max(0, x)).
+    """
     B, h, w, C = x.shape
     total = B * -(-h // 4) * -(-w // 4)
     chunk = min(_CHUNK, total)
@@ -67,6 +87,10 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
     m, tiles_out, _ = result((POINTS, chunk, layer.out))
     panels, zeros = constant_operand(layer.panels), constant_operand(padded_bias(None, layer.out))
     source, target, addend = operand(x), operand(y), NOTHING if bias is None else constant_operand(bias)
+    residual: Operand = NOTHING
+    strides: tuple[int, ...] = (0, 0, 0)
+    if after.residual is not None:
+        residual, strides = operand(after.residual), after.residual.strides[:3]
     group = panel_group(layer.panels.shape[1], POINTS)
     for first in range(0, total, chunk):
         tiles = min(chunk, total - first)
@@ -76,7 +100,7 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
             TRANSFORM_INPUT.operands(x=source, v=tiles_in),
             TRANSFORM_INPUT.numbers(
                 pixel_bytes=x.strides[2], row_bytes=x.strides[1], image_bytes=x.strides[0], height=h, width=w,
-                channels=C, tile_bytes=v.strides[1], point_bytes=v.strides[0], first_tile=first,
+                channels=C, tile_bytes=v.strides[1], point_bytes=v.strides[0], relu=int(relu_before), first_tile=first,
             ),
             (POINTS + 6) * _VECTOR,
         )  # fmt: skip
@@ -91,10 +115,14 @@ def convolve(x: np.ndarray, layer: PackedWinograd, bias: np.ndarray | None, relu
         run(
             _transform_output,
             tiles,
-            TRANSFORM_OUTPUT.operands(m=tiles_out, y=target, bias=addend),
+            TRANSFORM_OUTPUT.operands(
+                m=tiles_out, y=target, bias=addend, gain=scalar(after.gain), residual=residual
+            ),
             TRANSFORM_OUTPUT.numbers(
                 tile_bytes=m.strides[1], point_bytes=m.strides[0], channels=layer.out, pixel_bytes=y.strides[2],
-                row_bytes=y.strides[1], image_bytes=y.strides[0], height=h, width=w, relu=int(relu), first_tile=first,
+                row_bytes=y.strides[1], image_bytes=y.strides[0], height=h, width=w, relu=int(after.relu),
+                residual_pixel_bytes=strides[2], residual_row_bytes=strides[1], residual_image_bytes=strides[0],
+                first_tile=first,
             ),
             30 * _VECTOR,
         )  # fmt: skip

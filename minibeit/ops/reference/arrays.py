@@ -84,6 +84,11 @@ def tokens_to_map(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:  # (B, N,
     return x[:, 1:].transpose(0, 2, 1).reshape(B, D, *grid)
 
 
+def argmax_channels(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, h, w) int64
+    """The channel of the largest element of every pixel, the first of equal ones."""
+    return x.argmax(1).astype(np.int64, copy=False)
+
+
 def masked_patches(x: np.ndarray, mask: np.ndarray) -> np.ndarray:  # (B, P, D), (B, P) -> (n, D)
     """The rows of the patches that the boolean mask marks, image by image."""
     return x[mask]

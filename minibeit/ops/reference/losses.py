@@ -55,3 +55,45 @@ def weighted_sum(losses: Sequence[np.ndarray], weights: Sequence[float]) -> np.n
     for loss, weight in zip(losses[1:], weights[1:], strict=True):
         total = total + loss * loss.dtype.type(weight)
     return total
+
+
+# Training a tokenizer -------------------------------------------------------------------------------------------------
+
+
+def gumbel_softmax(
+    logits: np.ndarray, noise: np.ndarray, temperature: float
+) -> np.ndarray:  # (B, V, h, w), (B, V, h, w) -> (B, V, h, w)
+    """softmax((logits + noise) / temperature) over the V tokens: with `noise` from the Gumbel distribution a relaxed
+    sample of the categorical distribution softmax(logits), nearer to one token the lower the temperature.
+
+    Source: Jang et al. 2017; Maddison et al. 2017.
+    """
+    x = (logits + noise.astype(logits.dtype)) / logits.dtype.type(temperature)
+    powers = np.exp(x - x.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def divergence_from_uniform(logits: np.ndarray) -> np.ndarray:  # (B, V, h, w) -> ()
+    """Kullback-Leibler divergence of softmax(logits) over the V tokens from the uniform distribution, in nats: the
+    mean over places of sum q log(q V).
+    """
+    shifted = logits - logits.max(1, keepdims=True)
+    powers = np.exp(shifted)
+    log_sums = np.log(powers.mean(1, keepdims=True))  # less log V
+    return (powers / powers.sum(1, keepdims=True) * (shifted - log_sums)).sum(1).mean()
+
+
+def logit_laplace_loss(
+    statistics: np.ndarray, pixels: np.ndarray
+) -> np.ndarray:  # (B, 2 C, height, width), (B, C, height, width) -> ()
+    """Mean over all elements of -log p(pixel), in nats, for the logit-Laplace distribution.
+
+    The first C channels of `statistics` are the means mu, the others the logarithms s of the scales:
+    -log p(x) = |logit(x) - mu| exp(-s) + s + log(2 x (1 - x)).  Pixels must lie between 0 and 1, both excluded.
+    Source: Ramesh et al. 2021, appendix A.3.
+    """
+    C = pixels.shape[1]
+    x = pixels.astype(statistics.dtype)
+    mean, s = statistics[:, :C], statistics[:, C:]
+    distance = np.abs(np.log(x / (1 - x)) - mean)
+    return (distance * np.exp(-s) + s + np.log(2 * x * (1 - x))).mean()

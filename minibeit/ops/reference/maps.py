@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
+from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from ..activations import gelu
 from .arrays import concatenate
 
 
-def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+def conv2d(x: np.ndarray, conv: Conv | ReluConv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """Convolution with odd kernel size k, stride 1, zero padding k // 2: a sum of shifted 1x1 products, one per tap."""
     out, C, kh, kw = conv.weight.shape
     B, _, h, w = x.shape
@@ -23,6 +23,32 @@ def conv2d(x: np.ndarray, conv: Conv) -> np.ndarray:  # (B, C, h, w) -> (B, out,
     if conv.bias is not None:
         y += conv.bias[:, None]
     return y.reshape(B, out, h, w)
+
+
+def relu_conv2d(x: np.ndarray, conv: ReluConv) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """conv2d(max(0, x))."""
+    return conv2d(np.maximum(x, 0), conv)
+
+
+def relu_conv2d_residual(
+    x: np.ndarray, conv: ReluConv, gain: float, residual: np.ndarray
+) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    """residual + gain * conv2d(max(0, x)), the last step of a tokenizer's block.  `residual` has the result's shape."""
+    y = relu_conv2d(x, conv)
+    y *= x.dtype.type(gain)
+    y += residual
+    return y
+
+
+def conv2d_one_hot(ids: np.ndarray, conv: Conv) -> np.ndarray:  # (B, h, w) -> (B, out, h, w)
+    """The 1x1 convolution of a map of V channels that is 1 at channel ids[b, i, j] and 0 elsewhere.
+
+    That is column ids[b, i, j] of the weight (out, V, 1, 1), plus the bias.  `ids` are integers from 0 to V - 1.
+    """
+    y = conv.weight[:, :, 0, 0].T[ids]  # (B, h, w, out)
+    if conv.bias is not None:
+        y += conv.bias
+    return y.transpose(0, 3, 1, 2)
 
 
 def batch_norm(x: np.ndarray, bn: BatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, C, h, w)
@@ -71,6 +97,11 @@ def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, 
     """The largest element of every 2x2 square; an odd last row or column is dropped."""
     B, C, h, w = x.shape
     return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(B, C, h // 2, 2, w // 2, 2).max((3, 5))
+
+
+def upsample2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, 2h, 2w)
+    """Every pixel four times, as a 2x2 square."""
+    return x.repeat(2, axis=2).repeat(2, axis=3)
 
 
 def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -> (B, C, size, size)

@@ -68,19 +68,21 @@ def transform_input(args, task, thread):
                     store(work + (i * 6 + j) * _VECTOR, splat(_ZERO))
                 continue
             here = x + c + (left + j) * pixel
-            if top >= 0 and top + 6 <= height:
+            if p.relu == 0 and top >= 0 and top + 6 <= height:
                 _input_line(here + top * row, row, work + j * _VECTOR, 6 * _VECTOR)
                 continue
             for i in range(6):
                 inside = top + i >= 0 and top + i < height
-                store(column + i * _VECTOR, load(here + (top + i) * row) if inside else splat(_ZERO))
+                value = load(here + (top + i) * row) if inside else splat(_ZERO)
+                store(column + i * _VECTOR, maximum(splat(_ZERO), value) if p.relu != 0 else value)
             _input_line(column, _VECTOR, work + j * _VECTOR, 6 * _VECTOR)
         for i in range(6):
             _input_line(work + i * 6 * _VECTOR, _VECTOR, target + c + i * 6 * point_bytes, point_bytes)
 
 
 def transform_output(args, task, thread):
-    """Transforms one tile of products back and puts it into the map: f(products + bias, or + what is there)."""
+    """Transforms one tile of products back and puts it into the map: f(products + bias, or + what is there), or
+    residual + gain * (products + bias)."""
     p = _read_output(args, thread)
     work, height, width, pixel, row, point_bytes = (
         p.scratch,
@@ -94,6 +96,8 @@ def transform_output(args, task, thread):
     nth = p.first_tile + task
     top, left = nth // across % down * 4, nth % across * 4
     y = p.y + nth // (across * down) * p.image_bytes + top * row + left * pixel
+    residual = p.residual + nth // (across * down) * p.residual_image_bytes
+    residual += top * p.residual_row_bytes + left * p.residual_pixel_bytes
     line = work + 24 * _VECTOR
     source = p.m + task * p.tile_bytes
     for c in range(0, p.channels * 4, _VECTOR):
@@ -104,6 +108,9 @@ def transform_output(args, task, thread):
             for j in range(min(4, width - left)):
                 target = y + c + i * row + j * pixel
                 value = load(line + j * _VECTOR) + load(p.bias + c if p.bias != 0 else target)
+                if p.residual != 0:
+                    there = residual + c + i * p.residual_row_bytes + j * p.residual_pixel_bytes
+                    value = fma(splat(load_float(p.gain)), value, load(there))
                 store(target, maximum(splat(_ZERO), value) if p.relu != 0 else value)
 
 

@@ -1,0 +1,273 @@
+"""`minibeit evaluate`: how good a model is on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..text import json_text
+from .inputs import check_finite, check_output
+from .loading import add_model_arguments, config_of, load_model, load_processor
+from .terminal import StatusLine, UsageError, note, out, positive, table
+from .views import add_view_arguments, config_changes, inference_of, processor_of, view_options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..evaluate.evaluation import Evaluation
+
+HELP = "measure a model on labelled images"
+DESCRIPTION = """\
+Measures a classifier (top-1, top-5, loss, every class) or a segmentation model (mean IoU, mean and pixel accuracy,
+every class), each figure with its 95% interval.
+
+DATA for a classifier is a folder with a folder of images for each class (within val/ if there is one), a .csv or .jsonl
+list as `minibeit finetune` reads it, or ImageNet's folder of validation images with the devkit beside it.  DATA for
+segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.
+An image that cannot be used is named on stderr and left out, the exit code is 1.
+"""
+EXAMPLES = """\
+  minibeit evaluate flowers/ --model flowers-beit --html report.html
+  minibeit evaluate imagenet/ --model microsoft/beit-base-patch16-224 --crop-fraction 0.875
+  minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
+  minibeit evaluate photos/ --maps masks/ --model DIR --json numbers.json
+"""
+CLASSIFICATION, SEGMENTATION = "image_classification", "semantic_segmentation"
+FEW_CLASSES = 25  # more are not all printed
+FOR_CLASSIFICATION, FOR_SEGMENTATION = ("crop_fraction", "labels"), ("maps", "reduce_labels")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", help="labelled images, see above")
+    add_model_arguments(parser, "a checkpoint of classification or semantic segmentation")
+    parser.add_argument(
+        "-b", "--batch-size", type=positive, metavar="B",
+        help="images computed at a time (default 8), of segmentation windows (default 1)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write a page with all figures and the worst images")
+    parser.add_argument("--worst", type=int, default=24, metavar="N", help="how many images to show (default 24)")
+    parser.add_argument(
+        "--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
+        help="threads that read images while the model computes (default: one a core, at most 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the resampling behind intervals (default 0)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
+    group = parser.add_argument_group("classification")
+    group.add_argument(
+        "--crop-fraction",
+        type=_fraction,
+        metavar="F",
+        help="resize the shorter side to S / F and take the central S x S pixels, S being the model's size, bicubic: "
+        "0.875 below 384 pixels and 1 from there as BEiT's authors, 0.9 as timm (default: as the image processor says)",
+    )
+    group.add_argument("--labels", metavar="FILE", help="true classes of ImageNet's validation images, if not found")
+    group = parser.add_argument_group("segmentation")
+    group.add_argument("--maps", metavar="DIR", help="the label maps of the images in DATA, by the same names")
+    group.add_argument(
+        "--reduce-labels",
+        action=argparse.BooleanOptionalAction,
+        help="in label maps 0 means nothing and every other k the class k - 1, as in ADE20K (default: as the image "
+        "processor says)",
+    )
+    add_view_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.model:
+        raise UsageError("evaluate needs a checkpoint; give it with --model")
+    data = Path(args.data)
+    for file in filter(None, (args.json, args.html)):
+        check_output(Path(file), [args.data], args.model)
+    task = task_of(args.model)
+    _check_options(args, task)
+    with StatusLine(args.quiet) as line:
+        evaluation = MEASURED[task](args, data, line)
+    _write(args, evaluation)
+    for sentence in evaluation.left_out:
+        note(f"left out: {sentence}")
+    if not evaluation.images:
+        raise ValueError(f"{data}: none of the images can be used")
+    _print(evaluation)
+    if not args.quiet:
+        for sentence in evaluation.notes:
+            note(sentence)
+        rate = evaluation.images / max(evaluation.seconds, 1e-9)
+        note(f"{evaluation.images} images in {evaluation.seconds:.1f} s, {rate:.2f} images/s")
+    return 1 if evaluation.left_out else 0
+
+
+def task_of(model: str) -> str:
+    """What a checkpoint is to be measured at.  Raises CheckpointError for one without such a head."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.packed_file import prepared_file, read_prepared
+    from ..errors import CheckpointError
+    from ..task_table import in_words
+
+    file = prepared_file(model)
+    task = read_prepared(file).task if file else open_checkpoint(model).task
+    if task not in MEASURED:
+        made = f"was made for {in_words(task)}" if task else "has no head that is known"
+        raise CheckpointError(
+            f"{model}: evaluate measures {' and '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
+        )
+    return task
+
+
+def _check_options(args: argparse.Namespace, task: str) -> None:
+    others = FOR_SEGMENTATION if task == CLASSIFICATION else FOR_CLASSIFICATION
+    strange = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
+    if task == CLASSIFICATION:
+        strange += view_options(args)
+    if strange:
+        from ..task_table import in_words
+
+        raise UsageError(f"{strange[0]}: the checkpoint was made for {in_words(task)}, which has no such option")
+
+
+# Tasks ----------------------------------------------------------------------------------------------------------------
+
+
+def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    from ..evaluate.classification import evaluate_classification, pixels_of
+    from ..evaluate.labelled import labelled_images
+    from ..tasks.image_classification import BeitForImageClassification
+
+    labelled = labelled_images(data, config_of(args.model), None if args.labels is None else Path(args.labels))
+    model = load_model(BeitForImageClassification, args)
+    processor = load_processor(args.model, model.config, args.quiet)
+    read = pixels_of(processor, args.crop_fraction, min(model.config.image_shape))
+    return evaluate_classification(
+        _logits(model),
+        labelled,
+        read,
+        batch_size=args.batch_size or 8,
+        **_facts(args, line, len(labelled.images), _preparation(processor) | _cropped(args, model.config.image_shape)),
+    )
+
+
+def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    import dataclasses
+
+    import numpy as np
+
+    from ..evaluate.maps import paired
+    from ..evaluate.segmentation import evaluate_segmentation
+    from ..sliding import SQUASH, segment
+    from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
+    from .segment import palette
+
+    pairs = paired(data, None if args.maps is None else Path(args.maps))
+    model = load_model(BeitForSemanticSegmentation, args, **config_changes(args))
+    config = model.config
+    how = inference_of(args, config)
+    processor = processor_of(args, load_processor(args.model, config, args.quiet))
+    reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+    shown = _preparation(processor)
+    if how.mode != SQUASH:
+        shown.update(size={"shortest_edge": how.short_side}, filter="bilinear")
+    settings = {
+        **dataclasses.asdict(how), "reduce_labels": reduce, "feature_convention": config.feature_convention, **shown
+    }  # fmt: skip
+    return evaluate_segmentation(
+        lambda image, shape: segment(_logits(model), processor, image, shape, how),
+        pairs,
+        [config.id2label[i] for i in range(config.num_labels)],
+        np.array(palette("auto", config.num_labels)),
+        ignored=config.semantic_loss_ignore_index,
+        reduce=reduce,
+        upright=processor.apply_exif_orientation,
+        seed=args.seed,
+        **_facts(args, line, len(pairs), settings),
+    )
+
+
+MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]] = {
+    CLASSIFICATION: _classification,
+    SEGMENTATION: _segmentation,
+}
+
+
+def _logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: check_finite(model(pixels).logits)
+
+
+def _preparation(processor: Any) -> dict[str, Any]:
+    """What the image processor does, in short."""
+    from PIL.Image import Resampling
+
+    names = ("size", *(["crop_size"] if processor.do_center_crop else []), "image_mean", "image_std")
+    return {name: getattr(processor, name) for name in names} | {"filter": Resampling(processor.resample).name.lower()}
+
+
+def _cropped(args: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
+    """What --crop-fraction puts in its place."""
+    if args.crop_fraction is None:
+        return {}
+    size = {"shortest_edge": int(min(shape) / args.crop_fraction)}
+    return {"crop_fraction": args.crop_fraction, "size": size, "crop_size": min(shape), "filter": "bicubic"}
+
+
+def _facts(args: argparse.Namespace, line: StatusLine, count: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What every task is given."""
+    from .. import __version__
+
+    return dict(
+        model=args.model,
+        data=args.data,
+        settings={**settings, "dtype": args.dtype, "minibeit": __version__},
+        workers=args.workers,
+        worst=max(args.worst, 0),
+        draw=args.html is not None,
+        tell=lambda done: line.show(f"{done} of {count} images"),
+    )
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def _write(args: argparse.Namespace, evaluation: Evaluation) -> None:
+    from ..files import atomic_write
+
+    if args.json:
+        with atomic_write(args.json) as file:
+            file.write((json_text(evaluation.to_dict(), indent=1) + "\n").encode())
+    if args.html:
+        from ..evaluate.page import page
+
+        with atomic_write(args.html) as file:
+            file.write(page(evaluation).encode())
+
+
+def _print(evaluation: Evaluation) -> None:
+    rows = [("", "", "95% interval")]
+    rows += [(figure.title, figure.shown(), figure.interval()) for figure in evaluation.figures]
+    for text in table(rows, right=(1,)):
+        out(text)
+    classes = sorted(evaluation.classes, key=lambda row: row.figures[0].value)
+    shown = classes if len(classes) <= FEW_CLASSES else classes[:FEW_CLASSES]
+    out("")
+    out("classes, worst first" if len(shown) == len(classes) else f"the worst {len(shown)} of {len(classes)} classes")
+    titles = [figure.title for figure in classes[0].figures] if classes else []
+    head = ("class", "name", evaluation.unit, *(word for title in titles for word in (title, "95% interval")))
+    body = [
+        (str(row.index), row.name, str(row.count), *(w for f in row.figures for w in (f.shown(), f.interval())))
+        for row in shown
+    ]
+    for text in table([head, *body], right=(0, 2, 3, 5), longest=60):
+        out(f"  {text}")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0.1 to 1, found {text!r}")
+    return value

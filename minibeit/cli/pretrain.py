@@ -1,0 +1,98 @@
+"""`minibeit pretrain`: masked image modelling on your own images, without labels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .terminal import UsageError, positive
+from .training import (
+    add_output_arguments,
+    add_recipe_arguments,
+    add_run_arguments,
+    check_output,
+    recipe_of,
+    speaker,
+    train,
+)
+
+HELP = "pre-train a model on images without labels"
+DESCRIPTION = """\
+Pre-trains a BEiT as in the paper: blocks of patches are masked, and the model learns to predict their visual tokens,
+which a tokenizer makes of the image.  No labels are needed.  What it writes is a checkpoint of masked image modelling,
+to be fine-tuned with `minibeit finetune --model FOLDER`.
+
+DATA is a folder with images at any depth, or a .csv or .jsonl list with path and perhaps split in each line.
+Ctrl-C stops after the step at hand and saves; the same command with --resume goes on, with the same result in the end.
+"""
+EXAMPLES = """\
+  minibeit pretrain photos/ --tokenizer dall-e/ --config base --output photos-beit
+  minibeit pretrain photos/ --tokenizer dall-e/ --config base --output photos-beit --resume     go on where it stopped
+  minibeit pretrain photos/ --tokenizer dall-e/ --model DIR --output OUT     train on from a checkpoint
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..train.recipes import PRETRAINING, PRETRAINING_PRESETS
+
+    parser.add_argument("data", metavar="DATA", help="a folder of images, or a .csv or .jsonl list")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR|FILE", required=True, help="what makes the visual tokens, such as DALL-E's dVAE"
+    )
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument(
+        "--config",
+        metavar="CONFIG",
+        help=f"what to train from random weights: a config.json, or a preset ({', '.join(PRETRAINING_PRESETS)})",
+    )
+    start.add_argument("-m", "--model", metavar="DIR|FILE", help="a checkpoint of masked image modelling to train on")
+    add_output_arguments(parser)
+    add_recipe_arguments(parser, PRETRAINING, "own", without=("layer_decay", "smoothing", "mixup", "cutmix"))
+    parser.add_argument("--masked", type=float, metavar="F", help="share of the patches to mask (default 75/196)")
+    parser.add_argument("--image-size", type=positive, metavar="S", help="height and width in pixels")
+    parser.add_argument(
+        "--held-out", type=float, default=0.05, metavar="F", help="share held out where DATA has no split (default .05)"
+    )
+    add_run_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..tokenizer.tokenizer import DalleTokenizer
+    from ..train.examples import read_images
+    from ..train.pretraining import MaskedModeling, processor_for
+    from ..train.recipes import PRETRAINING
+
+    output, say = Path(args.output), speaker(args)
+    recipe: Any = recipe_of(args, PRETRAINING)
+    check_output(args, output)
+    tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, backend=args.backend, num_threads=args.threads)
+    model = _model(args, tokenizer, recipe)
+    examples = read_images(args.data, args.held_out, args.seed, args.workers)
+    for text in examples.unreadable:
+        say(f"left out: {text}")
+    say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
+    processor = processor_for(model.config, recipe)
+    objective = MaskedModeling(examples, processor, recipe, model.config, tokenizer)
+    code = train(args, model, objective, recipe, output, say)
+    if code == 0:
+        say(f"the model of the best epoch is in {output}; minibeit finetune DATA --model {output} --output FOLDER")
+    return code
+
+
+def _model(args: argparse.Namespace, tokenizer: Any, recipe: Any) -> Any:
+    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
+    from ..train.pretraining import new_model
+    from .loading import check_head
+
+    options: dict[str, Any] = dict(seed=args.seed, backend=args.backend, num_threads=args.threads)
+    if args.config is not None:
+        return new_model(args.config, tokenizer, drop_path=recipe.drop_path, image_size=args.image_size, **options)
+    check_head(args.model, BeitForMaskedImageModeling.task)
+    fields = {} if args.image_size is None else {"image_size": args.image_size}
+    model = BeitForMaskedImageModeling.from_pretrained(
+        args.model, drop_path_rate=recipe.drop_path, local_files_only=True, **fields, **options
+    )
+    if not model.config.use_mask_token:
+        raise UsageError(f"{args.model}: expected a checkpoint with a mask token, use_mask_token in its config")
+    return model

@@ -1,0 +1,182 @@
+"""What the commands that train have in common: their options, the folder they write, and the run itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .terminal import StatusLine, UsageError, note, out, positive, table
+
+if TYPE_CHECKING:
+    from ..train.loop import Progress
+    from ..train.objective import Objective
+    from ..train.recipes import Recipe
+
+INTERRUPTED = 130
+Say = Callable[[str], None]
+
+SETTINGS: dict[str, tuple[Callable[[str], Any], str, str]] = {  # field of a recipe -> (type, letter, help)
+    "epochs": (positive, "N", "how often each image is seen"),
+    "batch_size": (positive, "N", "images per step; the rate changes with it unless --lr is given"),
+    "lr": (float, "F", "learning rate at its peak"),
+    "layer_decay": (float, "F", "factor of the rate from a block to the one below it"),
+    "weight_decay": (float, "F", "weight decay of matrices"),
+    "warmup": (float, "F", "epochs in which the rate rises"),
+    "drop_path": (float, "F", "rate of stochastic depth in the last block"),
+    "smoothing": (float, "F", "label smoothing"),
+    "mixup": (float, "F", "alpha of mixup, 0 for none"),
+    "cutmix": (float, "F", "alpha of cutmix, 0 for none"),
+    "clip": (float, "F", "largest norm of the gradients, 0 for any"),
+    "average": (float, "F", "decay of an average of the weights, which is what is kept, such as 0.999; 0 for none"),
+}
+OTHERS = ("masked", "divergence")  # fields of recipes that one command alone has an option for
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """--output, --overwrite and --resume."""
+    parser.add_argument("-o", "--output", metavar="FOLDER", required=True, help="what to write")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--overwrite", action="store_true", help="replace what an earlier training left in FOLDER")
+    there.add_argument("--resume", action="store_true", help="go on with the training that was stopped in FOLDER")
+
+
+def add_recipe_arguments(
+    parser: argparse.ArgumentParser, recipes: Mapping[str, Recipe], default: str, without: tuple[str, ...] = ()
+) -> None:
+    """--recipe, and an option for each of its settings but some."""
+    parser.add_argument(
+        "--recipe",
+        choices=list(recipes),
+        default=default,
+        help=f"settings by name (default {default}); those below change them",
+    )
+    for name, (kind, letter, text) in SETTINGS.items():
+        if name not in without:
+            parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=letter, help=text)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the training is computed and watched."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default 0)")
+    parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="compute a batch in N pieces")
+    parser.add_argument("--recompute", action="store_true", help="less memory for a third more time")
+    parser.add_argument(
+        "--backend", choices=["numpy", "numba"], help="what computes (default numba, or $MINIBEIT_BACKEND)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads that compute (default: all cores)")
+    parser.add_argument("--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
+                        help="threads that decode images (default: one a core, at most 8)")  # fmt: skip
+    parser.add_argument(
+        "--tensorboard", metavar="FOLDER", help="also write events for TensorBoard (needs the extra tensorboard)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def speaker(args: argparse.Namespace) -> Say:
+    """Prints notes, unless the user wants none."""
+    return (lambda text: None) if args.quiet else note
+
+
+def recipe_of(args: argparse.Namespace, recipes: Mapping[str, Recipe]) -> Recipe:
+    """The recipe that the options choose and change.  Raises UsageError for a number that makes no training."""
+    try:
+        return recipes[args.recipe].changed(**{name: getattr(args, name, None) for name in (*SETTINGS, *OTHERS)})
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def check_output(args: argparse.Namespace, output: Path) -> None:
+    """Raises UsageError if `output` cannot be written or must not be replaced."""
+    from ..files import check_writable, identity
+
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output}: expected a folder to write, found a file")
+    if args.model is not None and output.exists() and Path(args.model).exists():
+        model = Path(args.model)
+        if identity(output) == identity(model if model.is_dir() else model.parent):
+            raise UsageError(f"{output}: this is the checkpoint to start from, which is not overwritten")
+    if output.is_dir() and any(output.iterdir()) and not (args.overwrite or args.resume):
+        raise UsageError(f"{output}: this folder exists; choose another --output, or --overwrite or --resume it")
+    check_writable(output / "config.json")
+
+
+def make_output(args: argparse.Namespace, output: Path) -> None:
+    """The folder, without what an earlier training left in it; files of others stay."""
+    from ..train.loop import CURVES_NAME, LOG_NAME
+    from ..train.state import STATE_NAME
+
+    output.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for name in (STATE_NAME, LOG_NAME, CURVES_NAME):
+            with suppress(FileNotFoundError):
+                (output / name).unlink()
+
+
+def train(
+    args: argparse.Namespace,
+    model: Any,
+    objective: Objective,
+    recipe: Recipe,
+    output: Path,
+    say: Say,
+    frozen: tuple[str, ...] = (),
+) -> int:
+    """Trains `model` and reports the best epoch; the exit code."""
+    from ..tasks.base import BeitPreTrainedModel
+    from ..train.loop import Trainer
+    from ..train.start import check_memory, parameters_learned
+    from ..train.state import Stopped
+
+    size = min(recipe.batch_size, len(objective.train))
+    if isinstance(model, BeitPreTrainedModel):
+        pieces = min(args.accumulate, size)
+        say(check_memory(model.config, size, pieces, bool(recipe.average), args.recompute, model.task))
+    learned = parameters_learned(model, frozen)
+    if not learned:
+        raise UsageError("--freeze: nothing is left to be learned")
+    with ExitStack() as stack:
+        options = {}
+        if args.tensorboard:
+            from ..train.tensorboard import events
+
+            options["record"] = stack.enter_context(events(args.tensorboard))
+        line = stack.enter_context(StatusLine(args.quiet))
+        trainer = Trainer(
+            model, objective, recipe, output,
+            seed=args.seed, frozen=frozen, accumulate=args.accumulate, recompute=args.recompute, workers=args.workers,
+            tell=lambda progress: line.show(_shown(progress)), **options,
+        )  # fmt: skip
+        if args.resume:
+            trainer.resume()
+            say(f"goes on after step {trainer.state.step} of {trainer.steps}")
+        make_output(args, output)
+        say(f"{trainer.steps} steps of {trainer.batch_size} images, {learned:,} numbers learned")
+        try:
+            history = trainer.run()
+        except Stopped as stopped:
+            line.close()
+            note(f"{stopped}; the same command with --resume goes on")
+            return INTERRUPTED
+    _report(history)
+    return 0
+
+
+def _report(history: list[dict[str, Any]]) -> None:
+    best = next(row for row in reversed(history) if row["best"])
+    out(f"best epoch {best['epoch']} of {len(history)}:")
+    numbers = [(name, f"{value:.4f}") for name, value in best.items() if isinstance(value, float) and name != "lr"]
+    for line in table(numbers, right=(1,)):
+        out(f"  {line}")
+
+
+def _shown(p: Progress) -> str:
+    minutes, seconds = divmod(round(p.seconds_left), 60)
+    right = "" if p.accuracy is None else f"right {100 * p.accuracy:.1f}%  "
+    return (
+        f"epoch {p.epoch}  step {p.step}/{p.steps}  loss {p.loss:.3f}  {right}"
+        f"{p.images_per_s:.1f} images/s  {minutes}:{seconds:02d} left"
+    )

@@ -1,0 +1,140 @@
+"""A segmentation model measured: mIoU, mean and pixel accuracy, every class, and the images it does worst on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..metrics import (
+    areas,
+    class_accuracy,
+    class_iou,
+    confusion_matrix,
+    mean_of_known,
+    segmentation_intervals,
+    segmentation_scores,
+)
+from .evaluation import ClassRow, Evaluation, Figure, Worst, triples
+from .maps import Pair, check_classes, read_pair
+from .pictures import overlay, thumbnail
+from .reading import Reader
+
+Segment = Callable[[Any, tuple[int, int]], np.ndarray]  # image, (H, W) -> class numbers (H, W)
+NO_CLASS = -1
+MOST_CONFUSIONS = 2000  # entries of the confusion matrix that are kept, those of most pixels
+
+
+def evaluate_segmentation(
+    segment: Segment,
+    pairs: Sequence[Pair],
+    names: Sequence[str],
+    colours: np.ndarray,
+    *,
+    ignored: int = 255,
+    reduce: bool = False,
+    upright: bool = True,
+    workers: int = 2,
+    worst: int = 12,
+    draw: bool = True,
+    seed: int = 0,
+    tell: Callable[[int], None] = lambda done: None,
+    **facts: Any,
+) -> Evaluation:
+    """Measures `segment` on images and label maps, at the images' own sizes; both are read in threads while it works.
+
+    `colours` (K, 3) draw the classes `names`; pixels of class `ignored` do not count; `reduce` and `upright` say how
+    maps are read.  The `worst` images, those of lowest mIoU, are shown, with `draw` as pictures.  `tell` gets the
+    number of images done.  `facts` are further fields of the `Evaluation`.
+    Raises ValueError for maps with numbers that are no class.
+    """
+    started = time.monotonic()
+    reader: Reader[Pair] = Reader(pairs, lambda pair: read_pair(pair, reduce, upright), workers)
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    counts: list[np.ndarray] = []
+    gallery: list[Worst] = []
+    for pair, (image, truth) in reader.each():
+        check_classes(pair, truth, len(names), ignored, reduce)
+        predicted = segment(image, (image.height, image.width))
+        truth = np.where(truth == ignored, NO_CLASS, truth)
+        found = confusion_matrix(truth, predicted, len(names), NO_CLASS)
+        confusion += found
+        counts.append(areas(found))
+        gallery = _with(gallery, pair, image, truth, predicted, counts[-1], names, colours, worst, draw)
+        tell(len(counts))
+    seconds = time.monotonic() - started
+    figures, rows = _figures(np.array(counts).reshape(-1, 3, len(names)), names, seed)
+    entries = sorted(triples(confusion), key=lambda entry: -entry[2])
+    seen = {row.index for row in rows}
+    return Evaluation(
+        task="semantic_segmentation",
+        images=len(counts),
+        figures=figures,
+        classes=rows,
+        unit="pixels",
+        confusions=tuple(entries[:MOST_CONFUSIONS]),
+        worst=tuple(gallery),
+        legend=tuple((names[i], (int(r), int(g), int(b))) for i in sorted(seen) for r, g, b in (colours[i],)),
+        left_out=tuple(reader.left_out),
+        seconds=seconds,
+        **facts,
+    )
+
+
+def _figures(
+    counts: np.ndarray, names: Sequence[str], seed: int
+) -> tuple[tuple[Figure, ...], tuple[ClassRow, ...]]:  # (n, 3, K)
+    """The figures of all images and those of each class that is true or predicted anywhere."""
+    total = counts.sum(0)
+    scores = segmentation_scores(total)
+    if not len(counts):
+        return tuple(Figure(name, float("nan")) for name in scores), ()
+    intervals = segmentation_intervals(counts, seed=seed)
+    figures = tuple(_share(name, value, intervals[name]) for name, value in scores.items())
+    rows = []
+    for i in np.flatnonzero(total[1] + total[2]).tolist():
+        iou = _share("iou", class_iou(total)[i], intervals["class_iou"][:, i])
+        accuracy = _share("accuracy", class_accuracy(total)[i], intervals["class_accuracy"][:, i])
+        rows.append(ClassRow(i, names[i], int(total[1, i]), (iou, accuracy)))
+    return figures, tuple(rows)
+
+
+def _share(name: str, value: Any, interval: np.ndarray) -> Figure:
+    return Figure(name, float(value), float(interval[0]), float(interval[1]))
+
+
+def _with(
+    gallery: list[Worst],
+    pair: Pair,
+    image: Any,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    counts: np.ndarray,
+    names: Sequence[str],
+    colours: np.ndarray,
+    most: int,
+    draw: bool,
+) -> list[Worst]:
+    """The gallery with an image in its place if it is among the `most` of lowest mIoU."""
+    score = float(mean_of_known(class_iou(counts)))
+    if most < 1 or np.isnan(score) or (len(gallery) == most and score >= gallery[-1].score):
+        return gallery
+    missed = counts[1] - counts[0]
+    largest = int(missed.argmax())
+    share = missed[largest] / max(counts[1].sum(), 1)
+    text = f"mIoU {score:.1%}; most missed: {names[largest]}, {share:.1%} of the area"
+    shown = Worst(str(pair.image), text, score, _drawn(image, truth, predicted, colours) if draw else ())
+    return sorted([*gallery, shown], key=lambda one: one.score)[:most]
+
+
+def _drawn(
+    image: Any, truth: np.ndarray, predicted: np.ndarray, colours: np.ndarray
+) -> tuple[tuple[str, np.ndarray], ...]:
+    photo = thumbnail(image)
+    return (
+        ("image", photo),
+        ("truth", overlay(photo, truth, colours)),
+        ("predicted", overlay(photo, predicted, colours)),
+    )

@@ -1,0 +1,160 @@
+"""`minibeit evaluate`: what it prints, what it writes, and what it says of data that does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from cli_helpers import NAMES, run, save, save_pictures
+from PIL import Image
+
+from minibeit import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
+from minibeit.sliding import Inference, segment
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("evaluate") / "classifier", "classify")
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("evaluate") / "segmenter", "segment")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Three images in each of four class folders."""
+    data = tmp_path_factory.mktemp("evaluate") / "data"
+    for name in NAMES:
+        save_pictures(data / name, *(f"{name}{i}.png" for i in range(3)))
+    return data
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory, segmenter):
+    """Images whose label maps are what the model says, numbered from 1, but for two rows that mean nothing."""
+    data = tmp_path_factory.mktemp("evaluate") / "scenes"
+    model, processor = (
+        BeitForSemanticSegmentation.from_pretrained(segmenter),
+        BeitImageProcessor.from_pretrained(segmenter),
+    )
+    (data / "annotations").mkdir(parents=True)
+    for path in save_pictures(data / "images", "a.png", "b.png", "c.png", size=(20, 33)):
+        with Image.open(path) as image:
+            labels = segment(lambda x: model(x).logits, processor, image, (20, 33), Inference()) + 1
+        labels[:2] = 0
+        Image.fromarray(labels.astype(np.uint8)).save(data / "annotations" / path.name)
+    return data
+
+
+def right(classifier, folders):
+    model, processor = (
+        BeitForImageClassification.from_pretrained(classifier),
+        BeitImageProcessor.from_pretrained(classifier),
+    )
+    return {
+        name: sum(
+            int(model(processor(str(path)).pixel_values).logits.argmax()) == i for path in (folders / name).iterdir()
+        )
+        for i, name in enumerate(NAMES)
+    }
+
+
+def test_a_classifier_on_class_folders(capsys, classifier, folders, tmp_path):
+    files = tmp_path / "out.json", tmp_path / "out.html"
+    code, out, err = run(
+        capsys, "evaluate", folders, "-m", classifier, "--json", files[0], "--html", files[1], "-b", "5"
+    )
+    expected = right(classifier, folders)
+    assert code == 0 and "12 images in" in err and "images/s" in err
+    values = json.loads(files[0].read_text())
+    assert values["images"] == 12 and values["figures"]["top1"]["value"] == sum(expected.values()) / 12
+    assert {row["name"]: round(row["top1"]["value"] * 3) for row in values["classes"]} == expected
+    assert f"{100 * sum(expected.values()) / 12:.2f}%" in out and "95% interval" in out
+    assert all(name in out for name in NAMES) and "<html" in files[1].read_text()
+    assert len(values["worst"]) == 12 - sum(expected.values())
+    code, again, err = run(capsys, "evaluate", folders, "-m", classifier, "-q", "--workers", "1")
+    assert (code, again, err) == (0, out, "")
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out(capsys, classifier, folders, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folders, data)
+    (data / "ant" / "ant1.png").write_bytes(b"no image")
+    code, out, err = run(capsys, "evaluate", data, "-m", classifier, "-q", "--json", tmp_path / "a.json")
+    assert code == 1 and "top-1" in out and err.count("\n") == 1 and "left out:" in err and "ant1.png" in err
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert values["images"] == 11 and "ant1.png" in values["left_out"][0]
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"no image")
+    code, out, err = run(capsys, "evaluate", data, "-m", classifier, "-q")
+    assert code == 1 and not out and "none of the images can be used" in err
+
+
+def test_the_crop_fraction_changes_what_is_seen(capsys, classifier, folders, tmp_path):
+    losses = []
+    for i, words in enumerate(([], ["--crop-fraction", "0.875"], ["--crop-fraction", "1"])):
+        code, _, _ = run(capsys, "evaluate", folders, "-m", classifier, "-q", "--json", tmp_path / f"{i}.json", *words)
+        values = json.loads((tmp_path / f"{i}.json").read_text())
+        losses.append(values["figures"]["loss"]["value"])
+        assert code == 0 and values["settings"].get("crop_fraction") == (float(words[1]) if words else None)
+    assert len(set(losses)) == 3
+
+
+def test_segmentation_with_maps_from_the_model_itself(capsys, segmenter, scenes, tmp_path):
+    words = ("evaluate", scenes, "-m", segmenter, "--reduce-labels", "--json", tmp_path / "a.json")
+    code, out, _ = run(capsys, *words, "--html", tmp_path / "a.html")
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and "100.00%" in out and "mean IoU" in out
+    assert {name: figure["value"] for name, figure in values["figures"].items()} == {
+        "mean_iou": 1, "mean_accuracy": 1, "pixel_accuracy": 1,
+    }  # fmt: skip
+    assert sum(row["pixels"] for row in values["classes"]) == 3 * 18 * 33
+    assert (tmp_path / "a.html").read_text().count("data:image/jpeg") == 9
+    code, _, _ = run(capsys, *words, "--slide", "--flip", "-q")
+    slid = json.loads((tmp_path / "a.json").read_text())
+    assert code == 0 and slid["figures"]["pixel_accuracy"]["value"] < 1
+    assert slid["settings"]["mode"] == "slide" and slid["settings"]["flip"] and slid["settings"]["stride"] == 10
+
+
+def test_label_maps_elsewhere_and_the_processors_own_setting(capsys, segmenter, scenes, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(segmenter, model)
+    BeitImageProcessor(size=16, resample=2, do_reduce_labels=True).save_pretrained(model)
+    words = ("evaluate", scenes / "images", "--maps", scenes / "annotations", "-m", model, "-q")
+    code, out, err = run(capsys, *words)
+    assert code == 0 and "100.00%" in out and not err
+    code, out, err = run(capsys, *words, "--no-reduce-labels")
+    assert code == 1 and not out and "found 4" in err and "--reduce-labels" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "code", "message"),
+    [
+        ("mask", [], 1, "but this checkpoint was made for masked image modeling"),
+        ("bare", [], 1, "evaluate measures image classification and semantic segmentation, but this checkpoint"),
+        ("classify", ["--slide"], 2, "--slide: the checkpoint was made for image classification"),
+        ("classify", ["--maps", "x"], 2, "--maps: the checkpoint was made for image classification"),
+        ("segment", ["--crop-fraction", "1"], 2, "--crop-fraction: the checkpoint was made for semantic segmentation"),
+        ("segment", ["--maps", "nowhere"], 1, "nowhere: there is no such folder"),
+        ("segment", [], 1, "expected the folders images and annotations"),
+    ],
+)
+def test_models_and_options_that_do_not_fit(capsys, folders, tmp_path, kind, words, code, message):
+    model = save(tmp_path / "model", kind)
+    found, out, err = run(capsys, "evaluate", folders, "-m", model, "-q", *words)
+    assert found == code and not out and message in err and err.count("\n") == 1
+
+
+def test_usage(capsys, classifier, folders, tmp_path):
+    assert run(capsys, "evaluate", folders)[0] == 2
+    code, _, err = run(capsys, "evaluate", folders, "-m", classifier, "--json", tmp_path / "no" / "a.json")
+    assert code == 2 and "its folder does not exist" in err
+    code, _, err = run(capsys, "evaluate", folders, "-m", classifier, "--html", classifier / "config.json")
+    assert code == 2 and "this is an input" in err
+    assert run(capsys, "evaluate", folders, "-m", classifier, "--crop-fraction", "3")[0] == 2
+    code, _, err = run(capsys, "evaluate", tmp_path / "nowhere", "-m", classifier)
+    assert code == 1 and "no such folder or list" in err

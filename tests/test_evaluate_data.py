@@ -1,0 +1,325 @@
+"""Labelled images and pairs of images and label maps: what is found, and what is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from cli_helpers import NAMES, config, save_pictures
+from PIL import Image
+
+from minibeit import labels
+from minibeit.errors import ImageError
+from minibeit.evaluate import imagenet
+from minibeit.evaluate.labelled import labelled_images
+from minibeit.evaluate.maps import check_classes, paired, read_pair
+from minibeit.evaluate.matlab import read_structs
+from minibeit.evaluate.reading import Reader
+
+SYNSETS = labels.synsets()
+
+
+def of_size(count):
+    return config(id2label={i: f"LABEL_{i}" for i in range(count)})
+
+
+def classes_of(found):
+    return {image.path.split("/")[-1]: found.names[image.label] for image in found.images}
+
+
+# Class folders and lists ----------------------------------------------------------------------------------------------
+
+
+def test_class_folders_are_matched_by_the_models_names(tmp_path):
+    save_pictures(tmp_path / "dog", "d.png")
+    save_pictures(tmp_path / "bee", "b.png", "c.jpg")
+    found = labelled_images(tmp_path, config())
+    assert found.names == NAMES and found.outputs is None and not found.notes
+    assert classes_of(found) == {"b.png": "bee", "c.jpg": "bee", "d.png": "dog"}
+
+
+def test_of_a_split_folder_the_held_out_part_is_taken(tmp_path):
+    save_pictures(tmp_path / "train/dog", "t.png")
+    save_pictures(tmp_path / "val/dog", "v.png")
+    assert list(classes_of(labelled_images(tmp_path, config()))) == ["v.png"]
+
+
+def test_of_a_split_list_the_held_out_images_are_taken(tmp_path):
+    rows = [("a.png", "ant", "train"), ("b.png", "bee", "val"), ("c.png", "cat", "test")]
+    text = "".join(json.dumps(dict(zip(("path", "label", "split"), row))) + "\n" for row in rows)
+    (tmp_path / "list.jsonl").write_text(text)
+    assert classes_of(labelled_images(tmp_path / "list.jsonl", config())) == {"b.png": "bee", "c.png": "cat"}
+    (tmp_path / "list.csv").write_text("path,label\na.png,ant\nb.png,bee\n")
+    assert classes_of(labelled_images(tmp_path / "list.csv", config())) == {"a.png": "ant", "b.png": "bee"}
+
+
+def test_numbers_and_the_order_of_classes_without_names(tmp_path):
+    for name in ("0", "3"):
+        save_pictures(tmp_path / "numbers" / name, f"{name}.png")
+    found = labelled_images(tmp_path / "numbers", config())
+    assert classes_of(found) == {"0.png": "ant", "3.png": "dog"} and found.notes == ("classes are matched by number",)
+    for name in ("rose", "daisy", "tulip"):
+        save_pictures(tmp_path / "flowers" / name, f"{name}.png")
+    found = labelled_images(tmp_path / "flowers", of_size(3))
+    assert classes_of(found) == {"daisy.png": "LABEL_0", "rose.png": "LABEL_1", "tulip.png": "LABEL_2"}
+    assert "sorted classes" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("folders", "changes", "words"),
+    [
+        (["dog", "elk"], {}, "found ['elk'], which is not among its 4"),
+        (["dog"], {"id2label": {0: "dog", 1: "dog"}}, "several classes called 'dog'"),
+        (["4"], {}, "found ['4']"),
+    ],
+)
+def test_classes_that_the_model_does_not_have(tmp_path, folders, changes, words):
+    for name in folders:
+        save_pictures(tmp_path / name, "a.png")
+    with pytest.raises(ValueError) as error:
+        labelled_images(tmp_path, config(**changes))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_problems_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("path,value\na.png,1.5\n")
+    with pytest.raises(ValueError, match="one class for each image, found regression"):
+        labelled_images(tmp_path / "list.csv", config())
+    with pytest.raises(FileNotFoundError, match="no such folder or list"):
+        labelled_images(tmp_path / "nowhere", config())
+    save_pictures(tmp_path / "dog", "a.png")
+    with pytest.raises(ValueError, match="--labels is for ImageNet"):
+        labelled_images(tmp_path, config(), tmp_path / "list.csv")
+
+
+# ImageNet -------------------------------------------------------------------------------------------------------------
+
+TEDDY = SYNSETS.index("n04399382")  # the class that ImageNet-22k lacks
+TRUE = [65, 970, TEDDY]  # classes of the first three validation images here
+
+
+def flat(folder):
+    save_pictures(folder, *(f"ILSVRC2012_val_{i:08d}.JPEG" for i in (1, 2, 3)), size=(8, 8))
+    return folder
+
+
+def devkit_order():
+    """An order of classes that is not the sorted one."""
+    return [SYNSETS[i] for i in np.random.default_rng(0).permutation(1000)]
+
+
+def written_truth(kind, folder):
+    """One of the usual files with the classes of three images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    order = devkit_order()
+    if kind == "devkit":
+        (folder / "map_clsloc.txt").write_text("".join(f"{s} {i} name\n" for i, s in enumerate(order, 1)))
+        file = folder / imagenet.DEVKIT
+        file.write_text("".join(f"{order.index(SYNSETS[i]) + 1}\n" for i in TRUE))
+    elif kind == "synsets":
+        file = folder / "imagenet_2012_validation_synset_labels.txt"
+        file.write_text("".join(f"{SYNSETS[i]}\n" for i in TRUE))
+    elif kind == "numbers":
+        file = folder / "val.txt"
+        file.write_text("".join(f"ILSVRC2012_val_{n:08d}.JPEG {i}\n" for n, i in enumerate(TRUE, 1)))
+    else:
+        file = folder / "LOC_val_solution.csv"
+        rows = (f"ILSVRC2012_val_{n:08d},{SYNSETS[i]} 1 2 3 4\n" for n, i in enumerate(TRUE, 1))
+        file.write_text("ImageId,PredictionString\n" + "".join(rows))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["devkit", "synsets", "numbers", "kaggle"])
+@pytest.mark.parametrize("place", [".", "val", "ILSVRC/Data/CLS-LOC/val"])
+def test_flat_validation_images(tmp_path, kind, place):
+    flat(tmp_path / place)
+    file = written_truth(kind, tmp_path / "elsewhere")
+    found = labelled_images(tmp_path, of_size(1000), file)
+    assert [image.label for image in found.images] == TRUE and found.names[65] == labels.names("imagenet-1k")[65]
+
+
+@pytest.mark.parametrize("place", [".", "ILSVRC2012_devkit_t12/data"])
+def test_the_truth_is_found_beside_the_images(tmp_path, place):
+    flat(tmp_path / "data/val")
+    written_truth("devkit", tmp_path / "data" / place)
+    assert [image.label for image in labelled_images(tmp_path / "data", of_size(1000)).images] == TRUE
+
+
+def test_synset_folders_are_classes_in_sorted_order(tmp_path):
+    for number in (999, 7):
+        save_pictures(tmp_path / "val" / SYNSETS[number], f"{number}.png")
+    found = labelled_images(tmp_path, of_size(1000))
+    assert {image.path.split("/")[-1]: image.label for image in found.images} == {"7.png": 7, "999.png": 999}
+
+
+def test_of_a_head_of_22k_the_outputs_of_1k_compete(tmp_path):
+    names = labels.names("imagenet-22k")
+    found = labelled_images(flat(tmp_path), of_size(21841), written_truth("synsets", tmp_path))
+    assert len(found.names) == len(found.outputs) == 999 and len(found.images) == 2  # one image shows a teddy
+    assert all(names[output] == name for output, name in zip(found.outputs, found.names))
+    assert found.names[found.images[0].label] == labels.names("imagenet-1k")[65]
+    assert "1 images are left out, whose class n04399382" in found.notes[1]
+
+
+def test_what_imagenet_lacks_is_said(tmp_path):
+    flat(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"found 3 validation images .* with --labels"):
+        labelled_images(tmp_path, of_size(1000))
+    file = written_truth("devkit", tmp_path)
+    with pytest.raises(ValueError, match="a model of 1,000 or 21,841 outputs, found 4"):
+        labelled_images(tmp_path, config())
+    (tmp_path / "map_clsloc.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected meta\.mat or map_clsloc\.txt beside it"):
+        labelled_images(tmp_path, of_size(1000))
+    for text, words in (
+        ("", "found no line"),
+        (f"{SYNSETS[0]}\n", "no class for ILSVRC2012_val_00000002.JPEG; 1 images have one"),
+        (f"{SYNSETS[0]}\nn99999999\n", "for ILSVRC2012_val_00000002, found n99999999"),
+        ("a,b\n1,2\n", "the columns ImageId and PredictionString"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            labelled_images(tmp_path, of_size(1000), file)
+
+
+# MATLAB ---------------------------------------------------------------------------------------------------------------
+
+
+def element(kind, content):
+    return struct.pack("<II", kind, len(content)) + content + b"\0" * (-len(content) % 8)
+
+
+def matrix(kind, shape, name, *rest):
+    flags = element(6, struct.pack("<II", kind, 0))
+    return element(14, flags + element(5, struct.pack(f"<{len(shape)}i", *shape)) + element(1, name) + b"".join(rest))
+
+
+def meta(rows, compressed):
+    """A meta.mat of the fields that matter."""
+    cells = b""
+    for number, synset in rows:
+        cells += matrix(6, (1, 1), b"", element(9, struct.pack("<d", number)))
+        cells += matrix(4, (1, len(synset)), b"", element(4, synset.encode("utf-16-le")))
+    small = struct.pack("<HHi", 5, 4, 16)  # type, size and content in eight bytes
+    array = matrix(2, (len(rows), 1), b"synsets", small, element(1, b"ILSVRC2012_ID\0\0\0WNID".ljust(32, b"\0")), cells)
+    if compressed:
+        packed = zlib.compress(array)
+        array = struct.pack("<II", 15, len(packed)) + packed
+    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + array
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_devkits_order_is_read_from_its_meta_file(tmp_path, compressed):
+    order = devkit_order()
+    (tmp_path / "meta.mat").write_bytes(meta(list(enumerate(order, 1)), compressed))
+    file = written_truth("devkit", tmp_path)
+    (tmp_path / "map_clsloc.txt").unlink()
+    assert [image.label for image in labelled_images(flat(tmp_path), of_size(1000), file).images] == TRUE
+
+
+def test_structures_that_scipy_writes(tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    rows = np.zeros((3, 1), [("ILSVRC2012_ID", object), ("WNID", object), ("children", object)])
+    for i in range(3):
+        rows[i, 0] = (float(i + 1), f"n0000000{i}", np.arange(i, dtype=float))
+    for compressed in (False, True):
+        scipy_io.savemat(tmp_path / "m.mat", {"x": np.eye(2), "synsets": rows}, do_compression=compressed)
+        found = read_structs(tmp_path / "m.mat", "synsets")
+        assert [row["ILSVRC2012_ID"] for row in found] == [1, 2, 3] and found[2]["WNID"] == "n00000002"
+        assert found[2]["children"] == [0, 1]
+
+
+def test_damaged_matlab_files_are_refused_in_one_sentence(tmp_path):
+    whole, path = meta([(1, "n00000001"), (2, "n00000002")], False), tmp_path / "meta.mat"
+    path.write_bytes(whole)
+    assert len(read_structs(path, "synsets")) == 2
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.integers(1, len(whole) + 1)])
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            read_structs(path, "synsets")
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 100
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+def save_map(path, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(labels, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("images", "maps"),
+    [("images/validation", "annotations/validation"), ("images", "annotations"), ("images/val", "masks/val")],
+)
+def test_images_and_maps_are_paired_by_name(tmp_path, images, maps):
+    save_pictures(tmp_path / images, "b.jpg", "a.png")
+    save_pictures(tmp_path / images / "deep", "a.png")
+    for name in ("a", "b", "deep/a", "unused"):
+        save_map(tmp_path / maps / f"{name}.png", np.zeros((20, 24)))
+    pairs = paired(tmp_path)
+    assert [pair.image.name for pair in pairs] == ["a.png", "b.jpg", "a.png"]
+    assert all(pair.image.with_suffix("").name == pair.labels.with_suffix("").name for pair in pairs)
+    assert len(paired(tmp_path / images, tmp_path / maps)) == 3
+
+
+def test_folders_and_maps_that_are_missing_are_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        paired(tmp_path / "nowhere")
+    save_pictures(tmp_path / "images", "a.png", "b.png")
+    with pytest.raises(ValueError, match=r"expected the folders images and annotations .* found images; .*--maps"):
+        paired(tmp_path)
+    save_map(tmp_path / "annotations/b.png", np.zeros((20, 24)))
+    with pytest.raises(ValueError, match=r"each of the 2 images .* found none for 1, the first of which is a.png"):
+        paired(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected images"):
+        paired(tmp_path / "empty", tmp_path / "annotations")
+
+
+def test_maps_are_read_with_and_without_reducing(tmp_path):
+    save_pictures(tmp_path / "images", "a.png", size=(2, 3))
+    save_map(tmp_path / "labels/a.png", [[0, 1, 2], [255, 3, 0]])
+    (pair,) = paired(tmp_path)
+    image, plain = read_pair(pair, False)
+    assert image.size == (3, 2) and plain.tolist() == [[0, 1, 2], [255, 3, 0]]
+    assert read_pair(pair, True)[1].tolist() == [[255, 0, 1], [255, 2, 255]]
+    check_classes(pair, plain, 4, 255, False)
+    with pytest.raises(ValueError, match=r"0 to 2, or 255, .* found 3; .*--reduce-labels"):
+        check_classes(pair, plain, 3, 255, False)
+    with pytest.raises(ValueError, match=r"found 2 .*--no-reduce-labels"):
+        check_classes(pair, read_pair(pair, True)[1], 2, 255, True)
+    save_map(tmp_path / "labels/a.png", [[0, 1, 2]])
+    with pytest.raises(ImageError, match=r"a.png: expected the size of its image a.png, 3 x 2, found 3 x 1"):
+        read_pair(pair, False)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def test_batches_keep_the_order_and_leave_out_what_cannot_be_read():
+    def read(item):
+        if item == 3:
+            raise ImageError("item 3 is broken")
+        return np.full((1, 2 if item < 6 else 4), item)
+
+    reader = Reader(range(9), read, workers=3)
+    batches = [(items, array.tolist()) for items, array in reader.batches(2)]
+    assert [items for items, _ in batches] == [[0, 1], [2, 4], [5], [6, 7], [8]]
+    assert all(array == [[[item] * len(array[0][0])] for item in items] for items, array in batches)
+    assert reader.left_out == ["item 3 is broken"]
+
+
+def test_a_bug_while_reading_is_no_unreadable_image():
+    with pytest.raises(ZeroDivisionError):
+        list(Reader([1, 0], lambda item: np.array(1 / item), workers=1).each())
