@@ -229,7 +229,7 @@ def segmentation(folder):
         (one_class, "expected at least two classes, found only ['red']"),
         (unreadable_class, "no image of the class 'blue' to learn from can be read"),
         (unknown_class_held_out, "found also ['blue']"),
-        (segmentation, "one folder a class"),
+        (segmentation, "one folder per class"),
         (lambda folder: folder.mkdir(), "expected a folder for each class"),
         (lambda folder: None, "there is no such folder or list"),
     ],

@@ -1,4 +1,4 @@
-"""The options that choose a model, and the model and image processor they stand for."""
+"""The options that choose a model, and loading the model and image processor that they name."""
 
 from __future__ import annotations
 

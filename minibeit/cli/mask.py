@@ -21,8 +21,8 @@ Hides blocks of patches of an image, as in BEiT's pre-training, and predicts the
 Prints the tokens in the grid of the patches, with a dot for each visible patch; --output draws the image next to what
 the model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
 
-With --tokenizer, the one whose tokens the model predicts, it also says how many of the hidden tokens are predicted
-right, and draws a third image: what the predicted tokens stand for, among the image's own tokens where it is visible.
+With --tokenizer, the one whose tokens the model predicts, it also prints how many hidden tokens are predicted
+correctly, and draws a third image: what the predicted tokens, and the image's own where it is visible, stand for.
 """
 EXAMPLES = """\
   minibeit mask photo.jpg --model microsoft/beit-base-patch16-224-pt22k --output masked.png

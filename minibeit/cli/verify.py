@@ -1,4 +1,4 @@
-"""`minibeit verify`: layer by layer beside a float64 run and PyTorch, with an error budget."""
+"""`minibeit verify`: compares layer by layer with a float64 run and PyTorch, with an error budget."""
 
 from __future__ import annotations
 

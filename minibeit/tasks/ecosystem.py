@@ -1,4 +1,4 @@
-"""Methods that code written for transformers calls on a model: they do what is asked or say how it is done here."""
+"""Methods that code written for transformers calls on a model: each does what is asked or explains the alternative."""
 
 from __future__ import annotations
 

@@ -171,8 +171,8 @@ def _folder(path: Path) -> list[Example]:
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: its folders images and annotations are data for --task segmentation; a "
-            "classifier learns from one folder a class"
+            f"{path}: its folders images and annotations hold data for segmentation (--task segmentation); a "
+            "classifier learns from one folder per class"
         )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]

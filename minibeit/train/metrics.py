@@ -1,4 +1,4 @@
-"""How good predictions are, and the record of it: lines of JSON and a plot of the curves."""
+"""Metrics of predictions, and their record: lines of JSON and a plot of the curves."""
 
 from __future__ import annotations
 

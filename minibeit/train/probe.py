@@ -1,4 +1,4 @@
-"""Linear probes: how much a linear layer can read out of each block of a frozen encoder."""
+"""Linear probes: how much a linear layer can read from each block of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Probe:
 
     @property
     def best(self) -> int:
-        """The block, from 0, whose layer names most images right."""
+        """The block, counted from 0, whose layer classifies most images correctly."""
         return max(range(len(self.rows)), key=lambda i: self.rows[i]["top1"])
 
 

@@ -1,4 +1,4 @@
-"""A stopped training and everything it needs to go on as if it had not been stopped."""
+"""The saved state of a training, from which it continues as if it had not been stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published outputs: what papers' authors and converters wrote down about checkpoints, checked on the checkpoint."""
+"""Published outputs: what authors and converters documented about their checkpoints, checked on the checkpoints."""
 
 from __future__ import annotations
 
