@@ -155,6 +155,7 @@ def test_too_little_memory_is_said(capsys, data, model, tmp_path, monkeypatch):
         (("--batch-size", 1), "--batch-size: batch norm takes its statistics of at least 2 images at a time, found 1"),
         (("--accumulate", 4), "at least 2 images at a time, found 4 in 4 pieces"),
         (("--labels", "names.txt", "--keep-classes"), "each of them says what the classes are; give one"),
+        (("--colours", "none.txt", "--reduce-labels"), "--reduce-labels: is for maps of numbers"),
         (("--labels", "none.txt"), "none.txt"),
         (("--colours", "none.txt"), "none.txt"),
         (("--keep-classes",), "classif"),
