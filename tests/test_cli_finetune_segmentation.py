@@ -183,7 +183,7 @@ def test_words_of_segmentation_alone(capsys, model, tmp_path):
         assert code in (1, 2) and message in err, err
     pairs = pair_folder(tmp_path / "e", 3, "annotations")
     code, _, err = run(capsys, "finetune", pairs, *given[2:])
-    assert code == 1 and "label maps, from which --task segmentation learns" in err
+    assert code == 1 and "data for --task segmentation" in err
 
 
 def test_models_too_shallow_or_labels_too_few(capsys, data, tmp_path):

@@ -229,7 +229,7 @@ def test_tables_that_are_none(tmp_path, text, message):
 
 def test_images_in_both_parts_are_warned_of(tmp_path):
     pair_folder(tmp_path / "train", 3), pair_folder(tmp_path / "val", 1)
-    with pytest.warns(UserWarning, match="1 held-out pictures are also learned from"):
+    with pytest.warns(UserWarning, match="1 held-out images are also in the training part"):
         read_pairs(tmp_path)
 
 

@@ -168,12 +168,14 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
     reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
-    shown = _preparation(processor)
-    if how.mode != SQUASH:
-        shown.update(size={"shortest_edge": how.short_side}, filter="bilinear")
     settings = {
-        **dataclasses.asdict(how), "reduce_labels": reduce, "feature_convention": config.feature_convention, **shown
-    }  # fmt: skip
+        **({"mode": how.mode, "flip": how.flip} if how.mode == SQUASH else dataclasses.asdict(how)),
+        "reduce_labels": reduce,
+        "feature_convention": config.feature_convention,
+        **_preparation(processor),
+    }
+    if how.mode != SQUASH:
+        settings.update(size={"shortest_edge": how.short_side}, filter="bilinear")
     return evaluate_segmentation(
         lambda image, shape: segment(_logits(model), processor, image, shape, how),
         pairs,

@@ -24,7 +24,7 @@ class EcosystemMethods:
         return self
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """The model itself: what gradients are taken of is said to `minibeit.value_and_grad`."""
+        """The model itself: `minibeit.value_and_grad` is told which gradients to take."""
         return self
 
     def to(self: Self, *places: Any, device: Any = None, dtype: Any = None, **_: Any) -> Self:

@@ -16,10 +16,30 @@ _read_input, _read_output, _read_weight = reader(TRANSFORM_INPUT), reader(TRANSF
 
 
 @njit(error_model="numpy")
-def _input_line(source, source_step, target, target_step):
+def _input_line(source, step, target, target_step):
+    """B^T d of six vectors that lie `step` bytes apart."""
+    d0, d1, d2 = load(source), load(source + step), load(source + 2 * step)
+    _transform_line(
+        d0, d1, d2, load(source + 3 * step), load(source + 4 * step), load(source + 5 * step), target, target_step
+    )
+
+
+@njit(error_model="numpy")
+def _relu_line(source, step, target, target_step):
+    """B^T max(0, d) of six vectors."""
+    d0, d1, d2 = _relu(load(source)), _relu(load(source + step)), _relu(load(source + 2 * step))
+    d3, d4, d5 = _relu(load(source + 3 * step)), _relu(load(source + 4 * step)), _relu(load(source + 5 * step))
+    _transform_line(d0, d1, d2, d3, d4, d5, target, target_step)
+
+
+@njit(error_model="numpy")
+def _relu(x):
+    return maximum(splat(_ZERO), x)
+
+
+@njit(error_model="numpy")
+def _transform_line(d0, d1, d2, d3, d4, d5, target, target_step):
     """B^T d of six vectors."""
-    d0, d1, d2 = load(source), load(source + source_step), load(source + 2 * source_step)
-    d3, d4, d5 = load(source + 3 * source_step), load(source + 4 * source_step), load(source + 5 * source_step)
     product, sum_ = splat(_NEAR_2 * _FAR_2), splat(-(_NEAR_2 + _FAR_2))
     store(target, fma(product, d0, fma(sum_, d2, d4)))
     even, odd = fma(splat(-_FAR_2), d2, d4), splat(_NEAR) * fma(splat(-_FAR_2), d1, d3)
@@ -68,14 +88,19 @@ def transform_input(args, task, thread):
                     store(work + (i * 6 + j) * _VECTOR, splat(_ZERO))
                 continue
             here = x + c + (left + j) * pixel
-            if p.relu == 0 and top >= 0 and top + 6 <= height:
-                _input_line(here + top * row, row, work + j * _VECTOR, 6 * _VECTOR)
+            if top >= 0 and top + 6 <= height:
+                if p.relu != 0:
+                    _relu_line(here + top * row, row, work + j * _VECTOR, 6 * _VECTOR)
+                else:
+                    _input_line(here + top * row, row, work + j * _VECTOR, 6 * _VECTOR)
                 continue
             for i in range(6):
                 inside = top + i >= 0 and top + i < height
-                value = load(here + (top + i) * row) if inside else splat(_ZERO)
-                store(column + i * _VECTOR, maximum(splat(_ZERO), value) if p.relu != 0 else value)
-            _input_line(column, _VECTOR, work + j * _VECTOR, 6 * _VECTOR)
+                store(column + i * _VECTOR, load(here + (top + i) * row) if inside else splat(_ZERO))
+            if p.relu != 0:
+                _relu_line(column, _VECTOR, work + j * _VECTOR, 6 * _VECTOR)
+            else:
+                _input_line(column, _VECTOR, work + j * _VECTOR, 6 * _VECTOR)
         for i in range(6):
             _input_line(work + i * 6 * _VECTOR, _VECTOR, target + c + i * 6 * point_bytes, point_bytes)
 
