@@ -186,6 +186,13 @@ def test_words_of_segmentation_alone(capsys, model, tmp_path):
     assert code == 1 and "data for --task segmentation" in err
 
 
+@pytest.mark.parametrize("names", [("ground", "disc", "disc"), ("ground", "", "disc")])
+def test_every_class_needs_a_name_of_its_own(capsys, data, model, tmp_path, names):
+    labels = words(tmp_path / "names.txt", *names)
+    code, _, err = run(capsys, "finetune", data, *TASK, "-m", model, "-o", tmp_path / "o", "--labels", labels, *QUICK)
+    assert code == 2 and "names.txt: expected a name of its own for class " in err
+
+
 def test_models_too_shallow_or_labels_too_few(capsys, data, tmp_path):
     shallow = save(tmp_path / "m", "classify", num_hidden_layers=3)
     code, _, err = run(capsys, "finetune", data, *TASK, "-m", shallow, "-o", tmp_path / "o", *QUICK)

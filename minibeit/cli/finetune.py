@@ -212,7 +212,11 @@ def _class_names(args: argparse.Namespace) -> list[str] | None:
         return _own_classes(args, TASKS[args.task])
     if args.labels is None:
         return None
-    return names("ade20k") if args.labels == "ade20k" else given_names(Path(args.labels))
+    found = names("ade20k") if args.labels == "ade20k" else given_names(Path(args.labels))
+    for i, name in enumerate(found):
+        if not name.strip() or name in found[:i]:
+            raise UsageError(f"--labels {args.labels}: expected a name of its own for class {i}, found {name!r}")
+    return found
 
 
 def _check_pieces(size: int, pieces: int) -> None:
