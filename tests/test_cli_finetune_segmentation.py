@@ -155,6 +155,7 @@ def test_too_little_memory_is_said(capsys, data, model, tmp_path, monkeypatch):
         (("--batch-size", 1), "--batch-size: batch norm takes its statistics of at least 2 images at a time, found 1"),
         (("--accumulate", 4), "at least 2 images at a time, found 4 in 4 pieces"),
         (("--labels", "names.txt", "--keep-classes"), "each of them says what the classes are; give one"),
+        (("--colours", "none.txt", "--reduce-labels"), "--reduce-labels: is for maps of numbers"),
         (("--labels", "none.txt"), "none.txt"),
         (("--colours", "none.txt"), "none.txt"),
         (("--keep-classes",), "classif"),
@@ -183,6 +184,13 @@ def test_words_of_segmentation_alone(capsys, model, tmp_path):
     pairs = pair_folder(tmp_path / "e", 3, "annotations")
     code, _, err = run(capsys, "finetune", pairs, *given[2:])
     assert code == 1 and "hold data for segmentation (--task segmentation)" in err
+
+
+@pytest.mark.parametrize("names", [("ground", "disc", "disc"), ("ground", "", "disc")])
+def test_every_class_needs_a_name_of_its_own(capsys, data, model, tmp_path, names):
+    labels = words(tmp_path / "names.txt", *names)
+    code, _, err = run(capsys, "finetune", data, *TASK, "-m", model, "-o", tmp_path / "o", "--labels", labels, *QUICK)
+    assert code == 2 and "names.txt: expected a name of its own for class " in err
 
 
 def test_models_too_shallow_or_labels_too_few(capsys, data, tmp_path):

@@ -142,16 +142,13 @@ def _train(args: argparse.Namespace, examples: Examples, recipe: Recipe, output:
 
 def _check_words(args: argparse.Namespace) -> None:
     """Raises UsageError for options that do not belong together."""
-    from ..train.recipes import PRESETS, RECIPES
-    from ..train.segmentation_recipes import SEGMENTATION_PRESETS, SEGMENTATION_RECIPES
+    from ..train.recipes import RECIPES
+    from ..train.segmentation_recipes import SEGMENTATION_RECIPES
 
     segmentation = args.task == "segmentation"
     recipes = list(SEGMENTATION_RECIPES if segmentation else RECIPES)
-    presets = {**PRESETS, **SEGMENTATION_PRESETS}.keys() - (SEGMENTATION_PRESETS if segmentation else PRESETS).keys()
     if args.recipe not in recipes:
         raise UsageError(f"--recipe: for --task {args.task} expected one of {', '.join(recipes)}, found {args.recipe}")
-    if args.from_scratch in presets:
-        raise UsageError(f"--from-scratch: {args.from_scratch} is no preset for --task {args.task}")
     others = ("smoothing", "mixup", "cutmix", "image_size", "linear_probe") if segmentation else (
         "labels", "reduce_labels", "colours", "crop_size", "feature_convention"
     )  # fmt: skip
@@ -161,6 +158,8 @@ def _check_words(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')}: has no meaning with --task {args.task}{hint}")
     if args.linear_probe and (args.from_scratch is not None or args.resume or args.freeze):
         raise UsageError("--linear-probe: expected --model, and neither --resume nor --freeze")
+    if args.colours is not None and args.reduce_labels:
+        raise UsageError("--reduce-labels: is for maps of numbers; in --colours what is no class is called 'ignored'")
     if sum((args.labels is not None, args.colours is not None, segmentation and args.keep_classes)) > 1:
         raise UsageError("--labels, --colours, --keep-classes: each of them says what the classes are; give one")
 
@@ -213,7 +212,11 @@ def _class_names(args: argparse.Namespace) -> list[str] | None:
         return _own_classes(args, TASKS[args.task])
     if args.labels is None:
         return None
-    return names("ade20k") if args.labels == "ade20k" else given_names(Path(args.labels))
+    found = names("ade20k") if args.labels == "ade20k" else given_names(Path(args.labels))
+    for i, name in enumerate(found):
+        if not name.strip() or name in found[:i]:
+            raise UsageError(f"--labels {args.labels}: expected a name of its own for class {i}, found {name!r}")
+    return found
 
 
 def _check_pieces(size: int, pieces: int) -> None:
