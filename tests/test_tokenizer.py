@@ -14,7 +14,7 @@ from conftest import distance
 from PIL import Image
 from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32
 
-from minibeit import DalleTokenizer, DalleTokenizerConfig, Trace
+from minibeit import CheckpointError, DalleTokenizer, DalleTokenizerConfig, Trace
 from minibeit.ops import get_ops
 from minibeit.params import flatten, unflatten
 from minibeit.tape import Tape
@@ -199,6 +199,15 @@ def test_a_trace_keeps_every_block():
     logits = make().logits(pixels(1, 2, 4, 4), trace=trace)
     assert list(trace) == ["input", "groups.0.blocks.0", "groups.1.blocks.0", "logits"]
     assert np.array_equal(trace["logits"], logits)
+
+
+def test_damaged_weights_are_told():
+    for name in ("encoder.groups.0.blocks.0.path.1.bias", "decoder.input.weight"):
+        arrays = random_weights(SMALL)
+        arrays[name].reshape(-1)[0] = np.nan
+        tokenizer = DalleTokenizer(SMALL, arrays=arrays, dtype="float64", backend="numpy")
+        with pytest.raises(CheckpointError, match="computes NaN or infinite values, so its weights must be damaged"):
+            tokenizer.decode(np.zeros((1, 2, 2), int)) if "decoder" in name else tokenizer.encode(pixels(1, 2, 4, 4))
 
 
 def test_copies_and_pickles():
