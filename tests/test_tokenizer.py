@@ -12,7 +12,7 @@ import pytest
 from colour_tokenizer import colour_tokenizer, colours
 from conftest import distance
 from PIL import Image
-from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32
+from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32, TOKENIZER_GRADIENT32
 
 from minibeit import CheckpointError, DalleTokenizer, DalleTokenizerConfig, Trace
 from minibeit.ops import get_ops
@@ -135,6 +135,26 @@ def test_gradients_of_both_halves():
             lambda: float((run(ops, unflatten(shapes(config), arrays)) * g).sum()), arrays[name], 1e-5
         )
         assert np.abs(nodes[name].gradient - truth).max() <= DIFFERENCES * max(1, np.abs(truth).max()), name
+
+
+@pytest.mark.parametrize("hidden", [8, 64])
+def test_gradients_on_the_fast_backend(hidden):
+    """Every gradient of both halves in float32 beside float64: tiles of Winograd, windows and products."""
+    pytest.importorskip("numba")
+    config = SMALL.replace(hidden_size=hidden, num_groups=3, input_channels=3)
+    x, g = pixels(3, 3, 12, 16), np.random.default_rng(5).standard_normal((3, 6, 12, 16)).astype(np.float32)
+    found = {}
+    for backend, dtype in (("numpy", "float64"), ("numba", "float32")):
+        tape = Tape(get_ops(backend))
+        watched = tape.watch(unflatten(shapes(config), random_weights(config, dtype)))
+        logits = network.encode(tape.ops, watched.encoder, x.astype(dtype), config)
+        soft = logits * np.dtype(dtype).type(0.3)
+        tape.backward(network.decode_relaxed(tape.ops, watched.decoder, soft, config), g.astype(dtype))
+        found[dtype] = {name: node.gradient for name, node in flatten(watched).items()}
+    assert found["float32"].keys() == found["float64"].keys()
+    for name, truth in found["float64"].items():
+        assert found["float32"][name].dtype == np.float32
+        assert distance(found["float32"][name], truth) <= TOKENIZER_GRADIENT32 * EPS32, name
 
 
 # The class ------------------------------------------------------------------------------------------------------------
