@@ -1,4 +1,4 @@
-"""minibeit: BEiT in NumPy and numba, to be read, to be checked against, and to run without a deep-learning framework.
+"""minibeit: BEiT in NumPy and numba, to read, to check implementations against, and to run without a framework.
 
 The public names are those of transformers, so that code moves over by changing an import.
 """

@@ -1,4 +1,4 @@
-"""The names under which code written for transformers finds a BEiT without naming it."""
+"""The Auto classes of transformers, which choose the class of a model by its checkpoint."""
 
 from __future__ import annotations
 

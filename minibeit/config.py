@@ -111,7 +111,7 @@ class BeitConfig:
             self._set(f.name, values.pop(f.name, default))
         hidden = [name for name in self.extra if name in _NOT_EXTRA]
         if hidden:
-            raise ValueError(f"config: extra holds {brief(hidden)}, which belong beside it")
+            raise ValueError(f"config: extra holds {brief(hidden)}, which are fields or keywords of the config itself")
         self._set("extra", {**self.extra, **values})
         self._check()
 

@@ -20,7 +20,7 @@ class CheckpointError(Shown, ValueError):
 
 
 class ImageError(Shown, ValueError):
-    """A picture cannot be read or has values that no model can take."""
+    """An image cannot be read or has values that no model can take."""
 
 
 class DeviceError(Shown, OSError):

@@ -213,6 +213,6 @@ def _generator(dropout_rng: Any | None, config: BeitConfig) -> np.random.Generat
     if dropout_rng is None:
         rates = (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.drop_path_rate)
         if any(rates):
-            raise ValueError("dropout_rng: train=True drops at random and needs a seed, a generator or a JAX key")
+            raise ValueError("dropout_rng: train=True needs randomness: a seed, a generator or a JAX key")
         return np.random.default_rng(0)
     return np.random.default_rng(np.asarray(dropout_rng).astype(np.uint32).ravel())

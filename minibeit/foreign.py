@@ -1,4 +1,4 @@
-"""Arrays of other libraries as NumPy arrays, told by what they can do, without importing one; and one way back."""
+"""Arrays of other libraries as NumPy arrays, recognised by their methods without an import; and the way back."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def not_here(id: str) -> FileNotFoundError:
     near = nearest(id)
     hint = f", such as {' or '.join(near)}" if near else ""
     return FileNotFoundError(
-        f"{shortened(id, LONGEST_NAME)}: there is no such file or folder, and an id on the Hub is like owner/name{hint}"
+        f"{shortened(id, LONGEST_NAME)}: there is no such file or folder, and an id on the Hub looks like owner/name"
+        f"{hint}"
     )
 
 
@@ -189,7 +190,7 @@ class _Fetch:
             ) from None
         except Exception as error:  # its HTTP library's errors come through, and differ by version
             raise CheckpointError(
-                f"{self.id}: the download of {name} failed ({_sentence(error)}); run again to go on where it stopped, "
+                f"{self.id}: the download of {name} failed ({_sentence(error)}); run again to resume it, "
                 f"or {_by_hand(self.id)}"
             ) from error
         commit = file.parents[len(Path(self.where.subfolder or "").parts)].name
@@ -255,7 +256,7 @@ def _shards(main: Path) -> list[str]:
         names = sorted(set(read_json(main)["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{main}: is no index of shards ({_sentence(error)})") from None
+        raise CheckpointError(f"{main}: is not an index of shards ({_sentence(error)})") from None
     if not plain:
         raise CheckpointError(f"{main}: lists shards outside its folder")
     return names

@@ -24,8 +24,8 @@ from .images.transforms import (
     center_crop,
     reduce_labels,
     resize,
+    resize_image,
     resize_labels,
-    resize_picture,
     resized_shape,
     to_pixel_values,
 )
@@ -115,12 +115,12 @@ class BeitImageProcessor:
     ) -> BatchFeature:
         """`pixel_values` (B, C, H, W), float32, and if `segmentation_maps` are given, `labels` (B, H, W), int64.
 
-        A picture is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
+        An image is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
         of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
         settles arrays that can be read both ways.  `overrides` replace settings for this call.
         The result is always one array per entry (the originals give lists unless `return_tensors` is set), of PyTorch
         with `return_tensors="pt"`, else of NumPy.
-        Raises ImageError, naming file or argument, for pictures that cannot be read or do not fit together.
+        Raises ImageError, naming file or argument, for images that cannot be read or do not fit together.
         """
         if return_tensors not in (None, "np", "pt"):
             raise ValueError(f"return_tensors: expected 'np', 'pt' or None, found {return_tensors!r}")
@@ -132,7 +132,7 @@ class BeitImageProcessor:
         if segmentation_maps is not None:
             maps = flatten_images(segmentation_maps, "segmentation_maps", ndim=2)
             if len(maps) != len(pictures):
-                raise ImageError(f"segmentation_maps: expected {len(pictures)}, one per picture, found {len(maps)}")
+                raise ImageError(f"segmentation_maps: expected {len(pictures)}, one per image, found {len(maps)}")
             labels = [_labels(item, name, settings) for name, item in maps]
             batch["labels"] = _stacked(labels, [name for name, _ in maps])
         return BatchFeature({k: as_torch(v) for k, v in batch.items()}) if return_tensors == "pt" else batch
@@ -285,14 +285,14 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
     name, item = decoded(item, name, orient)
     fast = settings.do_resize and is_plain(item, channels)  # resized as it is, before it is copied into an array
     if fast:
-        pixels = resize_picture(item, settings.size, settings.resample, name)
+        pixels = resize_image(item, settings.size, settings.resample, name)
     else:
         pixels = pixels_of(item, name, channels, input_data_format, white)
     found = pixels.shape[-1]
     if settings.do_normalize and settings.channels not in (None, found):
         raise ImageError(
             f"{name}: expected {settings.channels} channels, one per number of image_mean, found {found}; "
-            "do_convert_rgb=True converts pictures"
+            "do_convert_rgb=True converts images"
         )
     if settings.do_rescale and pixels.dtype.kind == "f" and 0 < pixels.max() <= 1:
         warnings.warn(
@@ -312,7 +312,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
 def _labels(item: Any, name: str, settings: ImageSettings) -> np.ndarray:
     labels = load_label_map(item, name, settings.apply_exif_orientation)
     if settings.do_reduce_labels and labels.min() < 0:
-        raise ImageError(f"{name}: do_reduce_labels expects class ids from 0 up, found {labels.min()}")
+        raise ImageError(f"{name}: do_reduce_labels expects class ids of at least 0, found {labels.min()}")
     as_originals = settings.compat == "transformers"
     if settings.do_resize and not as_originals:
         labels = resize_labels(labels, resized_shape(labels.shape, settings.size, name))
@@ -330,7 +330,7 @@ def _stacked(arrays: list[np.ndarray], names: list[str]) -> np.ndarray:
         if array.shape != arrays[0].shape:
             raise ImageError(
                 f"{name}: expected shape {arrays[0].shape} as of {names[0]}, found {array.shape}; "
-                "resize all pictures to one height and width, or process them one by one"
+                "resize all images to one height and width, or process them one by one"
             )
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
@@ -344,7 +344,7 @@ def _resized_logits(logits: np.ndarray, target_sizes: Any) -> list[np.ndarray]:
         sizes = np.empty(0)
     if sizes.shape != (len(logits), 2) or sizes.dtype.kind not in "iu" or sizes.min() < 1:
         raise ValueError(
-            f"target_sizes: expected {len(logits)} pairs (height, width) of positive whole numbers, one per picture, "
+            f"target_sizes: expected {len(logits)} pairs (height, width) of positive whole numbers, one per image, "
             f"found {target_sizes!r}"
         )
     with np.errstate(under="ignore"):  # means of tiny logits may underflow to zero

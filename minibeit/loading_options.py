@@ -29,7 +29,7 @@ HINTS = {
     "use_auth_token": "here it is called token",
     "state_dict": "save the tensors to a file and give its path",
     "from_tf": "TensorFlow's files are not read; convert them to safetensors",
-    "from_flax": "Flax's files are recognised by themselves",
+    "from_flax": "Flax's files are recognised automatically",
 }
 
 

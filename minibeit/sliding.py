@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .ops.reference import resize_bilinear
 from .ops.reference.maps import bilinear_taps
 
 Compute = Callable[[np.ndarray], np.ndarray]  # pixel values (B, C, h, w) -> logits (B, K, h', w')
@@ -89,19 +88,17 @@ class Inference:
 
 
 def segment(
-    compute: Compute, processor: Any, image: Any, shape: tuple[int, int], how: Inference, resize: Any = resize_bilinear
+    compute: Compute, processor: Any, image: Any, shape: tuple[int, int], how: Inference
 ) -> np.ndarray:  # -> (H, W)
     """The class of every pixel of `image` (anything that `processor` takes), whose height and width are `shape`."""
-    views = views_of(compute, processor, image, shape, how, resize)
+    views = views_of(compute, processor, image, shape, how)
     return largest_logit(next(views).logits, shape) if how.views == 1 else largest_mean_probability(views, shape)
 
 
-def views_of(
-    compute: Compute, processor: Any, image: Any, shape: tuple[int, int], how: Inference, resize: Any = resize_bilinear
-) -> Iterator[View]:
+def views_of(compute: Compute, processor: Any, image: Any, shape: tuple[int, int], how: Inference) -> Iterator[View]:
     """The views of an image, computed one after the other."""
     if how.mode == SQUASH:
-        yield from _views(compute, processor(image).pixel_values[0], 1, how, resize)
+        yield from _views(compute, processor(image).pixel_values[0], 1, how)
         return
     for (height, width), times in how.sizes(shape).items():
         pixels = processor(
@@ -111,14 +108,14 @@ def views_of(
             resample=BILINEAR,
             do_center_crop=False,
         ).pixel_values[0]
-        yield from _views(compute, pixels, times, how, resize)
+        yield from _views(compute, pixels, times, how)
 
 
-def _views(compute: Compute, pixels: np.ndarray, times: int, how: Inference, resize: Any) -> Iterator[View]:
+def _views(compute: Compute, pixels: np.ndarray, times: int, how: Inference) -> Iterator[View]:
     for mirrored in (False, True) if how.flip else (False,):
         seen = np.ascontiguousarray(pixels[..., ::-1]) if mirrored else pixels
         if how.mode == SLIDE:
-            logits = slide(compute, seen, (how.window, how.window), (how.stride, how.stride), how.batch_size, resize)
+            logits = slide(compute, seen, (how.window, how.window), (how.stride, how.stride), how.batch_size)
         else:
             logits = compute(seen[None])[0]
         yield View(logits, mirrored, times)
@@ -139,7 +136,6 @@ def slide(
     window: tuple[int, int],
     stride: tuple[int, int],
     batch_size: int = 1,
-    resize: Any = resize_bilinear,
 ) -> np.ndarray:  # (C, h, w) -> (K, h, w)
     """The mean, at every pixel, of the logits of all windows that contain it.
 
@@ -161,8 +157,11 @@ def slide(
         if first == 0:
             sums = np.zeros((logits.shape[1], h, w), logits.dtype)
         for (rows, columns), part in zip(chosen, logits):
-            sums[:, rows, columns] += resize(part[None], crops.shape[2:])[0]
             counts[rows, columns] += 1
+            target = sums[:, rows, columns]
+            K, *size = target.shape
+            for band in _bands((size[0], size[1]), K, part.itemsize):
+                target[:, band] += _resized_rows(part, (size[0], size[1]), band)
     sums /= counts.astype(sums.dtype)
     return sums
 

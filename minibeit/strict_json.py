@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: the cost of reading it is bounded, and what is refused is refused in one sentence."""
+"""Untrusted JSON: the cost of reading it is bounded, and whatever is refused is refused in one sentence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A tape: the model's own text runs on nodes in place of arrays; every op is noted, to be played in reverse.
+"""A tape: the model's own code runs on nodes instead of arrays, and every op is recorded, to be run in reverse.
 
-Nothing here computes: the forward is the seam's, the backward stands beside each op.  Only calls that a watched array
-had a part in are noted, so that what lies before the first trained parameter costs nothing.
+Nothing is computed here: forward and backward are the seam's.  Only calls that involve a watched array are recorded, so
+that whatever comes before the first trained parameter costs nothing.
 """
 
 from __future__ import annotations

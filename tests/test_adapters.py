@@ -56,7 +56,7 @@ def test_an_alpha_of_its_own(tmp_path, rng):
     _, loaded = load_checkpoint(tmp_path, "image_classification", dtype="float64")
     np.testing.assert_allclose(loaded[name], arrays[name] + 4 * B @ A, rtol=1e-15)
     adapter(tmp_path, rng, alpha_pattern={"(a|aa)+query": 8})
-    with pytest.raises(CheckpointError, match=r"alpha_pattern has '\(a\|aa\)\+query'; plain names"):
+    with pytest.raises(CheckpointError, match=r"alpha_pattern has '\(a\|aa\)\+query'; only plain module names"):
         load_checkpoint(tmp_path, "image_classification")
 
 

@@ -108,7 +108,7 @@ def test_published_recipes_are_those_of_the_original():
         r = SEGMENTATION_RECIPES[name]
         assert (r.lr, r.layer_decay, r.drop_path, r.crop_size, r.scale) == row
         assert (r.batch_size, r.weight_decay, r.power, r.floor, r.clip) == (16, 0.05, 1.0, 0.0, 0)
-        assert r.decay_tables and r.decay_tokens and r.mean_of_all
+        assert r.decay_tables and r.decay_tokens and r.mean_of_all and r.head_dropout == 0.1
         assert (r.ratio, r.most_of_one_class, r.flip, r.distortion, r.normalisation) == (
             (0.5, 2),
             0.75,

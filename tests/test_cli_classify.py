@@ -57,7 +57,7 @@ def test_table_shows_each_picture_once_and_no_more_labels_than_there_are(capsys,
     code, out, _ = run(capsys, "classify", tmp_path, "-m", checkpoint, "-k", 9)
     lines = out.splitlines()
     assert code == 0 and len(lines) == 1 + 2 * len(NAMES)
-    assert out.count("a.png") == out.count("b.png") == 1 and lines[0].split() == ["picture", "probability", "label"]
+    assert out.count("a.png") == out.count("b.png") == 1 and lines[0].split() == ["image", "probability", "label"]
     assert {line[lines[0].index("label") :] for line in lines} == {"label", *NAMES}  # aligned
 
 
@@ -168,7 +168,7 @@ def test_shipped_digits_by_default(capsys):
     images = shipped_checkpoint() / "images"
     code, out, err = run(capsys, "classify", images, "--json", "-k", 1)
     rows = json.loads(out)
-    assert code == 0 and "handwritten digits alone" in err and "--model" in err and err.count("\n") == 1
+    assert code == 0 and "only handwritten digits" in err and "--model" in err and err.count("\n") == 1
     assert run(capsys, "classify", images, "--json", "-k", 1, "-q") == (0, out, "")
     assert code == 0
     assert [row["predictions"][0]["label"] for row in rows] == [str(digit) for digit in range(10)]

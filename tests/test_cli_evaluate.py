@@ -134,8 +134,8 @@ def test_label_maps_elsewhere_and_the_processors_own_setting(capsys, segmenter, 
 @pytest.mark.parametrize(
     ("kind", "words", "code", "message"),
     [
-        ("mask", [], 1, "but this checkpoint was made for masked image modeling"),
-        ("bare", [], 1, "evaluate measures image classification and semantic segmentation, but this checkpoint"),
+        ("mask", [], 2, "--tokenizer: a model of masked modelling is measured by the tokens of one"),
+        ("bare", [], 1, "but this checkpoint was made for the bare encoder"),
         ("classify", ["--slide"], 2, "--slide: the checkpoint was made for image classification"),
         ("classify", ["--maps", "x"], 2, "--maps: the checkpoint was made for image classification"),
         ("segment", ["--crop-fraction", "1"], 2, "--crop-fraction: the checkpoint was made for semantic segmentation"),

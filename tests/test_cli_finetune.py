@@ -142,7 +142,7 @@ def test_unreadable_pictures_are_named_and_left_out(capsys, model, tmp_path):
 def test_pictures_in_both_parts_are_warned_of(capsys, model, tmp_path):
     class_folders(tmp_path / "d" / "train", 3), class_folders(tmp_path / "d" / "val", 1)
     code, _, err = run(capsys, "finetune", tmp_path / "d", "-m", model, "-o", tmp_path / "o", *QUICK)
-    assert code == 0 and "warning: 2 held-out pictures are also learned from" in err
+    assert code == 0 and "warning: 2 held-out images are also in the training part" in err
 
 
 # Long work ------------------------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def segmentation(folder):
     ("make", "sentence"),
     [
         (empty_class, "blue: this class is empty"),
-        (one_class, "expected at least two classes to tell apart, found ['red'] alone"),
-        (unreadable_class, "no picture of the class 'blue' to learn from can be read"),
-        (unknown_class_held_out, "found ['blue'] beside them"),
-        (segmentation, "one folder a class"),
+        (one_class, "expected at least two classes, found only ['red']"),
+        (unreadable_class, "no image of the class 'blue' to learn from can be read"),
+        (unknown_class_held_out, "found also ['blue']"),
+        (segmentation, "one folder per class"),
         (lambda folder: folder.mkdir(), "expected a folder for each class"),
         (lambda folder: None, "there is no such folder or list"),
     ],
@@ -249,9 +249,9 @@ def test_folders_that_teach_nothing(capsys, model, tmp_path, make, sentence):
         ({"path": "0.png", "label": ""}, "expected the name of a class, found nothing"),
         ({"path": "0.png"}, "expected path and one of label, labels, value, values"),
         ({"path": "0.png", "value": "high"}, "expected value to be a number, found 'high'"),
-        ({"path": "", "label": "a"}, "expected the path of a picture"),
+        ({"path": "", "label": "a"}, "expected the path of an image"),
         ({"path": "0.png", "label": "a", "split": "dev"}, "expected split train or val, found 'dev'"),
-        ({"path": "none.png", "label": "a"}, "none of the 1 pictures can be read"),
+        ({"path": "none.png", "label": "a"}, "none of the 1 images can be read"),
     ],
 )
 def test_lines_that_teach_nothing(capsys, model, tmp_path, row, sentence):

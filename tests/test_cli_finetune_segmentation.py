@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from training_data import class_folders
 
 from minibeit import BeitConfig, BeitImageProcessor
 from minibeit.checkpoint.load import load_checkpoint
+from minibeit.cli import _parser
 from minibeit.train import start as training_start
+from minibeit.train.segmentation_recipes import SEGMENTATION_RECIPES
 from minibeit.train.state import STATE_NAME
 
 TASK = ("--task", "segmentation")
@@ -106,6 +110,16 @@ def test_the_crop_is_what_the_model_sees(capsys, data, model, tmp_path):
     assert BeitImageProcessor.from_pretrained(tmp_path / "o").size == {"height": 24, "width": 24}
 
 
+def test_a_convention_that_transformers_does_not_know_is_said(capsys, data, model, tmp_path):
+    given = ("finetune", data, *TASK, "-m", model, *QUICK)
+    code, _, err = run(capsys, *given, "-o", tmp_path / "o", "--feature-convention", "unilm")
+    assert code == 0 and "transformers, which does not know it, will read other hidden states" in err
+    config = BeitConfig.from_pretrained(tmp_path / "o")
+    assert config.feature_convention == "unilm" and config.out_indices == (1, 2, 3, 4)
+    code, _, err = run(capsys, *given, "-o", tmp_path / "p")
+    assert code == 0 and "hidden states" not in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interrupt_saves_and_resume_goes_on(capsys, data, model, tmp_path):
     given = ("finetune", data, *TASK, "-m", model, "-o", tmp_path / "o", *QUICK, "--epochs", 6)
@@ -144,6 +158,8 @@ def test_too_little_memory_is_said(capsys, data, model, tmp_path, monkeypatch):
         (("--labels", "none.txt"), "none.txt"),
         (("--colours", "none.txt"), "none.txt"),
         (("--keep-classes",), "classif"),
+        (("--crop-size", 30), "crop_size: expected a multiple of the patch size 4 x 4, at least twice, found 30 x 30"),
+        (("--crop-size", 4), "crop_size: expected a multiple of the patch size 4 x 4, at least twice, found 4 x 4"),
         (("--lr", "nan"), "--lr: expected a learning rate above 0"),
     ],
 )
@@ -166,7 +182,7 @@ def test_words_of_segmentation_alone(capsys, model, tmp_path):
         assert code in (1, 2) and message in err, err
     pairs = pair_folder(tmp_path / "e", 3, "annotations")
     code, _, err = run(capsys, "finetune", pairs, *given[2:])
-    assert code == 1 and "label maps, from which --task segmentation learns" in err
+    assert code == 1 and "hold data for segmentation (--task segmentation)" in err
 
 
 def test_models_too_shallow_or_labels_too_few(capsys, data, tmp_path):
@@ -176,3 +192,34 @@ def test_models_too_shallow_or_labels_too_few(capsys, data, tmp_path):
     labels = words(tmp_path / "names.txt", "ground", "disc")
     code, _, err = run(capsys, "finetune", data, *TASK, "-m", shallow, "-o", tmp_path / "o", "--labels", labels, *QUICK)
     assert code == 1 and "masks/0.png: expected the 2 classes that have names" in err and "found 2" in err
+
+
+# The guide ------------------------------------------------------------------------------------------------------------
+
+GUIDE = (Path(__file__).resolve().parents[1] / "docs" / "segmentation.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
+    pair_folder(tmp_path / "streets")
+    (tmp_path / "checkpoint").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    exec(GUIDE.partition("```python\n")[2].partition("```")[0].replace("epochs=10", "epochs=1"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1 and (tmp_path / "streets-beit" / "model.safetensors").is_file()
+
+
+def test_the_guide_names_what_exists():
+    known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
+             for option in action.option_strings}  # fmt: skip
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", GUIDE)) <= known | {
+        "--overlay",
+        "--maps",
+    }  # of segment and evaluate
+    rows = re.findall(r"^\| (`.*?) \| .* \| (\d+) \| (\d+) \| (\S+) \| (\S+) \| (.*) \|$", GUIDE, re.MULTILINE)
+    found = {}
+    for names, epochs, batch, rate, decay, crop in rows:
+        for name, size in zip(re.findall(r"`([\w-]+)`", names), crop.split(", ") if "model" not in crop else [None]):
+            found[name] = (int(epochs), int(batch), float(rate), float(decay), size and int(size))
+    for name, recipe in SEGMENTATION_RECIPES.items():
+        size = recipe.crop_size if name.startswith("ade-") else None
+        assert found.pop(name) == (recipe.epochs, recipe.batch_size, recipe.lr, recipe.layer_decay, size)
+    assert not found

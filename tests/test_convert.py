@@ -59,7 +59,7 @@ def test_fine_tuning_starts_from_a_pretrained_model(tmp_path):
     assert done.config.use_relative_position_bias and not done.config.use_shared_relative_position_bias
     text = "\n".join(done.notes)
     assert "4 tensors start with random values: beit.pooler.weight, beit.pooler.bias, classifier.weight" in text
-    assert "4 tensors of another head, or beside the model, are not used" in text
+    assert "4 tensors of another head, or outside the model, are not used" in text
     assert "copied to each of the 2 blocks" in text
     _, mim = read(DIALECTS / "unilm_mim.pth", "masked_image_modeling")
     _, arrays = load_checkpoint(tmp_path / "new", "image_classification")

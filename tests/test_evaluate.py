@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import NAMES, save_pictures
+from cli_helpers import NAMES, save, save_pictures
 from PIL import Image
 from test_metrics import by_definition
 
 from minibeit import BeitImageProcessor
+from minibeit.cli import _parser
 from minibeit.evaluate.classification import evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
@@ -95,6 +97,29 @@ def test_the_crop_fraction_is_that_of_the_published_evaluation(tmp_path):
     np.testing.assert_array_equal(pixels_of(processor, None, 24)(path), processor(path).pixel_values[0])
 
 
+def test_the_example_of_the_guide_runs(capsys, tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    program = text.partition("```python\n")[2].partition("```")[0]
+    save(tmp_path / "checkpoint", "classify")
+    save_pictures(tmp_path / "flowers" / NAMES[0], "a.png", "b.png")
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert "% " in capsys.readouterr().out and "</html>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "segment"])
+def test_the_options_that_the_guide_names_exist(command):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    options = {
+        name: {option for action in _parser(name)._subparsers._group_actions[0].choices[name]._actions
+               for option in action.option_strings}
+        for name in ("evaluate", "segment")
+    }  # fmt: skip
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named <= options["evaluate"] and len(named) > 15
+    assert {"--slide", "--whole", "--scales", "--flip", "--window", "--stride"} <= options[command]
+
+
 # Segmentation ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,10 +162,10 @@ def test_figures_of_a_segmentation_model(tmp_path):
     assert found.worst[0].score == pytest.approx(min(each.values()), rel=1e-14)
 
 
-def test_pictures_of_the_worst_images_show_truth_and_prediction(tmp_path):
+def test_drawings_of_the_worst_images_show_truth_and_prediction(tmp_path):
     predictions = maps(tmp_path, count=1, sizes=((10, 16),))
     found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
-    (image, photo), (title, truth), (_, said) = found.worst[0].pictures
+    (image, photo), (title, truth), (_, said) = found.worst[0].drawings
     labels, guess = predictions["0.png"]
     assert (image, title) == ("image", "truth") and photo.shape == truth.shape == (10, 16, 3)
     colours = np.vstack([COLOURS, [255, 255, 255]])

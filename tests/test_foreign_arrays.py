@@ -165,7 +165,7 @@ def test_twelve_bits_in_a_sixteen_bit_file(tmp_path, rng):
     values = rng.integers(0, 4096, (10, 12)).astype(np.uint16)
     values[0, 0] = 4095
     Image.fromarray(values).save(tmp_path / "x.png")
-    with pytest.warns(UserWarning, match=r"largest value is 4095 of 65535 .*nearly black; .*say value_range=4095"):
+    with pytest.warns(UserWarning, match=r"largest value is 4095 of 65535 .*nearly black; .*pass value_range=4095"):
         dark = BeitImageProcessor(size=(10, 12)).preprocess(tmp_path / "x.png").pixel_values
     assert dark.max() < -0.8
     processor = BeitImageProcessor(size=(10, 12), value_range=4095)

@@ -65,7 +65,7 @@ def test_no_code_of_a_pickle_runs(tmp_path, protocol, container):
         (b"I1\n.", "uses the operation INT"),
         (b"\x97.", "uses the operation NEXT_BUFFER"),
         (b"\xff", "uses the operation 0xff"),
-        (b"}Q.", "outside object that is no storage"),
+        (b"}Q.", "outside object that is not a storage"),
         (b"cargparse\nNamespace\n}b.", "sets the state of a Name"),
         (b"cargparse\nNamespace\n)R}b" + b"}" + text("a") + b"K\x01sb}b.", "twice"),
         (b"cargparse\nNamespace\n" + text("x") + b"\x85R.", "arguments that torch does not write"),

@@ -105,7 +105,7 @@ def test_zip_of_something_else():
     refused(zip_of(["word/document.xml"], [b"<x/>"]), "neither torch.save")
     refused(zip_of(["a/data.pkl", "a/constants.pkl"], [b"", b""]), "TorchScript")
     refused(zip_of(["a/data.pkl", "a/byteorder"], [b"", b"big"]), "big-endian")
-    refused(zip_of(["a.npy", "b.exe"], [npy(np.ones(2)), b""]), "no .npy array")
+    refused(zip_of(["a.npy", "b.exe"], [npy(np.ones(2)), b""]), "not a .npy array")
 
 
 def test_npz_without_pickle():

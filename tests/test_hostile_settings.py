@@ -141,7 +141,7 @@ def test_a_head_out_of_proportion_is_not_drawn(folder):
     with_config(folder, vocab_size=1 << 18, hidden_size=12)
 
     def load():
-        with pytest.raises(CheckpointError, match=r"asks for [\d,]+ bytes of new weights beside the [\d,]+ of"):
+        with pytest.raises(CheckpointError, match=r"wants [\d,]+ bytes of new weights in addition to the [\d,]+ of"):
             minibeit.checkpoint.load.load_checkpoint(folder, "semantic_segmentation")
 
     assert_cheap(load)

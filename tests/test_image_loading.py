@@ -321,7 +321,7 @@ def test_damaged_picture_object(rng, tmp_path):
     picture(rng, 40, 40).save(tmp_path / "a.png")
     with (
         Image.open(file_with(tmp_path, "cut.png", (tmp_path / "a.png").read_bytes()[:300])) as image,
-        pytest.raises(ImageError, match=r"images\[1\] \(.*cut.png\): the picture cannot be read"),
+        pytest.raises(ImageError, match=r"images\[1\] \(.*cut.png\): the image cannot be read"),
     ):
         BeitImageProcessor()([picture(rng), image])
 
@@ -382,7 +382,7 @@ def test_wrong_types(item):
 
 @pytest.mark.parametrize("images", [[], [[]], np.zeros((0, 5, 5, 3), np.uint8)])
 def test_no_pictures(images):
-    with pytest.raises(ImageError, match="images: expected at least one picture"):
+    with pytest.raises(ImageError, match="images: expected at least one image"):
         BeitImageProcessor()(images)
 
 
@@ -407,8 +407,8 @@ BAD_MAPS = {
     "fractions": (np.full((5, 5), 0.5), "whole class ids"),
     "nan": (np.full((5, 5), np.nan), "finite"),
     "one axis": (np.zeros(5, int), r"shape \(H, W\)"),
-    "count": (np.zeros((2, 5, 5), int), "expected 1, one per picture, found 2"),
-    "none": ([], "at least one picture"),
+    "count": (np.zeros((2, 5, 5), int), "expected 1, one per image, found 2"),
+    "none": ([], "at least one image"),
     "missing": ("nowhere.png", "no such file"),
 }
 

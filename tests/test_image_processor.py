@@ -149,7 +149,7 @@ def test_reduced_labels(rng):
     batch = plain(do_reduce_labels=True)(picture(rng), labels)
     np.testing.assert_array_equal(batch.labels, [[[255, 0, 1, 149, 255, 253]]])
     np.testing.assert_array_equal(labels, [[0, 1, 2, 150, 255, 254]])
-    with pytest.raises(ImageError, match=r"segmentation_maps: .*from 0 up, found -1"):
+    with pytest.raises(ImageError, match=r"segmentation_maps: .*of at least 0, found -1"):
         plain(do_reduce_labels=True)(picture(rng), np.array([[-1, 2]]))
 
 

@@ -205,6 +205,14 @@ def test_colours_outside_the_table(tmp_path):
         MapReader(table(tmp_path))(str(tmp_path / "m.png"))
 
 
+@pytest.mark.parametrize("count", [0, 1, 256])
+def test_too_few_or_too_many_names(tmp_path, count):
+    for i in range(2):
+        save_pair(tmp_path / f"images/{i}.png", tmp_path / f"masks/{i}.png", i, np.zeros((36, 48), np.uint8))
+    with pytest.raises(ValueError, match=f"the names of 2 to 255 classes, found {count}$"):
+        read_pairs(tmp_path, names=[str(i) for i in range(count)])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -221,7 +229,7 @@ def test_tables_that_are_none(tmp_path, text, message):
 
 def test_images_in_both_parts_are_warned_of(tmp_path):
     pair_folder(tmp_path / "train", 3), pair_folder(tmp_path / "val", 1)
-    with pytest.warns(UserWarning, match="1 held-out pictures are also learned from"):
+    with pytest.warns(UserWarning, match="1 held-out images are also in the training part"):
         read_pairs(tmp_path)
 
 

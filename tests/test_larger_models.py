@@ -105,7 +105,7 @@ def test_pre_training_file_of_beit_v2(tmp_path):
              for name, array in state.items() if name.startswith("blocks.0") for i in range(2)}  # fmt: skip
     write_safetensors(tmp_path / "x.safetensors", {**state, **extra})
     made, said = load(BeitForMaskedImageModeling, tmp_path / "x.safetensors")
-    assert re.search(r"\d+ tensors stand beside the model and are not used: cls_pt_layers\.0\.", said)
+    assert re.search(r"\d+ tensors do not belong to the model and are not used: cls_pt_layers\.0\.", said)
     assert distance(computed(made, expected), expected.get("logits", expected.get("output"))) < 1e-13
 
 

@@ -23,7 +23,9 @@ from torch.nn import functional
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.checkpoint.names import hub_names
+from minibeit.model.dropout import dropout_factors
 from minibeit.noise import Noise
+from minibeit.ops import get_ops
 from minibeit.params import flatten
 from minibeit.train.label_maps import read_pairs
 from minibeit.train.loop import Trainer
@@ -33,6 +35,7 @@ from minibeit.train.segmentation import Segmentation, processor_for
 pytestmark = pytest.mark.live
 transformers.logging.set_verbosity_error()
 
+OPS = get_ops("numpy")
 TASK, SEED, STEPS = "semantic_segmentation", 5, 10
 RECIPE = dataclasses.replace(QUICK, epochs=5, scale=(40, 20), lr=7e-4, layer_decay=0.65, warmup_steps=3, clip=1.0)
 SETTINGS = dict(
@@ -58,7 +61,8 @@ def transformers_loss(hf, pixels, labels):
 def original_loss(hf, pixels, labels):
     """unilm's and mmseg's: pyramid of the outputs of blocks `out_indices`, means over all pixels, ignored ones too.
 
-    The modules are those of transformers, the way through them the original's.
+    The modules are those of transformers, the way through them the original's.  The heads' dropout is put before their
+    last layers by `share_head_dropout`.
     """
     states = hf.beit(pixels, output_hidden_states=True).hidden_states
     B, side = len(pixels), SETTINGS["image_size"] // SETTINGS["patch_size"]
@@ -70,13 +74,28 @@ def original_loss(hf, pixels, labels):
     return total
 
 
+def share_head_dropout(hf, noise, rate):
+    """Channels are dropped before the last layer of each head, by minibeit's noise; returns how to stop it."""
+    handles = []
+    for place, head in enumerate((hf.decode_head, hf.auxiliary_head)):
+        own = noise.at(block=hf.config.num_hidden_layers + 1, place=place)
+
+        def dropped(module, inputs, own=own):
+            shape = (*inputs[0].shape[:2], 1, 1)
+            return (inputs[0] * torch.from_numpy(dropout_factors(OPS, own, shape, rate, "float64")),)
+
+        handles.append(head.classifier.register_forward_pre_hook(dropped))
+    return handles
+
+
 @pytest.mark.parametrize(
     ("loss_of", "indices", "changes"),
     [(transformers_loss, [1, 2, 3, 4], {}), (original_loss, [0, 1, 2, 3], {"feature_convention": "unilm"})],
     ids=["transformers", "unilm"],
 )
 def test_ten_steps_of_the_loop(loss_of, indices, changes, tmp_path, capsys):
-    recipe = dataclasses.replace(RECIPE, mean_of_all=loss_of is original_loss)
+    original = loss_of is original_loss
+    recipe = dataclasses.replace(RECIPE, mean_of_all=original, head_dropout=0.2 if original else 0.0)
     hf = parity.hf_model(TASK, {**SETTINGS, "out_indices": indices}, 1)
     ours = parity.our_model(TASK, hf, "float64", **changes)
     config, theirs = ours.config, canonical(hf, ours.config, TASK)
@@ -102,9 +121,12 @@ def test_ten_steps_of_the_loop(loss_of, indices, changes, tmp_path, capsys):
             step = trainer.state.step
             assert (batch.targets == 255).any() and not (batch.targets == 255).all()
             parity_gradients.share_noise(hf, Noise(SEED, step))
+            handles = share_head_dropout(hf, Noise(SEED, step), recipe.head_dropout) if original else []
             reference.zero_grad()
             with torch.enable_grad():
                 loss_of(hf, torch.from_numpy(batch.pixels).double(), torch.from_numpy(batch.targets).long()).backward()
+            for handle in handles:
+                handle.remove()
             before = {name: array.copy() for name, array in flatten(ours.plain_params).items()}
             running = [name for name in before if ".running_" in name]
             found = trainer._learned(objective.for_step(batch, 0.0, (0,)))

@@ -132,10 +132,12 @@ def test_weights_and_their_average_under_prefixes(tmp_path):
         {**prefixed(two, "ema_model."), **prefixed(one, "model.")},
     ):
         write_safetensors(tmp_path / "model.safetensors", tensors)
-        with pytest.warns(UserWarning, match=r"under 'model.beit' were taken, not those under 'ema_model.beit.'.*ema'"):
+        with pytest.warns(
+            UserWarning, match=r"under 'model.beit' were loaded, not those under 'ema_model.beit.'.*ema'"
+        ):
             np.testing.assert_array_equal(classifier(tmp_path), one["classifier.weight"])
         for word in ("ema", "ema_model.beit"):
-            with pytest.warns(UserWarning, match="several weights"):
+            with pytest.warns(UserWarning, match="several sets of weights"):
                 np.testing.assert_array_equal(classifier(tmp_path, weights=word), two["classifier.weight"])
     with pytest.raises(CheckpointError, match="has no weights 'teacher'; those there have the prefix"):
         classifier(tmp_path, weights="teacher")
@@ -155,10 +157,10 @@ def test_weights_and_their_average_under_keys(tmp_path, keys):
         at[key.split(".")[-1]] = {name: torch.from_numpy(array.copy()) for name, array in prefixed(arrays).items()}
     torch.save(root, tmp_path / "pytorch_model.bin")
     CONFIG.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=f"those under '{keys[0]}' were taken, not those under '{keys[1]}'"):
+    with pytest.warns(UserWarning, match=f"those under '{keys[0]}' were loaded, not those under '{keys[1]}'"):
         np.testing.assert_array_equal(classifier(tmp_path), one["classifier.weight"])
     for word, arrays in (("ema", two), ("model", one), (keys[1], two), (keys[0], one)):
-        with pytest.warns(UserWarning, match="several weights"):
+        with pytest.warns(UserWarning, match="several sets of weights"):
             np.testing.assert_array_equal(classifier(tmp_path, weights=word), arrays["classifier.weight"])
     with pytest.raises(CheckpointError, match=f"no weights 'x'; there are those under '{keys[1]}', '{keys[0]}'"):
         classifier(tmp_path, weights="x")
@@ -175,7 +177,7 @@ def test_the_average_of_mmengine_is_the_state_dict(tmp_path):
     torch.save(root, tmp_path / "pytorch_model.bin")
     CONFIG.save_pretrained(tmp_path)
     for words, arrays in (({}, average), ({"weights": "ema"}, average), ({"weights": "model"}, plain)):
-        with pytest.warns(UserWarning, match="several weights"):
+        with pytest.warns(UserWarning, match="several sets of weights"):
             np.testing.assert_array_equal(classifier(tmp_path, **words), arrays["classifier.weight"])
 
 

@@ -125,10 +125,10 @@ def test_a_file_of_another_cpu_or_version_is_refused(tmp_path):
     write_safetensors(file, arrays, {**loaded.metadata, "layout": "numba 0, vax, panels of 3 columns"})
     refused(tmp_path, "was prepared as 'numba 0, vax, panels of 3 columns', but this machine .* prepare it again")
     write_safetensors(file, arrays, {"format": "pt"})
-    refused(tmp_path, "is no prepared file of minibeit")
+    refused(tmp_path, "is not a prepared file of minibeit")
     (tmp_path / "config.json").unlink()
     write_safetensors(file, arrays, loaded.metadata)
-    refused(tmp_path, "there is no config.json beside it")
+    refused(tmp_path, "cannot be used without a config.json next to it")
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": "many"}))
     refused(tmp_path, "config.json: ")
 

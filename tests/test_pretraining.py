@@ -244,7 +244,7 @@ def test_images_of_any_depth_and_of_lists(tmp_path):
     ("lines", "message"),
     [
         ("path\n", "found no line"),
-        ("file\na.png\n", "expected the path of a picture"),
+        ("file\na.png\n", "expected the path of an image"),
         ("path\nmissing.png\n", "none of which can be read"),
     ],
 )

@@ -68,5 +68,5 @@ def test_a_block_whose_features_tell_classes_apart_is_the_best(examples):
 
 def test_numbers_have_no_probe(examples):
     model = BeitModel(config(), backend="numpy")
-    with pytest.raises(ValueError, match="expected one label a picture, found regression"):
+    with pytest.raises(ValueError, match="expected one label per image, found regression"):
         probe.probe(model, dataclasses.replace(examples, problem=REGRESSION), BeitImageProcessor(size=16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def processor():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     pixels = np.random.default_rng(0).integers(0, 256, (37, 61, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -58,17 +59,17 @@ def plain_probabilities(logits, size):
     return e / e.sum(1, keepdims=True)
 
 
-def plain_size(picture, short):
-    factor = short / min(picture.size)
-    return tuple(math.floor(length * factor + 0.5) for length in (picture.height, picture.width))
+def plain_size(image, short):
+    factor = short / min(image.size)
+    return tuple(math.floor(length * factor + 0.5) for length in (image.height, image.width))
 
 
-def plain_map(model, processor, picture, scales, flip):
+def plain_map(model, processor, image, scales, flip):
     """The published test, one view after the other: (H, W)."""
-    size, total = (picture.height, picture.width), 0
+    size, total = (image.height, image.width), 0
     for scale in scales:
-        h, w = plain_size(picture, max(int(WINDOW * scale), WINDOW))
-        pixels = processor(picture, size={"height": h, "width": w}, resample=2).pixel_values.astype(np.float64)
+        h, w = plain_size(image, max(int(WINDOW * scale), WINDOW))
+        pixels = processor(image, size={"height": h, "width": w}, resample=2).pixel_values.astype(np.float64)
         total = total + plain_probabilities(plain_slide(model, pixels, WINDOW, STRIDE), size)
         if flip:
             mirrored = plain_slide(model, pixels[..., ::-1], WINDOW, STRIDE)
@@ -129,18 +130,18 @@ def test_windows_need_not_be_square(model):
     [((1.0,), False), ((2.0,), False), ((1.0,), True), ((0.5, 1.0, 1.25), False), ((0.5, 0.75, 1.0, 1.5), True)],
 )
 @pytest.mark.parametrize("room", [1, 64 << 20])
-def test_maps_are_those_of_the_plain_loop(model, processor, picture, scales, flip, room, monkeypatch):
+def test_maps_are_those_of_the_plain_loop(model, processor, image, scales, flip, room, monkeypatch):
     monkeypatch.setattr(sliding, "ROOM", room)
     how = Inference("slide", WINDOW, STRIDE, WINDOW, scales, flip, batch_size=2, patch=4)
-    size = (picture.height, picture.width)
-    expected = plain_map(model, processor, picture, scales, flip)
+    size = (image.height, image.width)
+    expected = plain_map(model, processor, image, scales, flip)
     assert len(np.unique(expected)) > 1
-    np.testing.assert_array_equal(sliding.segment(compute_of(model), processor, picture, size, how), expected)
+    np.testing.assert_array_equal(sliding.segment(compute_of(model), processor, image, size, how), expected)
     monkeypatch.setattr(sliding, "ROOM_FOR_SUMS", 0)  # keeps the views instead of sums
-    np.testing.assert_array_equal(sliding.segment(compute_of(model), processor, picture, size, how), expected)
+    np.testing.assert_array_equal(sliding.segment(compute_of(model), processor, image, size, how), expected)
 
 
-def test_views_of_one_size_are_computed_once(model, processor, picture):
+def test_views_of_one_size_are_computed_once(model, processor, image):
     calls = []
 
     def compute(pixels):
@@ -148,12 +149,12 @@ def test_views_of_one_size_are_computed_once(model, processor, picture):
         return model(pixels).logits
 
     how = Inference("slide", WINDOW, STRIDE, WINDOW, (0.5, 0.75, 1.0), patch=4)
-    views = list(sliding.views_of(compute, processor, picture, (37, 61), how))
+    views = list(sliding.views_of(compute, processor, image, (37, 61), how))
     assert how.views == 1 and [view.times for view in views] == [3]
     assert len(calls) == len(sliding.window_starts(26, WINDOW, STRIDE))
 
 
-def test_a_whole_image_keeps_its_proportions(model, processor, picture):
+def test_a_whole_image_keeps_its_proportions(model, processor, image):
     shapes = []
 
     def compute(pixels):
@@ -161,13 +162,13 @@ def test_a_whole_image_keeps_its_proportions(model, processor, picture):
         return model(pixels).logits
 
     how = Inference("whole", short_side=20, scales=(1.0, 1.5), flip=True, patch=4)
-    labels = sliding.segment(compute, processor, picture, (37, 61), how)
+    labels = sliding.segment(compute, processor, image, (37, 61), how)
     assert shapes == [(20, 32), (20, 32), (32, 48), (32, 48)]  # 30 x 49 rounded to patches
     assert labels.shape == (37, 61) and how.views == 4
 
 
-def test_the_mirror_image_of_a_symmetric_one_changes_nothing(model, processor, picture):
-    half = np.asarray(picture)
+def test_the_mirror_image_of_a_symmetric_one_changes_nothing(model, processor, image):
+    half = np.asarray(image)
     both = np.concatenate([half, half[:, ::-1]], axis=1)
     labels = sliding.segment(compute_of(model), processor, both, both.shape[:2], Inference(flip=True))
     np.testing.assert_array_equal(labels, labels[:, ::-1])
@@ -219,3 +220,23 @@ def test_probabilities_are_averaged_not_logits():
     assert sliding.largest_mean_probability([View(sure), View(unsure, times=2)], (1, 1)) == 1
     assert (sure + unsure + unsure).argmax(0) == 0  # what averaged logits would say
     assert sliding.largest_mean_probability(iter([View(sure, True), View(strong, True, 2)]), (1, 1)) == 1
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_memory_does_not_grow_with_the_image(monkeypatch, views):
+    """Scores of every class at the image's size would take 30 times what the label map's 32 bits do."""
+    monkeypatch.setattr(sliding, "ROOM", 1 << 20)
+    monkeypatch.setattr(sliding, "ROOM_FOR_SUMS", 1 << 20)
+    logits = np.random.default_rng(0).standard_normal((30, 12, 16)).astype(np.float32)
+    size = (600, 800)
+    tracemalloc.start()
+    try:
+        if views == 1:
+            sliding.largest_logit(logits, size)
+        else:
+            sliding.largest_mean_probability([View(logits, i == 2) for i in range(views)], size)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    labels = 8 * size[0] * size[1]
+    assert peak < labels + 8 * (1 << 20) < 30 * 4 * size[0] * size[1] / 3

@@ -9,13 +9,14 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from segmentation_data import MODEL, NAMES, QUICK, pair_folder, save_pair, trainer
+from segmentation_data import MODEL, NAMES, QUICK, ade_folder, pair_folder, save_pair, trainer
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitForSemanticSegmentation
 from minibeit.ops import get_ops
 from minibeit.outputs import SemanticSegmenterOutput
 from minibeit.params import flatten
 from minibeit.train import segmentation
+from minibeit.train.label_maps import MapReader, read_pairs
 from minibeit.train.objective import Batch
 from minibeit.train.state import Stopped
 
@@ -61,6 +62,16 @@ def test_held_out_images_are_read_as_segment_reads_them(data, tmp_path):
     pixels, labels = made.read_judged(made.held_out[0])
     np.testing.assert_array_equal(pixels, made.processor(made.held_out[0].path).pixel_values[0])
     assert labels.shape == (32, 32) and set(np.unique(labels)) <= {0, 1, 2}
+
+
+def test_numbers_are_reduced_once(tmp_path):
+    ade_folder(tmp_path / "d")
+    pairs = read_pairs(tmp_path / "d", names=NAMES[:3], read_map=MapReader(reduce=True))
+    config = BeitConfig(**MODEL, id2label=dict(enumerate(pairs.names)))
+    made = segmentation.Segmentation(pairs, segmentation.processor_for(config, None, QUICK, True), QUICK, config)
+    assert made.processor.do_reduce_labels
+    for labels in (made.read_judged(made.held_out[0])[1], made.read(made.train[0], (0,))[1]):
+        assert set(np.unique(labels)) - {255} == {0, 1, 2}
 
 
 def test_a_size_that_changes_with_the_orientation_is_said(data, tmp_path):

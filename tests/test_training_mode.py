@@ -10,7 +10,7 @@ from tolerances import NAIVE_MODEL
 from minibeit import BeitBackbone, BeitForMaskedImageModeling, BeitForSemanticSegmentation, BeitModel, Trace
 from minibeit.model import attention as attention_module
 from minibeit.model import block as block_module
-from minibeit.model.dropout import branch_factors, dropout, dropout_factors
+from minibeit.model.dropout import branch_factors, channel_dropout, dropout, dropout_factors
 from minibeit.noise import Noise
 from minibeit.ops import get_ops
 
@@ -157,3 +157,28 @@ def test_the_generator_is_the_callers():
     before = np.random.get_state()[1].copy()
     model()(PIXELS, rng=seeded())
     assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_heads_drop_whole_channels():
+    ones, noise = np.ones((3, 40, 2, 5)), Noise(1)
+    dropped = channel_dropout(OPS, noise, ones, 0.25)
+    assert set(np.unique(dropped)) == {0, 1 / 0.75} and (dropped == dropped[..., :1, :1]).all()
+    assert 0.1 < (dropped == 0).mean() < 0.45 and np.any(dropped[0] != dropped[1])
+    assert channel_dropout(OPS, None, ones, 0.25) is ones and channel_dropout(OPS, noise, ones, 0.0) is ones
+
+
+def test_head_dropout_acts_in_training_on_both_heads():
+    config = tiny_config(out_indices=[0, 1, 2, 3], num_hidden_layers=4, drop_path_rate=0.0)
+    model = make(BeitForSemanticSegmentation, config)
+    x = np.random.default_rng(0).standard_normal((2, 3, *config.image_shape))
+
+    def outputs(**options):
+        found = model(x, output_auxiliary_logits=True, **options)
+        return found.logits, found.auxiliary_logits
+
+    plain = outputs()
+    for same in (outputs(head_dropout=0.5), outputs(rng=Noise(0))):
+        assert all(np.array_equal(a, b) for a, b in zip(plain, same))
+    first, again, other = (outputs(rng=Noise(0, step), head_dropout=0.5) for step in (0, 0, 1))
+    for a, b, c, d in zip(plain, first, again, other):
+        assert np.any(a != b) and np.array_equal(b, c) and np.any(b != d)

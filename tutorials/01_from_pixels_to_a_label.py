@@ -5,7 +5,7 @@
 # network is computed by hand, in NumPy, and compared with what minibeit computed. You need to know what a matrix
 # product is; no knowledge of transformers is assumed.
 #
-# The network is the one that ships with minibeit: a small one, trained to read handwritten digits.
+# The network is the one that comes with minibeit: a small one, trained to read handwritten digits.
 #
 # The letters are those used throughout the package: **B** images in a batch, **C** colour channels, **P** patches of an
 # image, **N** = 1 + P tokens, **D** elements of a token (the width), **H** heads, **d** = D / H elements per head,
@@ -313,7 +313,7 @@ assert label == "3"
 # %% [markdown]
 # ## 6. All of it in three lines, and what a label is worth
 #
-# This is how to use it. The ten digits that ship were held out when the network was trained.
+# This is how to use it. The ten included digits were held out when the network was trained.
 
 # %%
 files = sorted((digits / "images").glob("*.png"))

@@ -112,7 +112,7 @@ assert report.guilty.name == "encoder.1.norm1"
 assert "0.001 instead of 1e-12" in report.guilty.note
 
 # %% [markdown]
-# Found, named, and explained: the verifier tries common mistakes on the guilty op (other epsilons, a missing bias, a
+# Found, named and explained: the verifier tries common mistakes on the guilty op (other epsilons, a missing bias, a
 # transposed weight, another activation, half precision, ...) and says which of them reproduces the candidate's numbers.
 #
 # This is why two kinds of error are needed. The total error rises at the bug and never falls again, so everything after

@@ -3,11 +3,11 @@
 #
 # Training is three lines: make a loss, find out how it changes with each weight, move each weight a little. The middle
 # line is the one that looks like magic. Here we do it by hand for one transformer block, in NumPy, and hold every
-# number against minibeit's `value_and_grad` and against plain differences. Then we measure two things that BEiT's
-# recipes insist on: the *layer scale* and the *layer-wise decay* of the learning rate.
+# number against minibeit's `value_and_grad` and against finite differences. Then we measure two things that BEiT's
+# recipes rely on: the *layer scale* and the *layer-wise decay* of the learning rate.
 #
-# [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the block going forward. The shipped digit reader is
-# our model.
+# [Tutorial 01](01_from_pixels_to_a_label.ipynb) explains the forward pass of a block. Our model is the included one,
+# which reads digits.
 
 # %%
 import matplotlib.pyplot as plt
@@ -173,7 +173,7 @@ dx = dr + norm_backward(dh, x, p.norm1, "norm1")
 # %% [markdown]
 # ## 4. Is it right?
 #
-# First beside minibeit, all parameters of the block and the cotangent that goes on to the block below:
+# First compared with minibeit: all parameters of the block, and the cotangent that is passed to the block below:
 
 
 # %%
@@ -189,8 +189,8 @@ assert {f"beit.encoder.{BLOCK}.{name}" for name in mine} == {n for n in named if
 assert max(errors.values()) < 1e-11
 
 # %% [markdown]
-# Then beside something that knows no calculus: move *one* weight a little up and down and look at the loss. A step too
-# large sees the curvature, one too small drowns in rounding; in between lie eight or nine digits.
+# Then with a method that needs no calculus: move *one* weight a little up and down and look at the loss. Too large a
+# step sees the curvature, too small a one drowns in rounding; in between, eight or nine digits are right.
 
 # %%
 steps = 10.0 ** np.arange(-1, -12, -1)
@@ -259,14 +259,14 @@ assert abs(growth[1e-5][0] - 1) < 0.01
 assert abs(growth[1e-5][1] - 1) < 0.01
 
 # %% [markdown]
-# With 1e-5 the whole stack begins as the identity: every block sees the embeddings, every block gets the same
-# cotangent, and each may grow as far as it is of use. Without, the first blocks get far larger
-# gradients than the last ones.
+# With 1e-5 the whole stack starts as the identity: every block sees the embeddings, every block gets the same
+# cotangent, and each can grow as far as it helps. Without layer scale, the first blocks get far larger gradients than
+# the last ones.
 #
 # ## 6. Why layer-wise decay
 #
 # Adam divides a gradient by its own size. So every weight moves by about the learning rate at each step, *however
-# little the loss asks for it*: the embeddings, which know strokes and edges, are thrown about as fast as a new head.
+# little the loss depends on it*: the embeddings, which know strokes and edges, change as fast as a new head.
 # Layer i of L + 1 therefore gets the rate times decay^(L + 1 - i). We fine-tune on 40 digits whose labels mean
 # something else (d -> 9 - d), and look at how far each layer went from where it was, and at 200 other digits.
 
@@ -308,10 +308,11 @@ assert steep[0] < 0.5 * flat[0]
 assert all(curve[-1] < curve[0] for curve, _, _ in results.values())
 
 # %% [markdown]
-# Without decay all layers go about as far, whatever the loss needed of them; with it the embeddings stay nearer to what
-# pre-training left, and what changes is near the head. It has a price, and the numbers above show it: at the same rate
-# the loss falls more slowly, and in these few steps fewer of the other digits are read rightly. That is why recipes
-# with a decay (0.65 for base models) have larger rates and many epochs. What is measured here is *where the change*
+# Without decay all layers move about equally far, whether the loss needed it or not; with decay the embeddings stay
+# closer to their pre-trained values, and most of the change is near the head. The price shows in the numbers above:
+# at the same rate the loss falls more slowly, and after these few steps fewer of the other digits are classified
+# correctly. So recipes with a decay (0.65 for base models) have larger rates and many epochs. What is measured is
+# *where the change*
 # *goes*, not that decay wins: a task as small as ours cannot show that.
 #
 # ## 7. In practice

@@ -199,7 +199,7 @@ def base_of(adapter: Adapter) -> str:
     """
     base = adapter.base
     if not isinstance(base, str) or not base:
-        raise CheckpointError(f"{adapter.folder}: is an adapter alone, whose {ADAPTER_CONFIG} names no base model")
+        raise CheckpointError(f"{adapter.folder}: holds only an adapter, whose {ADAPTER_CONFIG} names no base model")
     beside = adapter.folder / base
     return str(beside) if not Path(base).exists() and beside.exists() else base
 
@@ -217,7 +217,7 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that equals the module's name or its end; only plain names are accepted."""
     for pattern, value in patterns.items():
         if re.search(r"[^\w.]", pattern):  # an untrusted regular expression may run for ever
-            raise CheckpointError(f"{ADAPTER_CONFIG}: alpha_pattern has {pattern!r}; plain names of modules are read")
+            raise CheckpointError(f"{ADAPTER_CONFIG}: alpha_pattern has {pattern!r}; only plain module names are read")
         if module == pattern or module.endswith(f".{pattern}"):
             return value
     return default

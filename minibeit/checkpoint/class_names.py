@@ -1,4 +1,4 @@
-"""A config's class names, where it has none: those beside the weights, else those of the data set it was trained on."""
+"""Class names for a config without any: those stored with the weights, or else those of the training data set."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def convert(
     checkpoint = open_checkpoint(source, fields, loading=loading)
     task = task or checkpoint.task
     if task is None:
-        raise CheckpointError(f"{checkpoint.path}: neither config nor tensors tell its task; give --task")
+        raise CheckpointError(f"{checkpoint.path}: neither config nor tensors show its task; give --task")
     notes = _found(checkpoint)
     match = _match(checkpoint, task, notes)
     config, arrays = checkpoint.config, read_arrays(checkpoint, match.found)
@@ -138,7 +138,7 @@ def _match(checkpoint: Checkpoint, task: str, notes: list[str]) -> Match:
         notes.append(f"{ignored} tensors are index tables or step counters, which carry no learned number")
     if match.unexpected:
         count, names = len(match.unexpected), listed(match.unexpected)
-        notes.append(f"{count} tensors of another head, or beside the model, are not used: {names}")
+        notes.append(f"{count} tensors of another head, or outside the model, are not used: {names}")
     return match
 
 

@@ -73,7 +73,7 @@ class _Reader:
         if shape is None or len(shape) != rank or not all(shape):
             raise CheckpointError(
                 f"tensor {self.naming.place(name).name}: expected {rank} dimensions, found {shape or 'no such tensor'}"
-                "; without it no config can be inferred: put a config.json beside the file"
+                "; without it no config can be inferred: put a config.json next to the file"
             )
         return shape
 
@@ -176,7 +176,7 @@ class _Reader:
     def segmentation(self, layers: int) -> dict[str, Any]:
         scales = self.count("decode_head.psp_modules.{}.conv.weight")
         if scales > len(POOL_SCALES):
-            raise CheckpointError(f"the head pools at {scales} scales, which the shapes do not tell; give pool_scales")
+            raise CheckpointError(f"the head pools at {scales} scales, which the shapes leave open; give pool_scales")
         original = self.naming.dialect.name in ("unilm", "openmmlab")
         settings: dict[str, Any] = dict(
             num_labels=self.need("decode_head.classifier.bias", 1)[0],

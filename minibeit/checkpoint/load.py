@@ -94,8 +94,8 @@ def _read(path: str | os.PathLike[str], loading: Loading) -> _Files:
     loaded = _load_file(source, loading)
     if is_prepared(loaded):
         raise CheckpointError(
-            f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which only models load, on such a CPU "
-            f"and by the name {PREPARED_NAME}; give the checkpoint that it was made from"
+            f"{source}: is a prepared file ({loaded.metadata.get('layout')}), which can only be loaded as a model, on "
+            f"that kind of CPU and under the name {PREPARED_NAME}; give the checkpoint that it was made from"
         )
     return _Files(str(path), source, loaded, adapter)
 
@@ -236,8 +236,8 @@ def _say_what_was_assumed(checkpoint: Checkpoint) -> None:
     if checkpoint.others:
         key = checkpoint.loaded.wrapper or (checkpoint.naming.outer + checkpoint.naming.encoder).rstrip("./")
         warnings.warn(
-            f"{checkpoint.path} holds several weights of such a model: those under {key!r} were taken, not those under "
-            f"{listed(map(repr, checkpoint.others))}; weights='ema' or weights=KEY takes others",
+            f"{checkpoint.path} holds several sets of weights: those under {key!r} were loaded, not those under "
+            f"{listed(map(repr, checkpoint.others))}; weights='ema' or weights=KEY chooses others",
             stacklevel=4,
         )
 
@@ -353,6 +353,6 @@ def _check_new(shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint) ->
     needed, found = 4 * sum(map(math.prod, shapes.values())), checkpoint.tensors.nbytes
     if needed > 16 * found + (64 << 20):  # a segmentation head on a single block has eleven times its weights
         raise CheckpointError(
-            f"{checkpoint.path}: {CONFIG_NAME} asks for {needed:,} bytes of new weights beside the {found:,} of the "
-            "file; does it belong to this file?"
+            f"{checkpoint.path}: {CONFIG_NAME} wants {needed:,} bytes of new weights in addition to the {found:,} of "
+            "the file; does it belong to this file?"
         )

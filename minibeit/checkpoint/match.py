@@ -96,7 +96,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str) -> None:
     if match.mismatched:
         raise CheckpointError(
             f"{path}: {listed(match.mismatched.values())}; does {CONFIG_NAME} belong to this file? "
-            "(`ignore_mismatched_sizes=True` draws such tensors anew, `image_size=` resizes position tensors)"
+            "(`ignore_mismatched_sizes=True` makes such tensors random, `image_size=` resizes position tensors)"
         )
     lost = [name for key, name in match.missing.items() if not key.startswith(HEADS) or _group_found(key, match)]
     if lost or not match.found:
@@ -119,7 +119,7 @@ def check_match(match: Match, checkpoint: Checkpoint, task: str) -> None:
         )
     if beside:
         warnings.warn(
-            f"{path}: {len(beside)} tensors stand beside the model and are not used: {listed(beside)}", stacklevel=4
+            f"{path}: {len(beside)} tensors do not belong to the model and are not used: {listed(beside)}", stacklevel=4
         )
 
 
@@ -146,7 +146,7 @@ def _refuse_what_is_no_plain_weight(match: Match, checkpoint: Checkpoint) -> Non
     lora = [name for name in match.unexpected if ".lora_" in name]
     if lora:
         raise CheckpointError(
-            f"{checkpoint.path}: holds a LoRA adapter's layers beside the weights ({listed(lora[:2])}); call "
+            f"{checkpoint.path}: holds a LoRA adapter's layers in addition to the weights ({listed(lora[:2])}); call "
             "merge_and_unload() where it was trained and save the model, or give a folder with adapter_config.json"
         )
     quantised = [name for name in match.unexpected if name.endswith(QUANTISED) or ".quant_state." in name]

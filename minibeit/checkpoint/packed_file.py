@@ -63,11 +63,11 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     loaded = load_file(file)
     metadata = loaded.metadata
     if not is_prepared(loaded) or not {"layout", "task"} <= set(metadata):
-        raise CheckpointError(f"{file}: is no prepared file of minibeit; `minibeit convert --prepared` makes one")
+        raise CheckpointError(f"{file}: is not a prepared file of minibeit; `minibeit convert --prepared` makes one")
     try:
         config = BeitConfig.from_pretrained(file.parent, **(overrides or {}))
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: there is no {CONFIG_NAME} beside it, without which it cannot be used") from None
+        raise CheckpointError(f"{file}: cannot be used without a {CONFIG_NAME} next to it") from None
     arrays = {name: loaded.tensors.read(name, "float32") for name in loaded.tensors}
     source = origin(
         [file, file.parent / CONFIG_NAME], read_prepared, Path(os.path.abspath(file)), dict(overrides or {})

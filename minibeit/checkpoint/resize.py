@@ -44,7 +44,7 @@ def share_to_blocks(arrays: Mapping[str, np.ndarray], config: BeitConfig) -> tup
     if not config.use_shared_relative_position_bias:
         return config, dict(arrays)
     if config.use_relative_position_bias:
-        raise ValueError("config: the blocks have position bias tables of their own beside the shared one; keep both")
+        raise ValueError("config: the blocks have position bias tables besides the shared one; keep both")
     changed = config.replace(use_shared_relative_position_bias=False, use_relative_position_bias=True)
     rest = {name: array for name, array in arrays.items() if name != "beit.shared_bias_table"}
     table = arrays["beit.shared_bias_table"]

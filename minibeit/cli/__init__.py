@@ -41,17 +41,17 @@ COMMANDS = (
 
 INTERRUPTED = 130
 DEBUG_HELP = "show the traceback of an error"
-DESCRIPTION = "BEiT on a CPU without a deep-learning framework: classify and segment pictures, look into checkpoints."
+DESCRIPTION = "BEiT without a deep-learning framework: classify and segment images, fine-tune and inspect checkpoints."
 EPILOG = """\
 examples:
   minibeit classify {digits}
-                                                         the shipped model reads the shipped handwritten digits
+                                                         the included model reads the included handwritten digits
   minibeit classify photo.jpg --model microsoft/beit-base-patch16-224
-                                                         what is it? (needs the extra hub, or a folder of your own)
-  minibeit classify holiday/ --model DIR --csv           a folder of pictures, by a checkpoint of your own
-  minibeit segment street.jpg --model DIR --output out   a class for every pixel, as pictures
+                                                         what does it show? (needs the extra "hub", or a local folder)
+  minibeit classify holiday/ --model DIR --csv           a folder of images, with a checkpoint of your own
+  minibeit segment street.jpg --model DIR --output out   a class for every pixel, drawn as images
   minibeit inspect DIR                                   what is in a checkpoint, and does it fit together?
-  minibeit --version --verbose                           what to say in the report of a bug
+  minibeit --version --verbose                           what to include in a bug report
 
 `minibeit COMMAND --help` explains a command."""
 
@@ -185,7 +185,7 @@ def _run(args: argparse.Namespace) -> int:
     except (ValueError, TypeError, ImportError) as error:
         return _failed(args, str(error) or type(error).__name__, 1)
     except MemoryError as error:
-        return _failed(args, f"not enough memory ({error}); try a smaller --batch-size or smaller pictures", 1)
+        return _failed(args, f"not enough memory ({error}); try a smaller --batch-size or smaller images", 1)
     except Exception as error:
         return _failed(args, f"{type(error).__name__}: {error} (--debug shows where; this may be a bug of minibeit)", 1)
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 HELP = "classify images: print the most probable labels"
 DESCRIPTION = """\
-Says what is on pictures: the labels with the highest scores, in the order of the pictures.
+Prints the labels with the highest scores for each image, in the order of the images.
 
-The score is a probability (softmax over the classes; for multi-label models each class's own, by the sigmoid; for
-regression the number itself).  A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+A score is a probability: softmax over the classes, or in multi-label models the sigmoid of each class.  For regression
+it is the predicted number.  Images that cannot be read are named on stderr and skipped; the exit code is then 1.
 """
 EXAMPLES = """\
   minibeit classify photo.jpg --model microsoft/beit-base-patch16-224
@@ -33,7 +33,7 @@ EXAMPLES = """\
   minibeit classify cells/ --model DIR --labels names.txt
 """
 SHIPPED = (
-    "no --model is given, so the shipped model answers, which knows handwritten digits alone; name another, such as "
+    "without --model the included model is used, which knows only handwritten digits; choose another, such as "
     "--model microsoft/beit-base-patch16-224"
 )
 COLUMNS = ("file", "rank", "label", "index", "score", "logit")
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="names of the classes: one per line in the order of the outputs, or JSON, a list or {number: name}",
+        help="names of the classes: one per line in the order of the outputs, or JSON (a list, or {number: name})",
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions} with every digit")
+    form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions}, in full precision")
     form.add_argument("--jsonl", action="store_true", help="the same as JSON Lines, one object per image")
     form.add_argument("--csv", action="store_true", help=f"a CSV table: {', '.join(COLUMNS)}")
 
@@ -124,7 +124,7 @@ def given_names(path: Path) -> list[str]:
     while values and values[-1] == "":
         values.pop()
     if not all(isinstance(value, str) for value in values):
-        raise UsageError(f"--labels {path}: expected names of classes as text, found something else among them")
+        raise UsageError(f"--labels {path}: expected names of classes as text, found other values among them")
     return values
 
 
@@ -151,9 +151,9 @@ def _print_csv(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _print_table(rows: Iterable[dict[str, Any]], found: list[Found], config: BeitConfig) -> None:
-    width = max(len("picture"), *(len(shown_name(entry.file)) for entry in found if entry.error is None), 0)
+    width = max(len("image"), *(len(shown_name(entry.file)) for entry in found if entry.error is None), 0)
     regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
-    heading = f"{'picture':{width}}  {'value' if regression else 'probability':>11}  label"
+    heading = f"{'image':{width}}  {'value' if regression else 'probability':>11}  label"
     for row in rows:
         if heading and "error" not in row:
             out(heading)

@@ -26,12 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("source", help="a checkpoint file, a folder, or an id on the Hub")
     parser.add_argument("destination", help="the folder to write; it must be empty or new")
-    parser.add_argument("--dialect", choices=[*DIALECTS, *ALIASES], help="whose tensor names they are, if not plain")
-    parser.add_argument("--task", choices=list(TASKS), help="make a model of this task (a missing head starts random)")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="PIXELS", help="resize to SIZE, or HEIGHT WIDTH")
-    parser.add_argument("--resize-method", choices=RESIZE_METHODS, default="unilm", help="how (default: %(default)s)")
-    parser.add_argument("--num-labels", type=int, metavar="K", help="classes of a head that starts random")
-    parser.add_argument("--dtype", choices=FILE_DTYPES, default="float32", help="of the file (default: %(default)s)")
+    parser.add_argument(
+        "--dialect", choices=[*DIALECTS, *ALIASES], help="which software named the tensors, if it is not recognised"
+    )
+    parser.add_argument(
+        "--task", choices=list(TASKS), help="make a model of this task (a missing head gets random weights)"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="resize to this size: one number, or height and width",
+    )
+    parser.add_argument(
+        "--resize-method", choices=RESIZE_METHODS, default="unilm", help="how to resize (default: %(default)s)"
+    )
+    parser.add_argument("--num-labels", type=int, metavar="K", help="number of classes of a head with random weights")
+    parser.add_argument(
+        "--dtype", choices=FILE_DTYPES, default="float32", help="dtype of the file (default: %(default)s)"
+    )
     parser.add_argument(
         "--prepared",
         action="store_true",
@@ -50,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image_size is not None and len(args.image_size) == 2:
         image_size = tuple(args.image_size)
     if args.prepared and args.dtype != "float32":
-        raise UsageError(f"--prepared: packed weights are float32, which --dtype {args.dtype} does not go with")
+        raise UsageError(f"--prepared: packed weights are float32, so --dtype {args.dtype} is not possible")
     _check_destination(args)
     done = convert(
         args.source,

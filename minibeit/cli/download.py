@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", help="owner/name, such as microsoft/beit-base-patch16-224; see `minibeit models`")
     parser.add_argument("-q", "--quiet", action="store_true", help="no notes")
     parser.add_argument("--revision", help="a branch, tag or commit (default: main)")
-    parser.add_argument("--output", metavar="FOLDER", help="where to put the files instead of the cache of the Hub")
+    parser.add_argument("--output", metavar="FOLDER", help="where to put the files, instead of the Hub's cache")
 
 
 def run(args: argparse.Namespace) -> int:

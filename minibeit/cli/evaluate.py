@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 HELP = "measure a model on labelled images"
 DESCRIPTION = """\
 Measures a classifier (top-1, top-5, loss, every class) or a segmentation model (mean IoU, mean and pixel accuracy,
-every class), each figure with its 95% interval.
+every class), each figure with its 95% interval; or how well a model of masked modelling predicts visual tokens.
 
 DATA for a classifier is a folder with a folder of images for each class (within val/ if there is one), a .csv or .jsonl
 list as `minibeit finetune` reads it, or ImageNet's folder of validation images with the devkit beside it.  DATA for
 segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.
+DATA for masked modelling are images at any depth of a folder, or a list; labels are not looked at.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
 """
 EXAMPLES = """\
@@ -34,10 +36,15 @@ EXAMPLES = """\
   minibeit evaluate imagenet/ --model microsoft/beit-base-patch16-224 --crop-fraction 0.875
   minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
   minibeit evaluate photos/ --maps masks/ --model DIR --json numbers.json
+  minibeit evaluate photos/ --model photos-beit --tokenizer tokens
 """
-CLASSIFICATION, SEGMENTATION = "image_classification", "semantic_segmentation"
+CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 FEW_CLASSES = 25  # more are not all printed
-FOR_CLASSIFICATION, FOR_SEGMENTATION = ("crop_fraction", "labels"), ("maps", "reduce_labels")
+OPTIONS = {  # of one task alone; those of views are segmentation's too
+    CLASSIFICATION: ("crop_fraction", "labels"),
+    SEGMENTATION: ("maps", "reduce_labels"),
+    MASKED: ("tokenizer", "masked"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processor says)",
     )
     add_view_arguments(parser)
+    group = parser.add_argument_group("masked modelling")
+    group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens that are to be predicted")
+    group.add_argument("--masked", type=float, metavar="F", help="share of the patches to mask (default 75/196)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,15 +124,15 @@ def task_of(model: str) -> str:
     if task not in MEASURED:
         made = f"was made for {in_words(task)}" if task else "has no head that is known"
         raise CheckpointError(
-            f"{model}: evaluate measures {' and '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
+            f"{model}: evaluate measures models of {', '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
         )
     return task
 
 
 def _check_options(args: argparse.Namespace, task: str) -> None:
-    others = FOR_SEGMENTATION if task == CLASSIFICATION else FOR_CLASSIFICATION
+    others = [name for other, names in OPTIONS.items() if other != task for name in names]
     strange = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
-    if task == CLASSIFICATION:
+    if task != SEGMENTATION:
         strange += view_options(args)
     if strange:
         from ..task_table import in_words
@@ -152,8 +162,6 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
 
 
 def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
-    import dataclasses
-
     import numpy as np
 
     from ..evaluate.maps import paired
@@ -168,12 +176,14 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
     reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
-    shown = _preparation(processor)
-    if how.mode != SQUASH:
-        shown.update(size={"shortest_edge": how.short_side}, filter="bilinear")
     settings = {
-        **dataclasses.asdict(how), "reduce_labels": reduce, "feature_convention": config.feature_convention, **shown
-    }  # fmt: skip
+        **({"mode": how.mode, "flip": how.flip} if how.mode == SQUASH else dataclasses.asdict(how)),
+        "reduce_labels": reduce,
+        "feature_convention": config.feature_convention,
+        **_preparation(processor),
+    }
+    if how.mode != SQUASH:
+        settings.update(size={"shortest_edge": how.short_side}, filter="bilinear")
     return evaluate_segmentation(
         lambda image, shape: segment(_logits(model), processor, image, shape, how),
         pairs,
@@ -187,9 +197,39 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     )
 
 
+def _masked(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    from ..evaluate.masked_modeling import evaluate_masked_modeling
+    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
+    from ..tokenizer.tokenizer import DalleTokenizer
+    from ..train.examples import read_images
+    from ..train.pretraining import MaskedModeling
+    from ..train.recipes import PretrainingRecipe
+
+    if args.tokenizer is None:
+        raise UsageError("--tokenizer: a model of masked modelling is measured by the tokens of one")
+    tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend)
+    try:
+        recipe = PretrainingRecipe() if args.masked is None else PretrainingRecipe(masked=args.masked)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    model = load_model(BeitForMaskedImageModeling, args)
+    processor = load_processor(args.model, model.config, args.quiet)
+    found = read_images(data, workers=args.workers)
+    images = found.held_out or found.train
+    evaluation = evaluate_masked_modeling(
+        lambda batch: check_finite(model(batch.pixels, **batch.inputs).logits),
+        MaskedModeling(found, processor, recipe, model.config, tokenizer),
+        images,
+        batch_size=args.batch_size or 8,
+        **_facts(args, line, len(images), _preparation(processor) | {"masked": recipe.masked}),
+    )
+    return dataclasses.replace(evaluation, left_out=(*found.unreadable, *evaluation.left_out))
+
+
 MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]] = {
     CLASSIFICATION: _classification,
     SEGMENTATION: _segmentation,
+    MASKED: _masked,
 }
 
 
@@ -249,11 +289,13 @@ def _print(evaluation: Evaluation) -> None:
     rows += [(figure.title, figure.shown(), figure.interval()) for figure in evaluation.figures]
     for text in table(rows, right=(1,)):
         out(text)
+    if not evaluation.classes:
+        return
     classes = sorted(evaluation.classes, key=lambda row: row.figures[0].value)
     shown = classes if len(classes) <= FEW_CLASSES else classes[:FEW_CLASSES]
     out("")
     out("classes, worst first" if len(shown) == len(classes) else f"the worst {len(shown)} of {len(classes)} classes")
-    titles = [figure.title for figure in classes[0].figures] if classes else []
+    titles = [figure.title for figure in classes[0].figures]
     head = ("class", "name", evaluation.unit, *(word for title in titles for word in (title, "95% interval")))
     body = [
         (str(row.index), row.name, str(row.count), *(w for f in row.figures for w in (f.shown(), f.interval())))

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 HELP = "write hidden states of images to a file"
 DESCRIPTION = """\
-Writes what a layer of the encoder makes of pictures, for search, clustering or a classifier of your own.
+Writes the output of a layer of the encoder, for search, clustering or a classifier of your own.
 
-The file holds `features`, one row per picture in their order: (n, D), or with --pool none (n, N, D), the CLS token
-first.  An .npz file also has `files`, `layer`, `pool` and `model`; a .safetensors file has them as metadata, `files`
-as a JSON list.  A picture that cannot be read is named on stderr and has no row, the exit code is 1.
+The file holds `features`, one row per image in the order of the images: (n, D), or with --pool none (n, N, D) with the
+CLS token first.  An .npz file also has `files`, `layer`, `pool` and `model`; a .safetensors file has them as metadata,
+`files` as a JSON list.  Images that cannot be read are named on stderr and have no row; the exit code is then 1.
 """
 EXAMPLES = """\
   minibeit features photos/ --model microsoft/beit-base-patch16-224-pt22k --output features.npz
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=-1,
         metavar="I",
         help="0 for the embeddings, i for the output of block i, negative from the end (default -1: the last); "
-        "hidden states are as the block leaves them, before any final norm",
+        "hidden states are taken as they leave the block, before any final norm",
     )
     parser.add_argument(
         "--pool", choices=POOLS, default="mean", help="mean of the patches (default), CLS token, or all tokens"
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if output.suffix not in SUFFIXES:
         raise UsageError(f"--output: expected a file name ending in {' or '.join(SUFFIXES)}, found {args.output}")
     if not args.model:
-        raise UsageError("features needs a checkpoint, of any task; give it with --model")
+        raise UsageError("features needs a checkpoint, of any task; name it with --model")
     found = find_images(args.images, args.recursive)
     check_output(output, [entry.file for entry in found], args.model)
     depth = config_of(args.model).num_hidden_layers
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
     files, rows = _collect(run_batches(found, processor, compute, args.batch_size, args.quiet))
     if not rows:
-        note(f"error: no picture could be used, {output} is not written")
+        note(f"error: no image could be used, so {output} was not written")
         return 1
     _write(output, rows, files, {"layer": layer, "pool": args.pool, "model": args.model})
     shape = (len(rows), *rows[0].shape)

@@ -190,6 +190,8 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     else:
         model = from_scratch(args.from_scratch, pairs.names, **options)
     config = model.config
+    if config.feature_convention == "unilm":
+        say("feature_convention is unilm: transformers, which does not know it, will read other hidden states")
     recipe = recipe.cropped(min(config.image_shape))
     processor = processor_for(config, args.model, recipe, args.reduce_labels)
     objective = Segmentation(pairs, processor, recipe, config)
@@ -218,7 +220,8 @@ def _check_pieces(size: int, pieces: int) -> None:
     if size // min(pieces, size) < 2:
         raise UsageError(
             f"--batch-size: batch norm takes its statistics of at least 2 images at a time, found {size} in "
-            f"{min(pieces, size)} {'piece' if pieces == 1 else 'pieces'}; give a larger batch or fewer --accumulate"
+            f"{min(pieces, size)} {'piece' if pieces == 1 else 'pieces'}; give more images, a larger batch or fewer "
+            "--accumulate"
         )
 
 

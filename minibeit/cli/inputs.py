@@ -52,10 +52,10 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE|FOLDER|GLOB",
-        help="image files; of a folder the images in it, by suffix and in natural order; a quoted pattern such as "
-        "'shots/**/*.png' is expanded; - is an image from standard input",
+        help="image files; a folder stands for the images in it (by suffix, in natural order); a quoted pattern such "
+        "as 'shots/**/*.png' is expanded; - reads an image from standard input",
     )
-    parser.add_argument("-r", "--recursive", action="store_true", help="look into the folders within folders too")
+    parser.add_argument("-r", "--recursive", action="store_true", help="also search the folders within folders")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
 
 
@@ -81,7 +81,7 @@ def from_stdin() -> Found:
     """The image from standard input, kept in a temporary file as long as the result is in use."""
     stream = getattr(sys.stdin, "buffer", None)
     if stream is None or stream.isatty():
-        return Found(STDIN, f"{STDIN_NAME}: expected a picture from a pipe or a file, found a terminal")
+        return Found(STDIN, f"{STDIN_NAME}: expected an image from a pipe or a file, found a terminal")
     import tempfile
     import weakref
 
@@ -91,7 +91,7 @@ def from_stdin() -> Found:
     with os.fdopen(descriptor, "wb") as file:
         _copy_at_most(stream, file, MOST_STDIN)
         size = file.tell()
-    return found if size < MOST_STDIN else Found(STDIN, f"{STDIN_NAME}: expected a picture, found more than 1 GB")
+    return found if size < MOST_STDIN else Found(STDIN, f"{STDIN_NAME}: expected an image, found more than 1 GB")
 
 
 def _copy_at_most(source: Any, target: Any, most: int) -> None:
@@ -104,7 +104,7 @@ def _copy_at_most(source: Any, target: Any, most: int) -> None:
 def _expand(word: str, recursive: bool) -> list[Found]:
     folder = Path(word)
     if not word:
-        return [Found(word, "an empty word on the command line, expected the name of a picture")]
+        return [Found(word, "an empty argument, expected the name of an image")]
     try:
         if not folder.is_dir():
             return [Found(word)]
@@ -118,8 +118,8 @@ def _expand(word: str, recursive: bool) -> list[Found]:
     except ValueError as error:  # a NUL character, before Python 3.12
         return [Found(word, f"{word}: {error}")]
     if not files:
-        hint = "" if recursive else "; --recursive looks into the folders within"
-        return [Found(word, f"{word}: there is no picture in this folder (.png, .jpg, ...){hint}")]
+        hint = "" if recursive else "; --recursive also searches the folders within"
+        return [Found(word, f"{word}: there is no image (.png, .jpg, ...) in this folder{hint}")]
     return [Found(file) for file in sorted(files, key=_natural)]
 
 
@@ -218,7 +218,7 @@ def check_output(path: Path, inputs: Sequence[str] = (), model: str | None = Non
     """Raises UsageError or OSError, before any work is done, for a file that could not be written after it."""
     check_outputs([path], inputs, model)
     if not path.parent.is_dir():
-        raise UsageError(f"{path}: its folder does not exist; make it first")
+        raise UsageError(f"{path}: its folder does not exist; create it first")
     check_writable(path)
 
 

@@ -19,8 +19,8 @@ HELP = "show what is in a checkpoint and whether it fits together"
 DESCRIPTION = """\
 Shows the config and the tensors of a checkpoint, and which tensors its model lacks or has no place for.
 
-Reads folders as on the Hub and files of every format (safetensors, PyTorch, Flax, npz), whose code is never run.
-The exit code is 1 when something is missing, unexpected, or of another shape than the config says.
+Reads folders in the Hub's layout and files of every format (safetensors, PyTorch, Flax, npz) without running their
+code.  The exit code is 1 if a tensor is missing, unexpected, or not of the shape that the config gives.
 """
 EXAMPLES = """\
   minibeit inspect DIR
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, a file or an id on the Hub")
     parser.add_argument("--task", choices=list(TASKS), help="what to check it for (default: what it was made for)")
-    parser.add_argument("--summary", action="store_true", help="leave the list of the tensors out")
+    parser.add_argument("--summary", action="store_true", help="leave out the list of tensors")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -131,7 +131,7 @@ def _summary(config: BeitConfig) -> dict[str, str]:
     return {
         "encoder": f"{config.num_hidden_layers} blocks, width {config.hidden_size}, {config.num_attention_heads} heads "
         f"of {config.head_size}, mlp width {config.intermediate_size}, {config.hidden_act}",
-        "pictures": f"{height}x{width}, {config.num_channels} channels, patches of {ph}x{pw}, grid {gh}x{gw}",
+        "images": f"{height}x{width}, {config.num_channels} channels, patches of {ph}x{pw}, grid {gh}x{gw}",
         "positions": " and ".join(positions) or "none",
         "pooling": "mean of the patches" if config.use_mean_pooling else "CLS token",
         "mask token": "yes" if config.use_mask_token else "no",

@@ -1,4 +1,4 @@
-"""The options that choose a model, and the model and image processor they stand for."""
+"""The options that choose a model, and loading the model and image processor that they name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHIPPED = "digits"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool = True) -> None:
-    """--model, --backend, --device and --dtype; `what` says which checkpoints the command takes.
+    """--model, --backend, --device and --dtype; `what` describes the checkpoints that the command takes.
 
     `half`: whether float16 and bfloat16 are offered.
     """
@@ -30,15 +30,15 @@ def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) ->
     parser.add_argument(
         "--backend",
         choices=list(BACKENDS),
-        help=f"what computes (default {DEFAULT_BACKEND}, or $MINIBEIT_BACKEND); numpy is the slower reference, "
-        "cupy a GPU",
+        help=f"what computes (default {DEFAULT_BACKEND}, or $MINIBEIT_BACKEND); numpy is the slow reference, "
+        "cupy runs on a GPU",
     )
     parser.add_argument("--device", type=int, metavar="N", help="number of the GPU, with --backend cupy (default 0)")
     parser.add_argument(
         "--dtype",
         choices=[*DTYPES, *(HALF_DTYPES if half else ())],
         default="float32",
-        help=f"default float32{'; float16 and bfloat16 on a GPU' if half else ''}",
+        help=f"precision (default float32{'; float16 and bfloat16 need a GPU' if half else ''})",
     )
 
 
@@ -125,7 +125,7 @@ def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     height, width = config.image_shape
     if not quiet:
         note(
-            f"{place} has no {PROCESSOR_NAME} beside it: pictures are resized to {height}x{width} (bilinear) and "
+            f"{place} has no {PROCESSOR_NAME}: images are resized to {height}x{width} (bilinear) and "
             "normalised with mean 0.5 and standard deviation 0.5"
         )
     half = [0.5] * config.num_channels

@@ -1,4 +1,4 @@
-"""`minibeit mask`: hide blocks of a picture and predict their visual tokens."""
+"""`minibeit mask`: hide blocks of an image and predict their visual tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 HELP = "hide blocks of an image and predict their visual tokens"
 DESCRIPTION = """\
-Hides blocks of patches of a picture, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
+Hides blocks of patches of an image, as in BEiT's pre-training, and predicts the visual token of each hidden patch.
 
-Prints the tokens in the grid of the patches, a dot for each visible one; --output draws the picture beside what the
-model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
+Prints the tokens in the grid of the patches, with a dot for each visible patch; --output draws the image next to what
+the model sees of it.  Needs a checkpoint of masked image modelling, such as microsoft/beit-base-patch16-224-pt22k.
 
-With --tokenizer, the one whose tokens the model predicts, it also says how many of the hidden tokens are predicted
-right, and draws a third image: what the predicted tokens stand for, among the image's own tokens where it is visible.
+With --tokenizer, the one whose tokens the model predicts, it also prints how many hidden tokens are predicted
+correctly, and draws a third image: what the predicted tokens, and the image's own where it is visible, stand for.
 """
 EXAMPLES = """\
   minibeit mask photo.jpg --model microsoft/beit-base-patch16-224-pt22k --output masked.png
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "a checkpoint of masked image modelling")
     parser.add_argument("-t", "--tokenizer", metavar="DIR|FILE", help="the tokenizer whose tokens are predicted")
     parser.add_argument("--ratio", type=_ratio, default=0.4, help="share of the patches to hide (default 0.4)")
-    parser.add_argument("--seed", type=int, default=0, help="of the blocks; the same seed hides the same (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for drawing the blocks; the same seed hides the same patches (default 0)"
+    )
     parser.add_argument("-o", "--output", metavar="PNG", help="draw the mask")
     parser.add_argument("--json", action="store_true", help="print JSON: tokens with their probabilities")
     parser.add_argument("-q", "--quiet", action="store_true", help="no notes")
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 
     if args.seed < 0:
-        raise UsageError(f"--seed: expected a number from 0 up, found {args.seed}")
+        raise UsageError(f"--seed: expected a number of at least 0, found {args.seed}")
     if not args.model:
         raise UsageError("mask needs a checkpoint of masked image modelling; give it with --model")
     if args.output:

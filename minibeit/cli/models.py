@@ -9,8 +9,8 @@ from .terminal import note, out, print_json, table
 
 HELP = "list the published checkpoints: task, size, parameters, labels, licence"
 DESCRIPTION = """\
-Lists the published checkpoints.  Those from the Hub are models by their id, --model ID; of those from a file,
-`minibeit download ID` says where it is.  MB are those of float32, as which nearly all are published.
+Lists the published checkpoints.  Those on the Hub can be used by their id, --model ID; for those published as a file,
+`minibeit download ID` says where it is.  MB is the size in float32, the dtype of nearly all published files.
 """
 EXAMPLES = """\
   minibeit models
@@ -24,9 +24,9 @@ BYTES = 4  # of a float32
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "words", nargs="*", help="show only those with all of these in id, task, size or labels; upper or lower case"
+        "words", nargs="*", help="show only those with all of these words in id, task, size or labels, in any case"
     )
-    parser.add_argument("--json", action="store_true", help="everything the manifest says, as JSON")
+    parser.add_argument("--json", action="store_true", help="print all that the manifest holds, as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Which model made the results in a folder: recorded as text in each label map."""
+"""Records which model made the results in a folder, as text in each label map."""
 
 from __future__ import annotations
 

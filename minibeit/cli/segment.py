@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
-Finds the class of every pixel.  For each picture NAME it writes into the output folder
+Finds the class of every pixel.  For each image NAME it writes to the output folder
 
-  NAME_labels.png    a palette picture of the original size whose pixel values are the class numbers
+  NAME_labels.png    a palette image of the original size whose pixel values are the class numbers
   NAME_legend.png    the colours with the names of the classes and their shares of the area
-  NAME_overlay.png   with --overlay, the colours laid over the picture
-  NAME_scores.npz    with --scores, `logits` (K, h, w) as the model gives them, before they are resized
+  NAME_overlay.png   with --overlay, the colours laid over the image
+  NAME_scores.npz    with --scores, the model's `logits` (K, h, w), before they are resized
 
-and prints the shares.  A folder holds the results of one model: where another has written, --overwrite replaces them.
-A picture that cannot be read is named on stderr, the others go on, the exit code is 1.
+and prints the shares.  A folder holds the results of one model; --overwrite replaces those of another.
+Images that cannot be read are named on stderr and skipped; the exit code is then 1.
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--palette",
         choices=["auto", "ade20k"],
         default="auto",
-        help="colours of the classes: those of ADE20K, or auto: ADE20K's for its 150 classes, others as distinct as "
-        "can be (default auto)",
+        help="colours of the classes: ade20k, or auto, which takes ADE20K's for its 150 classes and otherwise colours "
+        "as distinct as possible (default auto)",
     )
     parser.add_argument("--overlay", action="store_true", help="also draw the colours over the image")
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")

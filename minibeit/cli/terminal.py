@@ -195,5 +195,5 @@ def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = (), longest: i
 def positive(text: str) -> int:
     """argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 up, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, found {text!r}")
     return int(text)

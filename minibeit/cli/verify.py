@@ -1,4 +1,4 @@
-"""`minibeit verify`: layer by layer beside a float64 run and PyTorch, with an error budget."""
+"""`minibeit verify`: compares layer by layer with a float64 run and PyTorch, with an error budget."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 HELP = "compare layer by layer with PyTorch, a trace from elsewhere, or float64"
 DESCRIPTION = """\
-Runs a model beside a float64 run of the reference and says, for every intermediate array, how far it is from the truth
-and how far PyTorch float32 (or NumPy float32) is.  The first array whose own error is out of budget is named, with what
-that usually means.  Exit code 0 only if everything is within budget.
+Runs a model in lockstep with the reference in float64 and prints, for every intermediate array, how far it is from the
+truth and how far PyTorch float32 (or NumPy float32) is.  Names the first array whose own error is out of budget, and
+what that usually means.  The exit code is 0 only if everything is within budget.
 """
 EXAMPLES = """\
-  minibeit verify --model DIR --against torch            the chosen backend beside PyTorch (extra "verify")
+  minibeit verify --model DIR --against torch            with PyTorch as the yardstick (extra "verify")
   minibeit verify --model DIR                            the same without PyTorch; NumPy float32 is the yardstick
   minibeit verify --model DIR --against THEIRS.safetensors   another implementation's trace, made anywhere
-  minibeit verify --gradients --against torch            every gradient, layer by layer, beside autograd's
-  minibeit verify --list-names --model DIR               names and shapes such a trace has
+  minibeit verify --gradients --against torch            every gradient, layer by layer, compared with autograd's
+  minibeit verify --list-names --model DIR               the names and shapes that such a trace has
   minibeit verify --weights A B                          two checkpoints, tensor by tensor
 """
 REPORTS = (".html", ".json", ".md")
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)", half=False)
     parser.add_argument("--task", help="treat the checkpoint as a model of this task")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--image", metavar="FILE", help="a picture as input")
+    source.add_argument("--image", metavar="FILE", help="an image as input")
     source.add_argument("--random-seed", type=int, metavar="N", help="random pixels as input (default: seed 0)")
-    parser.add_argument("--size", type=_size, metavar="HxW", help="of random pixels (default: the model's own)")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="size of random pixels (default: the model's own)")
     parser.add_argument("--against", metavar="torch|timm|TRACE", help="PyTorch, or the trace that is to be verified")
     parser.add_argument("--only", metavar="GLOB", action="append", help="judge only these arrays; may be repeated")
     parser.add_argument("--attentions", action="store_true", help="judge attention maps too; unfuses fast attention")
@@ -60,8 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gradients", action="store_true", help="judge gradients and cotangents, not the forward")
     parser.add_argument("--list-names", action="store_true", help="print the names and shapes of all arrays")
     parser.add_argument("--weights", nargs=2, metavar=("A", "B"), help="compare two checkpoints tensor by tensor")
-    parser.add_argument("--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads")
-    parser.add_argument("-q", "--quiet", action="store_true", help="print the verdict alone")
+    parser.add_argument(
+        "--published", nargs="?", const="all", metavar="ID", help="check published outputs; downloads models"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print only the verdict")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,7 +108,7 @@ def _check_usage(args: argparse.Namespace) -> None:
         inputs = [file for file in (args.image, args.against, *(args.weights or ())) if file]
         check_output(Path(path), inputs, args.model)
     if args.size and args.image:
-        raise UsageError("--size goes with random pixels; a picture gets the size that the image processor gives it")
+        raise UsageError("--size goes with random pixels; an image gets the size that the image processor gives it")
 
 
 def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:

@@ -1,4 +1,4 @@
-"""`minibeit verify --gradients`: every gradient beside float64, PyTorch's autograd or a trace from elsewhere."""
+"""`minibeit verify --gradients`: compares every gradient with float64, PyTorch's autograd or a trace from elsewhere."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import argparse
 
 from .terminal import out
 
-HELP = "compile the fast kernels now, so that the next run starts at once"
+HELP = "compile the fast kernels now, so that the next run need not"
 EXAMPLES = """\
   minibeit warmup
 """

@@ -12,9 +12,9 @@ import numpy as np
 
 from ..image_processor import BeitImageProcessor
 from ..metrics import mean_interval, ranks, wilson
+from .drawing import thumbnail
 from .evaluation import NUMBER, ClassRow, Evaluation, Figure, Worst
 from .labelled import Labelled, LabelledImages
-from .pictures import thumbnail
 from .reading import Reader
 
 BICUBIC = 3  # Pillow's number
@@ -66,7 +66,7 @@ def evaluate_classification(
 ) -> Evaluation:
     """Measures `compute` on images; `read` makes pixel values of a path, in `workers` threads while it computes.
 
-    The `worst` mistakes, those of the largest loss, are shown, with `draw` as pictures.  `tell` gets the number of
+    The `worst` mistakes, those of the largest loss, are shown, with `draw` drawn.  `tell` gets the number of
     images done after each batch.  `facts` are further fields of the `Evaluation`.
     """
     started, done = time.monotonic(), 0

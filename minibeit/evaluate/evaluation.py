@@ -54,12 +54,12 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Worst:
-    """An image that the model is most wrong about: what is said of it, and pictures (uint8, (H, W, 3)) with titles."""
+    """An image that the model is most wrong about: what is said of it, and drawings (uint8, (h, w, 3)) with titles."""
 
     path: str
     text: str
     score: float
-    pictures: tuple[tuple[str, np.ndarray], ...] = ()
+    drawings: tuple[tuple[str, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Evaluation:
     """A model measured on data.
 
     `confusions` are (true class, predicted class, count), all that occur.  `legend` gives the colours of classes in the
-    pictures.  `left_out` are sentences about images that could not be used; `settings` say how it was measured.
+    drawings.  `left_out` are sentences about images that could not be used; `settings` say how it was measured.
     """
 
     task: str
@@ -86,7 +86,7 @@ class Evaluation:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the pictures, for JSON."""
+        """All of it but the drawings, for JSON."""
         return {
             "task": self.task,
             "model": self.model,

@@ -50,6 +50,11 @@ def labelled_images(data: Path, config: BeitConfig, truth: Path | None = None) -
     model's config, by their numbers, or by WordNet ids.
     Raises FileNotFoundError or ValueError, one sentence, for data that cannot be used.
     """
+    if config.problem_type not in (None, SINGLE) or config.num_labels < 2:
+        raise ValueError(
+            f"evaluate measures models that name one of several classes, found one of "
+            f"{(config.problem_type or 'regression').replace('_', ' ')} with {config.num_labels} outputs"
+        )
     flat = flat_folder(data) if data.is_dir() else None
     if flat is not None:
         return _of_imagenet(read_flat(flat, data, truth), config, data)

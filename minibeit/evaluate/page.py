@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..text import html as escape
+from .drawing import as_data
 from .evaluation import ClassRow, Evaluation, Figure, Worst
 from .page_parts import SCRIPT, STYLE
-from .pictures import as_data
 
 MOST_IN_A_MATRIX = 40  # classes; of more, the largest confusions are listed
 MOST_CONFUSIONS = 30
@@ -56,7 +56,7 @@ def _gallery(evaluation: Evaluation) -> str:
     if not evaluation.worst:
         return ""
     what = "The worst mistakes" if evaluation.unit == "images" else "The images of lowest mIoU"
-    wide = " wide" if len(evaluation.worst[0].pictures) > 1 else ""
+    wide = " wide" if len(evaluation.worst[0].drawings) > 1 else ""
     figures = "".join(map(_shown, evaluation.worst))
     return f'<h2>{what}</h2>{_legend(evaluation)}<div class="gallery{wide}">{figures}</div>'
 
@@ -65,7 +65,7 @@ def _shown(worst: Worst) -> str:
     images = "".join(
         f'<div><img loading="lazy" alt="{escape(title or worst.text)}" width="{pixels.shape[1]}" '
         f'height="{pixels.shape[0]}" src="{as_data(pixels)}">{f"<span>{escape(title)}</span>" if title else ""}</div>'
-        for title, pixels in worst.pictures
+        for title, pixels in worst.drawings
     )
     return (
         f'<figure><div class="row">{images}</div><figcaption>{escape(worst.text)}'

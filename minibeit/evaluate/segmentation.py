@@ -17,9 +17,9 @@ from ..metrics import (
     segmentation_intervals,
     segmentation_scores,
 )
+from .drawing import overlay, thumbnail
 from .evaluation import ClassRow, Evaluation, Figure, Worst, triples
 from .maps import Pair, check_classes, read_pair
-from .pictures import overlay, thumbnail
 from .reading import Reader
 
 Segment = Callable[[Any, tuple[int, int]], np.ndarray]  # image, (H, W) -> class numbers (H, W)
@@ -46,7 +46,7 @@ def evaluate_segmentation(
     """Measures `segment` on images and label maps, at the images' own sizes; both are read in threads while it works.
 
     `colours` (K, 3) draw the classes `names`; pixels of class `ignored` do not count; `reduce` and `upright` say how
-    maps are read.  The `worst` images, those of lowest mIoU, are shown, with `draw` as pictures.  `tell` gets the
+    maps are read.  The `worst` images, those of lowest mIoU, are shown, with `draw` drawn.  `tell` gets the
     number of images done.  `facts` are further fields of the `Evaluation`.
     Raises ValueError for maps with numbers that are no class.
     """

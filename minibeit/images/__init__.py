@@ -1,1 +1,1 @@
-"""What the image processor is made of: loading, the settings checked, their defaults by type, and the arithmetic."""
+"""The parts of the image processor: loading, checked settings, their defaults by type, and the arithmetic."""

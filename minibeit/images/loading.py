@@ -48,7 +48,7 @@ def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any
 
     visit(images, argument)
     if not found:
-        raise ImageError(f"{argument}: expected at least one picture, found none")
+        raise ImageError(f"{argument}: expected at least one image, found none")
     return found
 
 
@@ -114,7 +114,7 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
     if isinstance(item, Image.Image):
         if item.mode not in _LABEL_MODES:
             raise ImageError(
-                f"{name}: a segmentation map holds one class id per pixel, expected a grayscale or palette picture, "
+                f"{name}: a segmentation map holds one class id per pixel, expected a grayscale or palette image, "
                 f"found mode {item.mode}"
             )
         item = _pixels_of(item, None, name)
@@ -135,15 +135,15 @@ def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = Tr
     """
     name, file = str(path), Path(path)
     if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: expected a picture on this machine, found an address; download it first")
+        raise ImageError(f"{name}: expected an image on this machine, found an address; download it first")
     with _reading(name):
         if not file.exists():
             raise ImageError(f"{name}: there is no such file")
         if not file.is_file():
             kind = "a folder" if file.is_dir() else "something that is not a regular file"
-            raise ImageError(f"{name}: expected a picture, found {kind}")
+            raise ImageError(f"{name}: expected an image, found {kind}")
         if file.stat().st_size == 0:
-            raise ImageError(f"{name}: expected a picture, found an empty file")
+            raise ImageError(f"{name}: expected an image, found an empty file")
         with Image.open(file) as image:
             _check_pixels(image, name)
             image.load()
@@ -188,19 +188,19 @@ def _reading(name: str) -> Iterator[None]:
             "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: expected a picture in a format that Pillow reads, found something else") from error
+        raise ImageError(f"{name}: expected an image in a format that Pillow reads, found something else") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
         if isinstance(error, OSError) and error.errno:  # an error of the file system, not of Pillow
             raise ImageError(f"{name}: the file cannot be read ({error.strerror})") from error
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: the picture cannot be read, it seems damaged or unsupported ({reason})") from error
+        raise ImageError(f"{name}: the image cannot be read, it seems damaged or unsupported ({reason})") from error
 
 
 def _loaded(image: Image.Image, name: str, apply_exif_orientation: bool) -> tuple[str, Image.Image]:
     if getattr(image, "filename", ""):
         name = f"{name} ({image.filename})"  # type: ignore[attr-defined]
     if not (image.width and image.height):
-        raise ImageError(f"{name}: expected at least one pixel, found a picture of {image.width} x {image.height}")
+        raise ImageError(f"{name}: expected at least one pixel, found an image of {image.width} x {image.height}")
     with _reading(name):
         _check_pixels(image, name)
         image.load()
@@ -260,7 +260,7 @@ def _convert_picture(image: Image.Image, channels: int, name: str) -> Image.Imag
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image).convert("RGB")
     if channels not in MODES:
-        raise ImageError(f"{name}: a picture has 1, 3 or 4 channels, expected {channels}; give an array of that many")
+        raise ImageError(f"{name}: an image has 1, 3 or 4 channels, expected {channels}; give an array of that many")
     return image.convert(MODES[channels])
 
 
@@ -287,8 +287,8 @@ def _byte_conversion(image: Image.Image, name: str) -> Callable[[np.ndarray], np
     if high <= 4095:
         white = 1023 if high <= 1023 else 4095
         warnings.warn(
-            f"{name}: a 16-bit picture whose largest value is {high} of 65535 comes out nearly black; if white is "
-            f"{white} in it, say value_range={white}",
+            f"{name}: a 16-bit image whose largest value is {high} of 65535 comes out nearly black; if white is "
+            f"{white} in it, pass value_range={white}",
             stacklevel=2,
         )
     return lambda values: ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
@@ -329,7 +329,7 @@ def _channels_last(array: np.ndarray, channels: int | None, data_format: str | N
         return array[..., None]
     if array.ndim != 3:
         raise ImageError(
-            f"{name}: expected shape (H, W), (H, W, C) or (C, H, W), or a batch of such pictures, found {array.shape}"
+            f"{name}: expected shape (H, W), (H, W, C) or (C, H, W), or a batch of such images, found {array.shape}"
         )
     if data_format is not None:
         axis = 0 if data_format == CHANNELS_FIRST else 2
@@ -347,7 +347,7 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None, name: str) -> in
         candidates = [axis for axis in candidates if shape[axis] == channels] or candidates
     if len(candidates) == 2:
         warnings.warn(
-            f"{name}: shape {shape} may have its channels first or last; taken as first, say input_data_format=...",
+            f"{name}: shape {shape} may have its channels first or last; taken as first, or as input_data_format= says",
             stacklevel=2,
         )
     return candidates[0]

@@ -28,10 +28,10 @@ def resize(pixels: np.ndarray, size: dict[str, int], resample: int, name: str = 
     return _multiplied(resized, 1 / 255) if in_unit_range else resized
 
 
-def resize_picture(picture: Image.Image, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
+def resize_image(image: Image.Image, size: dict[str, int], resample: int, name: str = "image") -> np.ndarray:
     """`resize` of the pixels of a PIL image of bytes, without a copy of them: (height, width, C)."""
-    height, width = _checked_shape((picture.height, picture.width), size, name)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling(resample)))
+    height, width = _checked_shape((image.height, image.width), size, name)
+    resized = np.asarray(image.resize((width, height), Image.Resampling(resample)))
     return resized if resized.ndim == 3 else resized[..., None]
 
 
@@ -40,7 +40,7 @@ def _checked_shape(shape: tuple[int, ...], size: dict[str, int], name: str) -> t
     height, width = resized_shape(shape, size, name)
     if shape[0] * width > most_pixels():  # Pillow resizes the width first: this is its intermediate result
         raise ImageError(
-            f"{name}: expected a picture less elongated, found {shape[0]} x {shape[1]}; "
+            f"{name}: expected a less elongated image, found {shape[0]} x {shape[1]}; "
             f"resizing it to {height} x {width} takes more than {most_pixels()} pixels on the way"
         )
     return height, width

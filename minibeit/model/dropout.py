@@ -24,6 +24,13 @@ def dropout(ops: Ops, noise: Noise | None, x: Array, rate: float) -> Array:  # (
     return ops.dropout(x, dropout_factors(ops, noise, x.shape, rate, x.dtype))
 
 
+def channel_dropout(ops: Ops, noise: Noise | None, x: Array, rate: float) -> Array:  # (B, C, h, w) -> (B, C, h, w)
+    """x with whole channels of an image dropped at random; x itself without noise.  Source: Tompson et al. 2015."""
+    if noise is None or rate == 0:
+        return x
+    return ops.dropout(x, dropout_factors(ops, noise, (*x.shape[:2], 1, 1), rate, x.dtype))
+
+
 def branch_factors(
     ops: Ops, noise: Noise | None, x: Array, dropout_rate: float, drop_path_rate: float, places: tuple[int, int]
 ) -> Array | None:  # (B, N, D) -> broadcasts to (B, N, D)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import BeitConfig
+from ..noise import Noise
 from ..ops import Ops
 from ..params import FcnHead, FeaturePyramid, SemanticSegmentation, UperHead
 from ..trace import SILENT, Scope
+from .dropout import channel_dropout
 
 Array = Any
 AUXILIARY_INPUT = 2  # number of the feature map that the FCN head reads
@@ -65,8 +67,16 @@ def lateral_maps(ops: Ops, p: UperHead, pyramid: list[Array], config: BeitConfig
     return [*laterals, pyramid_pooling(ops, p, pyramid[3], config, trace)]
 
 
-def uper_head(ops: Ops, p: SemanticSegmentation, maps: list[Array], config: BeitConfig, trace: Scope = SILENT) -> Array:
-    """Four maps (B, D, gh, gw) -> class scores (B, K, 4 gh, 4 gw).  Source: Xiao et al. 2018 (UPerNet)."""
+def uper_head(
+    ops: Ops,
+    p: SemanticSegmentation,
+    maps: list[Array],
+    config: BeitConfig,
+    trace: Scope = SILENT,
+    noise: Noise | None = None,
+    dropout: float = 0.0,
+) -> Array:  # four of (B, D, gh, gw) -> (B, K, 4 gh, 4 gw)
+    """Class scores.  With `noise` channels are dropped before the last layer.  Source: Xiao et al. 2018 (UPerNet)."""
     head, scope = p.decode_head, trace.at("decode_head")
     pyramid = feature_pyramid(ops, p.fpn, maps, trace.at("fpn"))
     levels = lateral_maps(ops, head, pyramid, config, scope)
@@ -77,17 +87,22 @@ def uper_head(ops: Ops, p: SemanticSegmentation, maps: list[Array], config: Beit
     for i, layer in enumerate(head.fpn_convs):
         levels[i] = scope.record(f"fpn_convs.{i}", ops.conv_bn_relu(levels[i], layer))
     y = ops.conv_bn_relu_resized(levels, head.fpn_bottleneck, tuple(levels[0].shape[2:]))
-    y = scope.record("fpn_bottleneck", y)
+    y = channel_dropout(ops, noise, scope.record("fpn_bottleneck", y), dropout)
     return trace.record("logits", ops.conv2d(y, head.classifier))
 
 
-def fcn_head(ops: Ops, p: FcnHead, x: Array, trace: Scope = SILENT) -> Array:  # (B, D, gh, gw) -> (B, K, gh, gw)
-    """A few convolutions and a classifier; used in training only.  Source: Long et al. 2015."""
+def fcn_head(
+    ops: Ops, p: FcnHead, x: Array, trace: Scope = SILENT, noise: Noise | None = None, dropout: float = 0.0
+) -> Array:  # (B, D, gh, gw) -> (B, K, gh, gw)
+    """A few convolutions and a classifier; used in training only.  With `noise` channels are dropped before the last.
+    Source: Long et al. 2015.
+    """
     scope, y = trace.at("auxiliary_head"), x
     for i, layer in enumerate(p.convs):
         y = scope.record(f"convs.{i}", ops.conv_bn_relu(y, layer))
     if p.conv_cat is not None:
         y = scope.record("conv_cat", ops.conv_bn_relu(ops.concatenate([x, y], axis=1), p.conv_cat))
+    y = channel_dropout(ops, noise, y, dropout)
     return trace.record("auxiliary_logits", ops.conv2d(y, p.classifier))
 
 

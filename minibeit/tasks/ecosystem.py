@@ -1,4 +1,4 @@
-"""Methods that code written for transformers calls on a model: they do what is asked or say how it is done here."""
+"""Methods that code written for transformers calls on a model: each does what is asked or explains the alternative."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EcosystemMethods:
         return self
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """The model itself: what gradients are taken of is said to `minibeit.value_and_grad`."""
+        """The model itself: `minibeit.value_and_grad` is told which gradients to take."""
         return self
 
     def to(self: Self, *places: Any, device: Any = None, dtype: Any = None, **_: Any) -> Self:

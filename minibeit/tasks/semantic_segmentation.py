@@ -13,6 +13,7 @@ from ..model.segmentation import (
     segmentation_loss,
     uper_head,
 )
+from ..noise import as_noise
 from ..outputs import SemanticSegmenterOutput
 from ..trace import Trace
 from .base import BeitPreTrainedModel
@@ -54,6 +55,7 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         output_auxiliary_logits: bool = False,
+        head_dropout: float = 0.0,
         rng: Any | None = None,
         trace: Trace | None = None,
     ) -> SemanticSegmenterOutput:  # (B, C, height, width) -> (B, K, 4 gh, 4 gw)
@@ -61,7 +63,9 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
 
         `labels` (B, height', width') are integer classes.  The loss is the mean cross-entropy of the logits resized to
         that size, plus `auxiliary_loss_weight` times that of the auxiliary head, which runs only for a loss or if its
-        logits are asked for.  Raises ValueError for input that does not fit.
+        logits are asked for.  With `rng`, `head_dropout` is the rate at which each head's channels are dropped before
+        its last layer, in the training of the published models 0.1, in transformers 0.  Raises ValueError for input
+        that does not fit.
         """
         pixels = self._pixels(pixel_values)
         target = None if labels is None else label_map(self.ops, labels, self.config, len(pixels))
@@ -73,13 +77,16 @@ class BeitForSemanticSegmentation(BeitPreTrainedModel):
         capture = self._capture(output_hidden_states, output_attentions, trace)
         collect = feature_states(self.config)
         depth = max(collect) if capture.empty else None
-        _, states = self._encode(pixels, capture.scope, rng=rng, collect=collect, depth=depth)
+        noise = None if rng is None else as_noise(rng)
+        heads = None if noise is None else noise.at(block=self.config.num_hidden_layers + 1)
+        _, states = self._encode(pixels, capture.scope, rng=noise, collect=collect, depth=depth)
         maps = feature_maps(self.ops, states, grid, capture.scope)
-        logits = uper_head(self.ops, self.params, maps, self.config, capture.scope)
+        logits = uper_head(self.ops, self.params, maps, self.config, capture.scope, heads, head_dropout)
         auxiliary_logits, head = None, self.params.auxiliary_head
         wanted = output_auxiliary_logits or target is not None or capture.scope.wants("auxiliary_logits")
         if head is not None and wanted:
-            auxiliary_logits = fcn_head(self.ops, head, maps[AUXILIARY_INPUT], capture.scope)
+            own = None if heads is None else heads.at(place=1)
+            auxiliary_logits = fcn_head(self.ops, head, maps[AUXILIARY_INPUT], capture.scope, own, head_dropout)
         loss = None
         if target is not None:
             loss = self.ops.to_host(segmentation_loss(self.ops, logits, auxiliary_logits, target, self.config))

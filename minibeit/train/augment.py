@@ -1,4 +1,4 @@
-"""Random changes of one training picture, as timm's `create_transform` makes them for BEiT, on Pillow and NumPy.
+"""Random changes of one training image, as timm's `create_transform` makes them for BEiT, on Pillow and NumPy.
 
 Every function draws from the generator it is given, so that a sample is changed in the same way whoever reads it.
 Source: timm data/transforms.py, auto_augment.py and random_erasing.py; Cubuk et al. 2020; Zhong et al. 2020.
@@ -22,7 +22,7 @@ ERASED_AREA, ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 
 def augmented(picture: Image.Image, shape: tuple[int, int], recipe: Recipe, rng: Random) -> Image.Image:
-    """A picture (RGB or gray) cropped and resized to `shape` (height, width), then changed as the recipe says."""
+    """An image (RGB or gray) cropped and resized to `shape` (height, width), then changed as the recipe says."""
     if recipe.crop is None:
         picture = picture.resize(shape[::-1], BICUBIC)
     else:
@@ -78,7 +78,7 @@ def color_jitter(picture: Image.Image, strength: float, rng: Random) -> Image.Im
     return picture
 
 
-# RandAugment: operations on a picture with a magnitude from 0 to 10 ---------------------------------------------------
+# RandAugment: operations on an image with a magnitude from 0 to 10 ---------------------------------------------------
 
 
 def _signed(value: float, rng: Random) -> float:
@@ -167,7 +167,7 @@ def rand_augment(picture: Image.Image, settings: tuple[int, float, float], rng: 
 
 
 def erase(pixels: np.ndarray, probability: float, rng: Random) -> np.ndarray:  # (C, h, w) -> the same, in place
-    """With `probability` a rectangle of 2% to a third of the picture is filled with normal noise, pixel by pixel."""
+    """With `probability` a rectangle of 2% to a third of the image is filled with normal noise, pixel by pixel."""
     if rng.random() >= probability:
         return pixels
     C, height, width = pixels.shape

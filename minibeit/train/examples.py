@@ -1,4 +1,4 @@
-"""What a user's folder or list of pictures holds: paths with labels, class names, and a split into two."""
+"""What a user's folder or list of images holds: paths with labels, class names, and a split into two."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and what it shows: a class name, class names, or numbers; `held_out` None where nobody has said."""
+    """An image and what it shows: a class name, class names, or numbers; `held_out` None where nobody has said."""
 
     path: str
     label: Any
@@ -41,7 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures to learn from and pictures to be judged by, with labels as `problem` needs them.
+    """Images to learn from and images to be judged by, with labels as `problem` needs them.
 
     `targets` gives an array: class numbers (B,), 0 and 1 for each class (B, K), or numbers (B, K).
     """
@@ -66,7 +66,7 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal pictures, labels and split, wherever they lie."""
+        """Equal for equal images, labels and split, wherever they lie."""
         rows = [[e.digest, e.label] for e in self.train], [[e.digest, e.label] for e in self.held_out]
         return hashlib.sha256(json.dumps([self.problem, self.names, *rows]).encode()).hexdigest()
 
@@ -83,9 +83,9 @@ def read_examples(
     A folder may hold `train` and `val` with the class folders in them.  A list has `path` and one of `label`,
     `labels` (separated by ; in CSV), `value` or `values`, and perhaps `split`; its paths are relative to it.  Where no
     split is given, `fraction` of each class is held out, drawn by `seed`.  `names` are the classes of a model that is
-    to keep them.  Every picture is read once: those that cannot be are left out and named in `unreadable`.
+    to keep them.  Every image is read once: those that cannot be are left out and named in `unreadable`.
 
-    Raises ValueError, one sentence, for data that nothing can be learned from; warns of pictures that are in both
+    Raises ValueError, one sentence, for data that nothing can be learned from; warns of images that are in both
     parts.
     """
     _check_fraction(fraction)
@@ -123,11 +123,11 @@ def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
 
 def _check_fraction(fraction: float) -> None:
     if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+        raise ValueError(f"share held out: expected a number of at least 0 and below 1, found {fraction}")
 
 
 def _nothing_there(path: Path) -> FileNotFoundError:
-    return FileNotFoundError(f"{path}: there is no such folder or list of pictures")
+    return FileNotFoundError(f"{path}: there is no such folder or list of images")
 
 
 def _parted(
@@ -147,13 +147,13 @@ def _parted(
     train = tuple(example for example in good if not example.held_out)
     held_out = tuple(example for example in good if example.held_out)
     if not train:
-        raise ValueError(f"{path}: expected pictures to learn from, found {len(held_out)} held-out ones alone")
+        raise ValueError(f"{path}: expected images to learn from, found only {len(held_out)} held-out ones")
     warn_of_duplicates(train, held_out)
     return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
 def find_examples(path: Path) -> tuple[str, list[Example]]:
-    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no picture read."""
+    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no image read."""
     if path.is_dir():
         return SINGLE, _folder(path)
     if path.is_file():
@@ -171,14 +171,14 @@ def _folder(path: Path) -> list[Example]:
     held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
     if {"images", "annotations"} <= set(parts):
         raise ValueError(
-            f"{path}: images and annotations are pictures and label maps, from which --task segmentation learns; a "
-            "classifier learns from one folder a class"
+            f"{path}: its folders images and annotations hold data for segmentation (--task segmentation); a "
+            "classifier learns from one folder per class"
         )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]
     found = [*_class_folders(train, False), *_class_folders(held_out, True)]
     if extra := {e.label for e in found if e.held_out} - {e.label for e in found if not e.held_out}:
-        raise ValueError(f"{held_out}: expected the classes of {train}, found {brief(sorted(extra))} beside them")
+        raise ValueError(f"{held_out}: expected the classes of {train}, found also {brief(sorted(extra))}")
     return found
 
 
@@ -190,11 +190,11 @@ def subfolders(path: Path) -> list[Path]:
 def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
     folders = subfolders(path)
     if not folders:
-        raise ValueError(f"{path}: expected a folder for each class with its pictures in it, found no folder")
+        raise ValueError(f"{path}: expected a folder for each class with its images in it, found no folder")
     for folder in folders:
         files = images_in(folder)
         if not files and not held_out:
-            raise ValueError(f"{folder}: this class is empty; put pictures (.png, .jpg, ...) into it or remove it")
+            raise ValueError(f"{folder}: this class is empty; put images (.png, .jpg, ...) into it or remove it")
         yield from (Example(str(file), folder.name, held_out) for file in files)
 
 
@@ -219,7 +219,7 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     except (csv.Error, UnicodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
     if not rows:
-        raise ValueError(f"{path}: expected a picture and its label in each line, found no line")
+        raise ValueError(f"{path}: expected an image and its label in each line, found no line")
     return rows
 
 
@@ -241,7 +241,7 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
 
 def _file(path: Path, where: str, row: dict[str, Any]) -> str:
     if not isinstance(row.get("path"), str) or not row["path"]:
-        raise ValueError(f"{where}: expected the path of a picture, found {brief(row.get('path'))}")
+        raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
     return str(path.parent / row["path"])
 
 
@@ -324,15 +324,15 @@ def _check_classes(
     path: Path, problem: str, names: tuple[str, ...], found: list[Example], good: list[Example], fixed: bool
 ) -> None:
     if not good:
-        raise ValueError(f"{path}: none of the {len(found)} pictures can be read; the first is {found[0].path}")
+        raise ValueError(f"{path}: none of the {len(found)} images can be read; the first is {found[0].path}")
     if problem == SINGLE and not fixed:
         if len(names) < 2:
-            raise ValueError(f"{path}: expected at least two classes to tell apart, found {brief(list(names))} alone")
+            raise ValueError(f"{path}: expected at least two classes, found only {brief(list(names))}")
         left = {e.label for e in good if not e.held_out}
         for name in names:
             if name not in left:
                 raise ValueError(
-                    f"{path}: no picture of the class {brief(name)} to learn from can be read; mend its pictures or "
+                    f"{path}: no image of the class {brief(name)} to learn from can be read; repair its images or "
                     "remove it"
                 )
     if problem == MULTI and not names:
@@ -340,7 +340,7 @@ def _check_classes(
 
 
 def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[str]]:
-    """(examples whose pictures can be read, with the digest of their files; a sentence for each of the others)."""
+    """(examples whose images can be read, with the digest of their files; a sentence for each of the others)."""
 
     def look(example: Example) -> Example | str:
         try:
@@ -355,7 +355,7 @@ def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[s
 
 
 def _split(examples: list[Example], problem: str, fraction: float, seed: int) -> list[Example]:
-    """`fraction` of every class held out, at least one picture of each that has two, chosen by content and seed."""
+    """`fraction` of every class held out, at least one image of each that has two, chosen by content and seed."""
     rng = np.random.default_rng(seed)
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
@@ -375,7 +375,7 @@ def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
     if twice:
         first = f"{shown_name(twice[0][0])} and {shown_name(twice[0][1])}"
         warnings.warn(
-            f"{len(twice)} held-out pictures are also learned from, which makes results look better than they are; "
-            f"the first are {first}",
+            f"{len(twice)} held-out images are also in the training part, which makes results look better than they "
+            f"are; the first are {first}",
             stacklevel=3,
         )

@@ -8,7 +8,6 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from ..images.loading import read_picture
 from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
+from .batches import ahead
 from .examples import HELD_OUT, SHOWN, TRAIN, images_in, part_of, rows_of, subfolders, warn_of_duplicates
 
 MAP_FOLDERS = ("annotations", "labels", "masks")  # beside images
@@ -294,8 +294,7 @@ def _looked_at(found: list[Pair], read_map: MapReader, workers: int) -> tuple[li
             return f"{pair.map}: every pixel is ignored, so there is nothing to learn from it"
         return replace(pair, digest=hashlib.sha256(content).hexdigest()), counts
 
-    with ThreadPoolExecutor(workers) as pool:
-        looked = list(pool.map(look, found))
+    looked = list(ahead(found, look, workers, 2 * workers))  # the first error ends it
     good = [item for item in looked if not isinstance(item, str)]
     return (
         [pair for pair, _ in good],
@@ -331,6 +330,8 @@ def _classes(
                 f"{ignored if total[IGNORED_LABEL] else ''}"
             )
         return tuple(f"class_{i}" for i in range(int(there[-1]) + 1))
+    if not 1 < len(names) <= IGNORED_LABEL:
+        raise ValueError(f"{path}: expected the names of 2 to {IGNORED_LABEL} classes, found {len(names)}")
     if there[-1] >= len(names):
         stray = int(there[there >= len(names)][0])
         file = next(pair.map for pair, counts in zip(pairs, areas) if counts[stray])
@@ -341,8 +342,6 @@ def _classes(
             f"{file}: expected the {len(names)} classes that have names, {int(read_map.reduce)} to "
             f"{len(names) - 1 + read_map.reduce}, or {IGNORED_LABEL} for pixels to ignore, found {written}{hint}"
         )
-    if len(names) < 2:
-        raise ValueError(f"{path}: expected at least two classes to tell apart, found {brief(list(names))} alone")
     return tuple(names)
 
 

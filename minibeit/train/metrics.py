@@ -1,4 +1,4 @@
-"""How good predictions are, and the record of it: lines of JSON and a picture of the curves."""
+"""Metrics of predictions, and their record: lines of JSON and a plot of the curves."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_log(path: str | os.PathLike[str], rows: Sequence[dict[str, Any]]) -> N
         file.write("".join(json_text(row) + "\n" for row in rows).encode())
 
 
-# The picture of the curves --------------------------------------------------------------------------------------------
+# The plot of the curves ---------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT, MARGIN = 480, 320, 44
 SCORES = ("top1", "top5", "f1", "exact", "rmse", "accuracy", "used", "iou")  # drawn together: shares, but for rmse

@@ -165,7 +165,7 @@ class AverageOfWeights:
 
     def __init__(self, optimizer: AdamW, decay: float = 0.9999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay: expected a number from 0 up to but not 1, found {decay}")
+            raise ValueError(f"decay: expected a number of at least 0 and below 1, found {decay}")
         self.optimizer = optimizer
         self.decay = decay
         self.average = optimizer.weights.copy()
@@ -191,6 +191,6 @@ def _check(weight_decay: float, layer_decay: float, betas: tuple[float, float], 
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay: expected a number above 0 and up to 1, found {layer_decay}")
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers from 0 up to but not 1, found {betas}")
+        raise ValueError(f"betas: expected two numbers of at least 0 and below 1, found {betas}")
     if not eps > 0:
         raise ValueError(f"eps: expected a number above 0, found {eps}")

@@ -101,19 +101,24 @@ def _labels(batch: Batch) -> np.ndarray:  # -> (n,)
     return batch.targets[batch.mask]
 
 
+def token_losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (n, V), (n,) -> (n,), (n,)
+    """The cross-entropy of each masked patch, in nats, and whether its token has the largest logit."""
+    x = logits.astype(np.float64)
+    x -= x.max(1, keepdims=True)
+    own = x[np.arange(len(labels)), labels]
+    return np.log(np.exp(x).sum(1)) - own, x.argmax(1) == labels
+
+
 class _MaskedTokens(Score):
     def __init__(self, vocab_size: int) -> None:
         self.loss, self.right, self.masked = 0.0, 0, 0
         self.counts = np.zeros(vocab_size, np.int64)
 
     def add(self, output: Any, batch: Batch) -> None:
-        labels = _labels(batch)
-        x = output.logits.astype(np.float64)
-        x -= x.max(1, keepdims=True)
-        own = x[np.arange(len(labels)), labels]
-        self.loss += float((np.log(np.exp(x).sum(1)) - own).sum())
-        self.right += int((x.argmax(1) == labels).sum())
-        self.masked += len(labels)
+        losses, right = token_losses(output.logits, _labels(batch))
+        self.loss += float(losses.sum())
+        self.right += int(right.sum())
+        self.masked += len(losses)
         self.counts += np.bincount(batch.targets.reshape(-1), minlength=len(self.counts))
 
     def metrics(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Linear probes: how much a linear layer can read out of each block of a frozen encoder."""
+"""Linear probes: how much a linear layer can read from each block of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .metrics import metrics
 from .schedule import Cosine
 
 PROBE_NAME, SCORES_NAME = "linear_probe.safetensors", "linear_probe.json"
-RATE = 1e-3  # for 256 pictures
+RATE = 1e-3  # for 256 images
 WEIGHT_DECAY, DEVIATION, BETAS, EPS = 1e-4, 0.01, (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The layers and how good each is on `judged` pictures; `best` is the number of the best one."""
+    """The layers and how good each is on `judged` images; `best` is the number of the best one."""
 
     weight: np.ndarray  # (L, K, 2 D)
     bias: np.ndarray  # (L, K)
@@ -36,7 +36,7 @@ class Probe:
 
     @property
     def best(self) -> int:
-        """The block, from 0, whose layer names most pictures right."""
+        """The block, counted from 0, whose layer classifies most images correctly."""
         return max(range(len(self.rows)), key=lambda i: self.rows[i]["top1"])
 
 
@@ -55,16 +55,16 @@ def probe(
     """Linear layers on the features of every block, all trained at once on features that are computed once.
 
     Features of a block are its CLS token and the mean of its patch tokens, 2 D numbers, not normalised.  AdamW, the
-    rate falling by half a cosine from epoch to epoch.  The original changes the pictures at random in every epoch;
-    here each is seen as `minibeit classify` sees it.  Raises ValueError unless every picture has one label.
+    rate falling by half a cosine from epoch to epoch.  The original changes the images at random in every epoch;
+    here each is seen as `minibeit classify` sees it.  Raises ValueError unless every image has one label.
     Source: linear_util.py and run_linear_eval.py in microsoft/unilm beit; Bao et al. 2021, appendix.
     """
     if examples.problem != SINGLE:
-        raise ValueError(f"linear probe: expected one label a picture, found {examples.problem.replace('_', ' ')}")
+        raise ValueError(f"linear probe: expected one label per image, found {examples.problem.replace('_', ' ')}")
     judged = examples.held_out or examples.train
     parts = []
     for what, part in (("to learn from", examples.train), ("to be judged by", examples.held_out)):
-        tell(f"features of {len(part)} pictures {what}")
+        tell(f"features of {len(part)} images {what}")
         parts.append(features(model, part, processor, batch_size, workers) if part else None)
     x, y = parts[0], examples.targets(examples.train)
     assert x is not None

@@ -14,6 +14,7 @@ from ..checkpoint.load import load_checkpoint, open_checkpoint
 from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import IGNORED_LABEL, resize_labels
+from ..metrics import areas, confusion_matrix, segmentation_scores
 from ..model.segmentation import segmentation_loss
 from ..ops import get_ops, reference
 from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
@@ -42,6 +43,12 @@ class Segmentation(Objective):
         self, pairs: Pairs, processor: BeitImageProcessor, recipe: SegmentationRecipe, config: BeitConfig
     ) -> None:
         self.processor, self.recipe, self.config, self.read_map = processor, recipe, config, pairs.read_map
+        (height, width), (ph, pw) = config.image_shape, config.patch_shape
+        if height % ph or width % pw or min(config.grid) < 2:
+            raise ValueError(
+                f"crop_size: expected a multiple of the patch size {ph} x {pw}, at least twice, "
+                f"found {height} x {width}"
+            )
         self.train, self.held_out, self.fingerprint = pairs.train, pairs.held_out, pairs.fingerprint
 
     def read(self, example: Pair, key: Sequence[int]) -> Sample:
@@ -59,7 +66,8 @@ class Segmentation(Objective):
         return self.read_map(example.map, self.processor.apply_exif_orientation)
 
     def for_step(self, batch: Batch, done: float, key: Sequence[int]) -> Batch:
-        return dataclasses.replace(batch, settings={"output_auxiliary_logits": True})
+        settings = {"output_auxiliary_logits": True, "head_dropout": self.recipe.head_dropout}
+        return dataclasses.replace(batch, settings=settings)
 
     def loss(self, batch: Batch) -> Loss:
         counted = batch.targets != IGNORED_LABEL
@@ -89,42 +97,25 @@ class Segmentation(Objective):
 
 
 class _Confusion(Score):
-    """The confusion matrix (K, K) of all pixels that count, true classes in rows, and their cross-entropy."""
+    """The confusion matrix (K, K) of all pixels that count, and their cross-entropy."""
 
     def __init__(self, classes: int) -> None:
         self.matrix = np.zeros((classes, classes), np.int64)
         self.loss = 0.0
 
     def add(self, output: Any, batch: Batch) -> None:
-        K = len(self.matrix)
         for logits, labels in zip(output.logits, batch.targets):
             counted = labels != IGNORED_LABEL
             x = reference.resize_bilinear(logits[None], labels.shape)[0][:, counted]  # (K, n)
             true = labels[counted].astype(np.int64)
-            self.matrix += np.bincount(true * K + x.argmax(0), minlength=K * K).reshape(K, K)
+            self.matrix += confusion_matrix(true, x.argmax(0), len(self.matrix))
             top = x.max(0)
             log_sums = np.log(np.exp(x - top).sum(0)) + top
             self.loss += float((log_sums - x[true, np.arange(len(true))]).sum(dtype=np.float64))
 
     def metrics(self) -> dict[str, float]:
-        return {"loss": self.loss / max(int(self.matrix.sum()), 1), **segmentation_scores(self.matrix)}
-
-
-def segmentation_scores(confusion: np.ndarray) -> dict[str, float]:  # (K, K), true classes in rows
-    """mean_iou and mean_accuracy over the classes that occur, and pixel_accuracy; 0 where there is nothing to count.
-
-    IoU = both / (true + predicted - both); a class that is neither true nor predicted anywhere has none.
-    """
-    both, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-
-    def mean(part: np.ndarray, whole: np.ndarray) -> float:
-        return float((part[whole > 0] / whole[whole > 0]).mean()) if (whole > 0).any() else 0.0
-
-    return {
-        "mean_iou": mean(both, true + said - both),
-        "mean_accuracy": mean(both, true),
-        "pixel_accuracy": float(both.sum() / max(int(confusion.sum()), 1)),
-    }
+        scores = segmentation_scores(areas(self.matrix))
+        return {"loss": self.loss / max(int(self.matrix.sum()), 1), **{k: float(v) for k, v in scores.items()}}
 
 
 # The start ------------------------------------------------------------------------------------------------------------

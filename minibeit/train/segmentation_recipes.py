@@ -15,7 +15,8 @@ class SegmentationRecipe(Recipe):
     An image is resized within `scale` (longer side, shorter side) times a factor from `ratio`, and a square of
     `crop_size` pixels is cut out, of which no class should have a share of `most_of_one_class` or more.
     `normalisation` is the mean and the standard deviation of pixels, None for the checkpoint's.  With `mean_of_all` the
-    loss is divided by the number of all pixels, ignored ones too, as mmseg does.
+    loss is divided by the number of all pixels, ignored ones too, as mmseg does; `head_dropout` is the rate of channels
+    dropped before the last layer of each head.
     """
 
     floor: float = 0.0
@@ -27,6 +28,7 @@ class SegmentationRecipe(Recipe):
     distortion: bool = True
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     mean_of_all: bool = False
+    head_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,7 +47,7 @@ class SegmentationRecipe(Recipe):
 _UNILM = "microsoft/unilm beit/semantic_segmentation/configs"
 _ADE: dict[str, Any] = dict(
     epochs=127, batch_size=16, warmup_steps=1500, weight_decay=0.05, normalisation=IMAGENET, mean_of_all=True,
-    decay_tokens=True, source=_UNILM,
+    decay_tokens=True, head_dropout=0.1, source=_UNILM,
 )  # fmt: skip # 160,000 steps of ADE20K; tokens are decayed since unilm looks for their names without `backbone.`
 _AFTER_22K: dict[str, Any] = dict(lr=3e-5, layer_decay=0.9, drop_path=0.1)
 _LARGE: dict[str, Any] = dict(lr=2e-5, layer_decay=0.95, drop_path=0.2)

@@ -1,4 +1,4 @@
-"""A stopped training and everything it needs to go on as if it had not been stopped."""
+"""The saved state of a training, from which it continues as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_state(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> t
     """
     path = Path(folder) / STATE_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no stopped training here to be resumed; start without --resume")
+        raise FileNotFoundError(f"{path}: there is no stopped training here to resume; start without --resume")
     loaded = load_file(path)
     try:
         saved = json.loads(loaded.metadata["identity"])
@@ -72,7 +72,7 @@ def load_state(folder: str | os.PathLike[str], identity: Mapping[str, str]) -> t
     for what, value in identity.items():
         if saved.get(what) != value:
             raise ValueError(
-                f"{path}: was saved with other {what}; resume with the same, or start anew in another --output"
+                f"{path}: was saved with other {what}; resume with the same, or start again in another --output"
             )
     return state, dict(loaded.tensors)
 

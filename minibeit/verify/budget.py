@@ -1,6 +1,6 @@
 """The error budget: what float32 arithmetic may lose, measured on this very input instead of guessed.
 
-Two questions are put to every recorded array, both answered beside a float64 run of the reference.
+Two questions are asked about every recorded array, and answered with the help of a float64 run of the reference.
 
 - own error: how far the array is from what the float64 op makes of the *candidate's own* inputs.  Nothing that went
   wrong earlier counts, so it convicts or acquits this op alone.
@@ -66,7 +66,7 @@ class Yardstick:
 
     @property
     def shown(self) -> float:
-        """The rms that reports show beside the candidate's: PyTorch's if it ran, else NumPy's."""
+        """The rms that reports show next to the candidate's: PyTorch's if it ran, else NumPy's."""
         return self.numpy[0] if self.torch is None else self.torch[0]
 
     def _larger(self, which: int) -> float:

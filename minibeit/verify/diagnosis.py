@@ -1,4 +1,4 @@
-"""What an error usually means: the faults people make are tried on the op, then the error's shape is read."""
+"""What an error usually means: known mistakes are tried on the op, then the pattern of the error is examined."""
 
 from __future__ import annotations
 

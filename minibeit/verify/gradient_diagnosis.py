@@ -1,4 +1,4 @@
-"""What is usually wrong with a gradient that is not what it should be: forms that are recognised in the numbers."""
+"""What is wrong with a gradient: common mistakes, recognised by the pattern of the numbers."""
 
 from __future__ import annotations
 

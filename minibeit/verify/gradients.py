@@ -1,9 +1,9 @@
-"""Gradients beside the float64 truth: that of every parameter, and the cotangent of every intermediate array.
+"""Gradients compared with the float64 truth: of every parameter, and the cotangent of every intermediate array.
 
 The cotangent of an array is the gradient of the loss with respect to it.  Names in a trace: `cotangent.NAME` for the
 array that the forward records as NAME, `gradient.NAME` for the parameter of that canonical name.
 
-As in the forward two questions are put to each.  Total error: how far is it from the float64 backward of the whole
+As in the forward, each raises two questions.  Total error: how far is it from the float64 backward of the whole
 network?  Own error: how far is it from what the float64 backward makes of *the candidate's own* cotangents?  A
 parameter's own error is thus that of one op, and the first row whose own error is out of budget names the guilty op.
 Rows come in the order of the backward, from the loss to the pixels.  All gradients are held in memory.

@@ -1,4 +1,4 @@
-"""What a checkpoint can show: a parameter that is 0, 1 or one number everywhere hides what is done with it.
+"""What a checkpoint can show: a parameter that is 0, 1 or constant hides what is done with it.
 
 A freshly initialised model is the extreme case.  Its biases and position tables are 0, its norms 1, its layer scales
 0.1: an implementation that leaves all of them out computes the same numbers, and no verifier can tell.

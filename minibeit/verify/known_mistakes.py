@@ -1,7 +1,7 @@
-"""What people get wrong, op by op: each function yields (what would be wrong, what the op would then give).
+"""Common mistakes, op by op: each function yields (what would be wrong, what the op would then give).
 
-They are called with the float64 arguments of the op whose result is off; the one whose prediction meets the result of
-the implementation under test is the diagnosis.  Parameters come as canonical leaves, arrays as float64.
+They are called with the float64 arguments of the op whose result is off; the one whose prediction matches the result
+of the implementation under test is the diagnosis.  Parameters come as canonical leaves, arrays as float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verifier's heart: the truth, the candidate and the yardsticks go through the network side by side."""
+"""The heart of the verifier: the truth, the candidate and the yardsticks advance through the network in lockstep."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Pixels come first: those of a trace beside what the image processor makes of the picture, with a tolerance.
+"""Pixels come first: those of a trace, compared with what the image processor makes of the image.
 
-A model that was fed with other pixels is judged on those; what is wrong with them is said by itself.
+If they differ, the model is still judged on the pixels it was given, and the difference is reported separately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5:
 def judge(found: np.ndarray, processor: Any, image: Any) -> Row:
     """The row of a trace's pixels (B, C, H, W) beside those that `processor` makes of `image`.
 
-    Raises ImageError for a picture that cannot be read.
+    Raises ImageError for an image that cannot be read.
     """
     expected = processor(image)["pixel_values"]
     row = Row(NAME, "ok", found.shape, found.dtype.name, ("image processor",))
@@ -92,14 +92,14 @@ def _guesses(expected: np.ndarray, processor: Any, image: Any) -> Iterator[Guess
 def _turned(x: np.ndarray) -> Iterator[Guess]:
     yield "", x
     yield "the colour channels are reversed (BGR for RGB)", x[:, ::-1]
-    yield "the picture is mirrored", x[..., ::-1]
-    yield "the picture is upside down", x[:, :, ::-1]
+    yield "the image is mirrored", x[..., ::-1]
+    yield "the image is upside down", x[:, :, ::-1]
     if x.shape[2] == x.shape[3]:
         yield "height and width are swapped", x.swapaxes(2, 3)
 
 
 def _processed(processor: Any, image: Any) -> Iterator[Guess]:
-    """The picture once more with another setting of the processor."""
+    """The image once more with another setting of the processor."""
     for number, name in FILTERS.items():
         if number != int(processor.resample):
             yield (

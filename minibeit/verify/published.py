@@ -1,4 +1,4 @@
-"""Published outputs: what papers' authors and converters wrote down about checkpoints, checked on the checkpoint."""
+"""Published outputs: what authors and converters documented about their checkpoints, checked on the checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..tasks import task_class
 from ..trace import Trace
 from .streams import host
 
-PLAIN = "every pixel value 0.5"  # the one published input that needs no picture
+PLAIN = "every pixel value 0.5"  # the one published input that needs no image
 LOOSE = 1e-3  # relative to the largest published number, where the source names no tolerance
 
 
@@ -39,7 +39,7 @@ def check_published(
 ) -> list[Outcome]:
     """Downloads a checkpoint and compares every output that the manifest lists for it.
 
-    `image` is the picture the outputs were made from, for those that need one; `entry` replaces the manifest's.
+    `image` is what the outputs were made from, where they need an image; `entry` replaces the manifest's.
     Raises ValueError for an id that the manifest does not have.
     """
     if entry is None:
@@ -52,7 +52,7 @@ def check_published(
         return [Outcome(id, "", "", "skipped", "nothing is published about its outputs")]
     wanted = [case for case in expected if case["image"] == PLAIN or image is not None]
     skipped = [
-        Outcome(id, case["image"], case["source"], "skipped", f"needs the picture: give --image FILE ({case['image']})")
+        Outcome(id, case["image"], case["source"], "skipped", f"needs the image: give --image FILE ({case['image']})")
         for case in expected
         if case not in wanted
     ]

@@ -1,6 +1,6 @@
-"""What a process holds beside its arrays goes back to the system: freed blocks and pages of mapped weights.
+"""Gives memory that a process no longer uses back to the system: freed blocks and pages of mapped weights.
 
-Six runs side by side leave much of both: glibc keeps freed blocks of up to 32 MB for every thread, and each page of a
+Six simultaneous runs leave much of both: glibc keeps freed blocks of up to 32 MB for every thread, and each page of a
 mapped checkpoint that was read once counts as memory in use.
 """
 

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: no network, no fonts, no libraries; it opens from disk."""
+"""A report as one self-contained HTML file: no network, no fonts, no libraries; it opens from disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Style, script and pictures of the HTML report."""
+"""Style, script and images of the HTML report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COLOURS = np.array([(255, 255, 255), (254, 224, 139), (244, 109, 67), (165, 0, 3
 
 
 def heat_png(heat: np.ndarray) -> str:
-    """A picture of a map of differences, base64; what is not finite is blue."""
+    """A map of differences as an image in base64; elements that are not finite are blue."""
     from PIL import Image
 
     known = np.isfinite(heat)

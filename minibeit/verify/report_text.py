@@ -1,4 +1,4 @@
-"""A report as words: the live table, the verdict, Markdown and JSON."""
+"""A report as text: the live table, the verdict, Markdown and JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Model runs that stop at every recorded array, so that several go through a network side by side and none hoards.
+"""Model runs that stop at every recorded array, so that several advance together and none keeps all its arrays.
 
-A `Stream` is a coroutine made of a thread: exactly one thread runs at any time, and only the arrays at hand are alive.
+A `Stream` is a coroutine made of a thread: exactly one thread runs at any time, and only current arrays are alive.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Traces on disk: a safetensors file with one tensor per canonical name, and where they come from in its metadata.
 
-Any program can write one.  Needed is only the metadata entry `format` = "minibeit-trace"; what else is given is checked
-against the model at hand:
+Any program can write one.  Only the metadata entry `format` = "minibeit-trace" is required; the others, if given, are
+checked against the model:
 
     config             the model's config.json as text
     task               "image_classification", ... (a key of minibeit.task_table.TASKS)
@@ -9,8 +9,8 @@ against the model at hand:
     weights_sha256     of all weights, see `weights_hash`
     origins, versions  JSON, for the record
 
-Tensors `input.pixel_values` and `input.bool_masked_pos` are the arrays of the call; with them a trace needs no image
-beside it.  `minibeit verify --list-names` prints the names and shapes of all others.
+Tensors `input.pixel_values` and `input.bool_masked_pos` are the arrays of the call; with them a trace needs no separate
+image.  `minibeit verify --list-names` prints the names and shapes of all others.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def checked_shape(source: Source, name: str, shape: Any) -> tuple[int, ...]:
     if not isinstance(shape, (list, tuple)) or len(shape) > MAX_RANK:
         raise source.error(f"the shape of tensor {shown(name)} is not a list of at most {MAX_RANK} integers")
     if any(type(length) is not int or not 0 <= length < MAX_ELEMENTS for length in shape):
-        raise source.error(f"the shape of tensor {shown(name)} holds something else than sizes")
+        raise source.error(f"the shape of tensor {shown(name)} holds something other than sizes")
     if count(tuple(length or 1 for length in shape)) >= MAX_ELEMENTS:
         raise source.error(f"the shape of tensor {shown(name)} has more elements than any model")
     return tuple(shape)

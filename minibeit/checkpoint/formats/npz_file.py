@@ -31,7 +31,7 @@ def read_npz(source: Source, entries: dict[str, Entry]) -> dict[str, Stored]:
     stored = {}
     for name, entry in entries.items():
         if not name.endswith(".npy"):
-            raise source.error(f"holds the entry {shown(name)}, which is no .npy array")
+            raise source.error(f"holds the entry {shown(name)}, which is not a .npy array")
         stored[name[: -len(".npy")]] = _array(source, entry)
     return stored
 
@@ -52,7 +52,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
 def _array(source: Source, entry: Entry) -> Stored:
     head = bytes(entry.head(12 + MAX_HEADER))
     if len(head) < 12 or head[:6] != b"\x93NUMPY" or head[6] not in (1, 2, 3):
-        raise source.error(f"the entry {shown(entry.name)} is no .npy array of version 1 to 3")
+        raise source.error(f"the entry {shown(entry.name)} is not a .npy array of version 1 to 3")
     start = 10 if head[6] == 1 else 12
     length = int.from_bytes(head[8:start], "little")
     match = HEADER.fullmatch(head[start : start + length].decode("latin-1"))

@@ -1,7 +1,7 @@
-"""Names that attacks by pickle use: a file with one is malicious, or no checkpoint, and is not read further.
+"""Names that pickle attacks use: a file with one of them is malicious, or no checkpoint, and is not read further.
 
-Nothing that a pickle names is ever run or imported here, so this list is no protection: it only tells users what kind
-of file they have.
+Nothing that a pickle names is ever run or imported here, so this list is not what protects: it only tells users what
+kind of file they have.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Machine:
 
     def name(self, module: Any, attribute: Any) -> None:
         if not isinstance(module, str) or not isinstance(attribute, str):
-            raise self.error("names a global by something else than text")
+            raise self.error("names a global by something other than text")
         name = f"{module[:200]}.{attribute[:200]}"
         if not self.allowed(name):
             raise self.error(

@@ -111,7 +111,7 @@ def write_safetensors(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)} or None")
     if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder does not exist; make it first")
+        raise FileNotFoundError(f"{path}: its folder does not exist; create it first")
     infos = {name: _written(name, tensors, dtype) for name in tensors}
     uneven = {name for name in infos if alignment > 8 and infos[name].nbytes % alignment}
     names = sorted(infos, key=lambda name: (name in uneven, ORDER.index(infos[name].dtype), name))

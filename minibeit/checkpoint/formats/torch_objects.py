@@ -64,12 +64,12 @@ class Storage:
 def storage_identity(source: Source, identity: Any) -> tuple[str, str, int]:
     """(dtype, key, number of elements) from the tuple by which a pickle refers to a storage."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-        raise source.error("the pickle refers to an outside object that is no storage")
+        raise source.error("the pickle refers to an outside object that is not a storage")
     _, kind, key, _, number = identity[:5]
     if not isinstance(kind, Name) or kind.name not in STORAGE_NAMES:
         raise source.error(f"the pickle refers to a storage of unknown type {shown(getattr(kind, 'name', kind))}")
     if not isinstance(key, str) or type(number) is not int or not 0 <= number < 1 << 48:
-        raise source.error("the pickle refers to a storage by something else than its key and size")
+        raise source.error("the pickle refers to a storage by something other than its key and size")
     if len(identity) > 5 and identity[5] is not None:
         raise source.error("a storage is a view of another; save the checkpoint again with a newer torch")
     return STORAGE_NAMES[kind.name], key, number

@@ -1,4 +1,4 @@
-"""Backward of the ops that move, join, add or drop, and of the few methods of arrays that the model's text uses."""
+"""Backward of the ops that move, join, add or drop, and of the few methods of arrays that model code uses."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def project_qkv_backward(
     """The sum of the three linear layers' dx, and each layer's own gradient."""
     dx, grads = None, []
     for part, layer in zip(g, (p.query, p.key, p.value), strict=True):
-        columns = part.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[1], -1)  # (B, N, D), heads side by side
+        columns = part.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[1], -1)  # (B, N, D), heads concatenated
         more, grad = linear_backward(columns, None, x, layer)
         dx = more if dx is None else dx + more
         grads.append(grad)

@@ -20,7 +20,7 @@ except ImportError as error:
     _reason = (str(error).strip() or "?").splitlines()[0]
     raise ImportError(
         f"backend cupy: CuPy is installed but cannot be loaded ({_reason}); install the build for your CUDA, such as "
-        "cupy-cuda12x or cupy-cuda13x, and no other beside it"
+        "cupy-cuda12x or cupy-cuda13x, and only that one"
     ) from error
 
 __all__ = ["cupy", "describe", "memory_limit", "open_device", "peak_memory", "session"]

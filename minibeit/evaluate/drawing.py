@@ -1,4 +1,4 @@
-"""Small pictures for reports."""
+"""Small images for reports."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from PIL import Image
 from ..images.loading import load_image
 from ..images.transforms import resize_labels
 
-SIDE = 320  # pixels of the longer side of a picture in a report
+SIDE = 320  # pixels of the longer side of an image in a report
 OVERLAY = 0.55  # share of the class colour over the image
 IGNORED = (255, 255, 255)
 
 
 def thumbnail(image: Any, side: int = SIDE) -> np.ndarray:  # -> (h, w, 3)
     """An image, anything that `load_image` takes, with a longer side of at most `side` pixels."""
-    picture = Image.fromarray(load_image(image, channels=3))
-    picture.thumbnail((side, side))
-    return np.asarray(picture)
+    small = Image.fromarray(load_image(image, channels=3))
+    small.thumbnail((side, side))
+    return np.asarray(small)
 
 
 def overlay(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:  # -> (h, w, 3)
