@@ -12,9 +12,9 @@ import pytest
 from colour_tokenizer import colour_tokenizer, colours
 from conftest import distance
 from PIL import Image
-from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32
+from tolerances import DIFFERENCES, EPS32, NAIVE_MODEL, TOKENIZER32, TOKENIZER_GRADIENT32
 
-from minibeit import DalleTokenizer, DalleTokenizerConfig, Trace
+from minibeit import CheckpointError, DalleTokenizer, DalleTokenizerConfig, Trace
 from minibeit.ops import get_ops
 from minibeit.params import flatten, unflatten
 from minibeit.tape import Tape
@@ -137,6 +137,26 @@ def test_gradients_of_both_halves():
         assert np.abs(nodes[name].gradient - truth).max() <= DIFFERENCES * max(1, np.abs(truth).max()), name
 
 
+@pytest.mark.parametrize("hidden", [8, 64])
+def test_gradients_on_the_fast_backend(hidden):
+    """Every gradient of both halves in float32 beside float64: tiles of Winograd, windows and products."""
+    pytest.importorskip("numba")
+    config = SMALL.replace(hidden_size=hidden, num_groups=3, input_channels=3)
+    x, g = pixels(3, 3, 12, 16), np.random.default_rng(5).standard_normal((3, 6, 12, 16)).astype(np.float32)
+    found = {}
+    for backend, dtype in (("numpy", "float64"), ("numba", "float32")):
+        tape = Tape(get_ops(backend))
+        watched = tape.watch(unflatten(shapes(config), random_weights(config, dtype)))
+        logits = network.encode(tape.ops, watched.encoder, x.astype(dtype), config)
+        soft = logits * np.dtype(dtype).type(0.3)
+        tape.backward(network.decode_relaxed(tape.ops, watched.decoder, soft, config), g.astype(dtype))
+        found[dtype] = {name: node.gradient for name, node in flatten(watched).items()}
+    assert found["float32"].keys() == found["float64"].keys()
+    for name, truth in found["float64"].items():
+        assert found["float32"][name].dtype == np.float32
+        assert distance(found["float32"][name], truth) <= TOKENIZER_GRADIENT32 * EPS32, name
+
+
 # The class ------------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +219,15 @@ def test_a_trace_keeps_every_block():
     logits = make().logits(pixels(1, 2, 4, 4), trace=trace)
     assert list(trace) == ["input", "groups.0.blocks.0", "groups.1.blocks.0", "logits"]
     assert np.array_equal(trace["logits"], logits)
+
+
+def test_damaged_weights_are_told():
+    for name in ("encoder.groups.0.blocks.0.path.1.bias", "decoder.input.weight"):
+        arrays = random_weights(SMALL)
+        arrays[name].reshape(-1)[0] = np.nan
+        tokenizer = DalleTokenizer(SMALL, arrays=arrays, dtype="float64", backend="numpy")
+        with pytest.raises(CheckpointError, match="computes NaN or infinite values, so its weights must be damaged"):
+            tokenizer.decode(np.zeros((1, 2, 2), int)) if "decoder" in name else tokenizer.encode(pixels(1, 2, 4, 4))
 
 
 def test_copies_and_pickles():

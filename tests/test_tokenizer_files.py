@@ -19,7 +19,7 @@ from safetensors.numpy import load_file as load_safetensors
 from safetensors.numpy import save_file
 from tolerances import FACTOR, GOLDEN64
 
-from minibeit import CheckpointError, DalleTokenizer
+from minibeit import CheckpointError, DalleTokenizer, hub
 from minibeit.tokenizer.files import read_tokenizer
 from minibeit.tokenizer.names import DALL_E, FLAVA
 from minibeit.tokenizer.params import param_shapes
@@ -91,6 +91,15 @@ def test_flavas_codebook_in_a_folder(tmp_path):
     shutil.copy(FOLDER / "flava.safetensors", tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "flava_image_codebook", "hidden_size": 256}))
     assert load(tmp_path).config.hidden_size == 4  # what another program's config says does not matter
+
+
+def test_flavas_codebook_by_its_id_on_the_hub(tmp_path, monkeypatch):
+    shutil.copy(FOLDER / "flava.safetensors", tmp_path / "model.safetensors")
+    asked = []
+    monkeypatch.setattr(hub, "download", lambda id, where, **_: asked.append((id, where.revision)) or tmp_path)
+    tokenizer = load("facebook/flava-image-codebook", revision="main")
+    assert asked == [("facebook/flava-image-codebook", "main")]
+    assert tokenizer.config.vocab_size == 24
 
 
 def test_what_is_saved_has_the_authors_names(both, tmp_path):

@@ -293,13 +293,19 @@ class Ops(Protocol):
 
     # Maps
 
-    @op(backends=FAST, shape=_convolved, products=_conv_products)
+    @op(backends=FAST, backwards=CPU, shape=_convolved, products=_conv_products)
     def conv2d(self, x: Array, conv: Any) -> Array: ...
 
-    @op(backends=FAST, shape=_convolved, products=_conv_products, error_budget=WINOGRAD)
+    @op(backends=FAST, backwards=CPU, shape=_convolved, products=_conv_products, error_budget=WINOGRAD)
     def relu_conv2d(self, x: Array, conv: Any) -> Array: ...
 
-    @op(backends=FAST, shape=lambda x, conv, *_: _convolved(x, conv), products=_conv_products, error_budget=WINOGRAD)
+    @op(
+        backends=FAST,
+        backwards=CPU,
+        shape=lambda x, conv, *_: _convolved(x, conv),
+        products=_conv_products,
+        error_budget=WINOGRAD,
+    )
     def relu_conv2d_residual(self, x: Array, conv: Any, gain: float, residual: Array) -> Array: ...
 
     @op(backends=FAST, shape=lambda ids, conv: (ids.shape[0], conv.weight.shape[0], *ids.shape[1:]))

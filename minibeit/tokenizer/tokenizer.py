@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..foreign import as_numpy
 from ..loading_options import split_model_keywords
 from ..ops import get_ops, host_dtype
@@ -157,11 +158,18 @@ class DalleTokenizer:
         )
 
     def _logits(self, pixels: np.ndarray, scope: Scope = SILENT) -> Any:
-        return encode(self.ops, self.params.encoder, self.ops.asarray(pixels, self.dtype), self.config, scope)
+        x = self.ops.asarray(pixels, self.dtype)
+        return self._finite(encode(self.ops, self.params.encoder, x, self.config, scope))
 
     def _decoded(self, ids: np.ndarray) -> np.ndarray:
         made = decode(self.ops, self.params.decoder, self.ops.asarray(ids, "int64"), self.config)
-        return likeliest_pixels(self.ops.to_host(made))
+        return likeliest_pixels(self.ops.to_host(self._finite(made)))
+
+    def _finite(self, made: Any) -> Any:
+        """What the network computed.  Raises CheckpointError for NaNs, since its input was checked before."""
+        if not self.ops.all_finite(made):
+            raise CheckpointError("the tokenizer computes NaN or infinite values, so its weights must be damaged")
+        return made
 
     def _session(self, num_threads: int | None) -> Any:
         return self.ops.num_threads(self.num_threads if num_threads is None else num_threads)

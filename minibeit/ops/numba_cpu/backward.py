@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...params import Attention, LayerNorm, Linear
+from ...params import Attention, Conv, LayerNorm, Linear, ReluConv
 from .. import backward as reference
 from ..activations import ACTIVATIONS
 from ..backward.activations import derivative
@@ -18,6 +18,7 @@ from . import gemm
 from .arguments import COMBINE_DERIVATIVE, COMBINE_GELU, COMBINE_PRODUCT
 from .attention import can_fuse
 from .attention_gradients import attend_backward
+from .conv_gradients import conv_gradients
 from .gradients import (
     column_panels,
     combined,
@@ -32,12 +33,15 @@ from .queue import synchronous
 
 __all__ = [
     "attention_backward",
+    "conv2d_backward",
     "layer_norm_backward",
     "linear_activation_backward",
     "linear_activation_forward",
     "linear_backward",
     "linear_residual_backward",
     "project_qkv_backward",
+    "relu_conv2d_backward",
+    "relu_conv2d_residual_backward",
 ]
 
 _GELUS = ("gelu", "gelu_python")
@@ -143,6 +147,31 @@ def attention_backward(
     return dq, dk, dv, None if bias is None else replace(bias, table=dtable)
 
 
+@synchronous
+def conv2d_backward(g: np.ndarray, saved: None, x: np.ndarray, conv: Any) -> tuple[np.ndarray, Any]:
+    """See `reference.conv2d_backward`."""
+    if not _fits_map(g, x, conv):
+        return reference.conv2d_backward(g, None, x, conv)
+    dx, dw, db = conv_gradients(g, x, conv.weight, relu=False)
+    return dx, Conv(dw, None if conv.bias is None else db)
+
+
+@synchronous
+def relu_conv2d_backward(g: np.ndarray, saved: None, x: np.ndarray, conv: Any) -> tuple[np.ndarray, Any]:
+    """See `reference.relu_conv2d_backward`."""
+    if not _fits_map(g, x, conv):
+        return reference.relu_conv2d_backward(g, None, x, conv)
+    dx, dw, db = conv_gradients(g, x, conv.weight, relu=True)
+    return dx, ReluConv(dw, db)
+
+
+def relu_conv2d_residual_backward(
+    g: np.ndarray, saved: None, x: np.ndarray, conv: Any, gain: float, residual: np.ndarray
+) -> tuple[np.ndarray, Any, None, np.ndarray]:
+    """See `reference.relu_conv2d_residual_backward`."""
+    return (*relu_conv2d_backward(g * g.dtype.type(gain), None, x, conv), None, g)
+
+
 def _linear_backward(g: np.ndarray, x: np.ndarray, layer: Any) -> tuple[np.ndarray, Any]:
     dx = input_gradient(g, layer.weight.reshape(len(layer.weight), -1))
     return dx.reshape(x.shape), _layer_gradient(g, column_panels(x), x, layer)
@@ -158,3 +187,8 @@ def _fits(g: np.ndarray | None, x: np.ndarray, layer: Any) -> bool:
     if g is None or not is_float32(g, x, layer.weight, layer.bias):
         return False
     return g.size > 0 and x.size > 0 and layer.weight.flags.c_contiguous
+
+
+def _fits_map(g: np.ndarray, x: np.ndarray, conv: Any) -> bool:
+    kh, kw = conv.weight.shape[2:]
+    return is_float32(g, x, conv.weight, conv.bias) and g.size > 0 and x.size > 0 and kh % 2 == 1 and kw % 2 == 1

@@ -90,20 +90,25 @@ def _by_windows(
     x: np.ndarray, layer: PackedWindows, relu: bool, gain: float, residual: np.ndarray | None
 ) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, out)
     """Product by product for as many images as _WINDOW_BYTES allows."""
-    (B, h, w, _), windows = x.shape, _windows(x, *layer.kernel)
-    count = min(B, max(1, _WINDOW_BYTES // (windows[0].size * 4)))
-    work = np.empty((count, *windows.shape[1:]), np.float32)
+    (B, h, w, _), windows = x.shape, windows_of(x, *layer.kernel)
+    slices = image_slices(B, windows[0].size)
+    work = np.empty((slices[0].stop, *windows.shape[1:]), np.float32)
     y = padded((B, h, w, layer.linear.out))
-    for first in range(0, B, count):
-        images = slice(first, min(first + count, B))
-        here = work[: images.stop - first]
+    for images in slices:
+        here = work[: images.stop - images.start]
         np.maximum(windows[images], 0, out=here) if relu else np.copyto(here, windows[images])
         addend = None if residual is None else residual[images]
         _product(here.reshape(*here.shape[:3], -1), layer.linear, gain, addend, y[images])
     return y
 
 
-def _windows(x: np.ndarray, kh: int, kw: int) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, kh, kw C)
+def image_slices(B: int, elements: int) -> list[slice]:
+    """Slices of the batch with at most _WINDOW_BYTES of `elements` for each image, and at least one image."""
+    count = min(B, max(1, _WINDOW_BYTES // (4 * elements)))
+    return [slice(first, min(first + count, B)) for first in range(0, B, count)]
+
+
+def windows_of(x: np.ndarray, kh: int, kw: int) -> np.ndarray:  # (B, h, w, C) -> (B, h, w, kh, kw C)
     """What a kernel sees of the map at every pixel, zeros beyond the border; a view."""
     B, h, w, C = x.shape
     around = np.zeros((B, h + kh - 1, w + kw - 1, C), np.float32)

@@ -70,17 +70,23 @@ def input_gradient(
     return gemm.product(g, layer) if onto is None else gemm.product(g, layer, RESIDUAL, None, onto)
 
 
-def weight_gradient(g: Turned, panels: np.ndarray, columns: int) -> np.ndarray:  # -> (out, columns)
-    """g^T x from g turned and x in `column_panels`."""
+def weight_gradient(g: Turned, panels: np.ndarray, columns: int, shift: int = 0) -> np.ndarray:  # -> (out, columns)
+    """g^T x from g turned and x in `column_panels`; row r of g meets row r + `shift` of x where there is one."""
     out, steps = g.shape
     dw = aligned((out, columns))
     c, b, bias = operand(dw), operand(panels), operand(padded_bias(None, columns))
     layout = gemm.row_layout(out, panels.shape[0], 4 * columns, get_num_threads())
-    parts = -(-steps // _LONGEST) if columns % NR == 0 else 1  # a narrower panel cannot be added to what is there
+    begin, common = max(0, -shift), steps - abs(shift)
+    parts = -(-common // _LONGEST) if columns % NR == 0 else 1  # a narrower panel cannot be added to what is there
     for part in range(parts):
-        first, last = part * steps // parts, (part + 1) * steps // parts
+        first, last = begin + part * common // parts, begin + (part + 1) * common // parts
         operands = PRODUCT.operands(
-            x=g.rows.at(4 * first), panels=b.at(4 * NR * first), bias=bias, y=c, scale=NOTHING, residual=NOTHING
+            x=g.rows.at(4 * first),
+            panels=b.at(4 * NR * (first + shift)),
+            bias=bias,
+            y=c,
+            scale=NOTHING,
+            residual=NOTHING,
         )
         gemm.run_products(
             1, operands, x_bytes=g.row_bytes, count=out, steps=last - first, out=columns, y_bytes=4 * columns,
