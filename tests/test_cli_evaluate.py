@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from cli_helpers import NAMES, run, save, save_pictures
 from PIL import Image
+from test_cli_pretrain import TOKENS
 
 from minibeit import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.sliding import Inference, segment
+from minibeit.tokenizer.tokenizer import DalleTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +133,32 @@ def test_label_maps_elsewhere_and_the_processors_own_setting(capsys, segmenter, 
     assert code == 1 and not out and "found 4" in err and "--reduce-labels" in err and err.count("\n") == 1
 
 
+def test_masked_image_modelling(capsys, folders, tmp_path):
+    tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
+    DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)
+    words = ("evaluate", folders, "-m", model, "--tokenizer", tokens, "-q", "--json", tmp_path / "a.json")
+    code, out, err = run(capsys, *words, "--html", tmp_path / "a.html")
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert (code, err) == (0, "") and "token accuracy" in out and "classes" not in out
+    figures = values["figures"]
+    assert values["images"] == 12 and figures["loss"]["low"] < figures["loss"]["value"] < figures["loss"]["high"]
+    assert 0 <= figures["token_accuracy"]["value"] <= 1
+    assert (tmp_path / "a.html").read_text().count("data:image/jpeg") == 24
+    assert run(capsys, *words, "-b", "5", "--workers", "1")[1] == out  # the same masks
+    run(capsys, *words, "--imagenet-mean")
+    assert json.loads((tmp_path / "a.json").read_text())["figures"]["loss"] != figures["loss"]
+    save(model, "mask", vocab_size=11)
+    code, _, err = run(capsys, *words)
+    assert code == 1 and "tokenizer: expected 11 visual tokens" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "code", "message"),
     [
-        ("mask", [], 1, "but this checkpoint was made for masked image modeling"),
-        ("bare", [], 1, "evaluate measures image classification and semantic segmentation, but this checkpoint"),
+        ("mask", [], 2, "predicts visual tokens; say with --tokenizer what makes them"),
+        ("mask", ["--tokenizer", "x", "--slide"], 2, "--slide: the checkpoint was made for masked image modeling"),
+        ("bare", [], 1, "image classification, semantic segmentation, masked image modeling, but this checkpoint"),
+        ("classify", ["--tokenizer", "x"], 2, "--tokenizer: the checkpoint was made for image classification"),
         ("classify", ["--slide"], 2, "--slide: the checkpoint was made for image classification"),
         ("classify", ["--maps", "x"], 2, "--maps: the checkpoint was made for image classification"),
         ("segment", ["--crop-fraction", "1"], 2, "--crop-fraction: the checkpoint was made for semantic segmentation"),

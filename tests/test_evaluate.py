@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -12,16 +13,20 @@ import pytest
 from cli_helpers import NAMES, save, save_pictures
 from PIL import Image
 from test_metrics import by_definition
+from test_pretraining import CONFIG, Brightness
 
-from minibeit import BeitImageProcessor
+from minibeit import BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.cli import _parser
 from minibeit.evaluate.classification import evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
 from minibeit.evaluate.maps import Pair, paired
+from minibeit.evaluate.masked_modeling import RECIPE, evaluate_masked_modeling, unlabelled_images
 from minibeit.evaluate.page import page
 from minibeit.evaluate.segmentation import evaluate_segmentation
 from minibeit.metrics import wilson
+from minibeit.train.examples import Example, Examples
+from minibeit.train.pretraining import MaskedModeling
 
 FACTS = dict(model="a <model>", data="some data")
 COLOURS = np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)])
@@ -183,6 +188,49 @@ def test_maps_that_do_not_fit_stop_or_are_left_out(tmp_path):
     assert found.images == 1 and len(found.left_out) == 2
     assert "expected the size of its image 1.png" in found.left_out[0] and "2.png" in found.left_out[1]
     assert all(np.isnan(figure.low) for figure in found.figures)  # one image has no interval
+
+
+# Masked image modelling -----------------------------------------------------------------------------------------------
+
+
+def test_figures_of_masked_image_modelling(tmp_path):
+    """Those of pre-training's own score, image by image and all together."""
+    paths = [str(path) for path in save_pictures(tmp_path, *(f"{i}.png" for i in range(7)))]
+    model = BeitForMaskedImageModeling(CONFIG, backend="numpy")
+    processor = BeitImageProcessor(size=16)
+    arguments = model, CONFIG, processor, Brightness(), paths
+    found = evaluate_masked_modeling(*arguments, batch_size=3, worst=2, **FACTS)
+    objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, CONFIG, Brightness())
+    total, each = objective.score(), {}
+    for path in paths:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        batch = objective.batch([objective.read_judged(Example(path, None, True, digest))])
+        output, own = model(batch.pixels, **batch.inputs), objective.score()
+        for score in (total, own):
+            score.add(output, batch)
+        each[path] = own.metrics()["loss"]
+    values, expected = {figure.name: figure.value for figure in found.figures}, total.metrics()
+    assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # float32 logits of another batch
+    assert values["token_accuracy"] == expected["accuracy"] and found.images == 7
+    assert all(figure.low <= figure.value <= figure.high for figure in found.figures)
+    assert [one.path for one in found.worst] == sorted(each, key=lambda path: -each[path])[:2]
+    photo, seen = (drawing for _, drawing in found.worst[0].drawings)
+    hidden = (photo != seen).any(-1).mean()
+    assert hidden == pytest.approx(75 / 196, abs=0.1)
+
+
+def test_images_without_labels_are_found(tmp_path):
+    save_pictures(tmp_path / "a/deep", "x.png")
+    save_pictures(tmp_path / "a/val", "y.png")
+    assert [Path(path).name for path in unlabelled_images(tmp_path / "a")] == ["y.png"]
+    assert [Path(path).name for path in unlabelled_images(tmp_path / "a/deep")] == ["x.png"]
+    (tmp_path / "list.csv").write_text("path\na/deep/x.png\n")
+    assert unlabelled_images(tmp_path / "list.csv") == [str(tmp_path / "a/deep/x.png")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected images, found none"):
+        unlabelled_images(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such folder or list"):
+        unlabelled_images(tmp_path / "nowhere")
 
 
 # Reports --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..text import json_text
 from .inputs import check_finite, check_output
-from .loading import add_model_arguments, config_of, load_model, load_processor
+from .loading import add_model_arguments, config_of, load_model, load_processor, load_tokenizer
 from .terminal import StatusLine, UsageError, note, out, positive, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of, view_options
 
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 HELP = "measure a model on labelled images"
 DESCRIPTION = """\
-Measures a classifier (top-1, top-5, loss, every class) or a segmentation model (mean IoU, mean and pixel accuracy,
-every class), each figure with its 95% interval.
+Measures a classifier (top-1, top-5, loss, every class), a segmentation model (mean IoU, mean and pixel accuracy, every
+class) or a model of masked image modelling (loss, token accuracy), each figure with its 95% interval.
 
 DATA for a classifier is a folder with a folder of images for each class (within val/ if there is one), a .csv or .jsonl
 list as `minibeit finetune` reads it, or ImageNet's folder of validation images with the devkit beside it.  DATA for
-segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.
+segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.  For
+masked image modelling it is any folder of images, and --tokenizer says which tokens are to be predicted.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
 """
 EXAMPLES = """\
@@ -34,10 +35,11 @@ EXAMPLES = """\
   minibeit evaluate imagenet/ --model microsoft/beit-base-patch16-224 --crop-fraction 0.875
   minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
   minibeit evaluate photos/ --maps masks/ --model DIR --json numbers.json
+  minibeit evaluate photos/ --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
 """
-CLASSIFICATION, SEGMENTATION = "image_classification", "semantic_segmentation"
+CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 FEW_CLASSES = 25  # more are not all printed
-FOR_CLASSIFICATION, FOR_SEGMENTATION = ("crop_fraction", "labels"), ("maps", "reduce_labels")
+OWN = {CLASSIFICATION: ("crop_fraction", "labels"), SEGMENTATION: ("maps", "reduce_labels"), MASKED: ("tokenizer",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0.875 below 384 pixels and 1 from there as BEiT's authors, 0.9 as timm (default: as the image processor says)",
     )
     group.add_argument("--labels", metavar="FILE", help="true classes of ImageNet's validation images, if not found")
+    group = parser.add_argument_group("masked image modelling")
+    group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens, such as DALL-E's dVAE")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--maps", metavar="DIR", help="the label maps of the images in DATA, by the same names")
     group.add_argument(
@@ -114,16 +118,16 @@ def task_of(model: str) -> str:
     if task not in MEASURED:
         made = f"was made for {in_words(task)}" if task else "has no head that is known"
         raise CheckpointError(
-            f"{model}: evaluate measures {' and '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
+            f"{model}: evaluate measures {', '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
         )
     return task
 
 
 def _check_options(args: argparse.Namespace, task: str) -> None:
-    others = FOR_SEGMENTATION if task == CLASSIFICATION else FOR_CLASSIFICATION
+    others = [name for other, names in OWN.items() if other != task for name in names]
     strange = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
-    if task == CLASSIFICATION:
-        strange += view_options(args)
+    if task != SEGMENTATION:
+        strange += [option for option in view_options(args) if task != MASKED or option != "--imagenet-mean"]
     if strange:
         from ..task_table import in_words
 
@@ -189,9 +193,32 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     )
 
 
+def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    from ..evaluate.masked_modeling import evaluate_masked_modeling, unlabelled_images
+    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
+
+    if not args.tokenizer:
+        raise UsageError("this checkpoint predicts visual tokens; say with --tokenizer what makes them")
+    paths = unlabelled_images(data)
+    tokenizer = load_tokenizer(args)
+    model = load_model(BeitForMaskedImageModeling, args)
+    processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
+    return evaluate_masked_modeling(
+        model,
+        model.config,
+        processor,
+        tokenizer,
+        paths,
+        batch_size=args.batch_size or 8,
+        seed=args.seed,
+        **_facts(args, line, len(paths), {"tokenizer": args.tokenizer} | _preparation(processor)),
+    )
+
+
 MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]] = {
     CLASSIFICATION: _classification,
     SEGMENTATION: _segmentation,
+    MASKED: _masked_modeling,
 }
 
 
@@ -251,11 +278,13 @@ def _print(evaluation: Evaluation) -> None:
     rows += [(figure.title, figure.shown(), figure.interval()) for figure in evaluation.figures]
     for text in table(rows, right=(1,)):
         out(text)
+    if not evaluation.classes:
+        return
     classes = sorted(evaluation.classes, key=lambda row: row.figures[0].value)
     shown = classes if len(classes) <= FEW_CLASSES else classes[:FEW_CLASSES]
     out("")
     out("classes, worst first" if len(shown) == len(classes) else f"the worst {len(shown)} of {len(classes)} classes")
-    titles = [figure.title for figure in classes[0].figures] if classes else []
+    titles = [figure.title for figure in classes[0].figures]
     head = ("class", "name", evaluation.unit, *(word for title in titles for word in (title, "95% interval")))
     body = [
         (str(row.index), row.name, str(row.count), *(w for f in row.figures for w in (f.shown(), f.interval())))
