@@ -133,6 +133,24 @@ def test_label_maps_elsewhere_and_the_processors_own_setting(capsys, segmenter, 
     assert code == 1 and not out and "found 4" in err and "--reduce-labels" in err and err.count("\n") == 1
 
 
+def test_label_maps_of_colours(capsys, segmenter, scenes, tmp_path):
+    table = {"ignored": (0, 0, 0), "dog": (9, 9, 9), "ant": (250, 0, 0), "cat": (0, 250, 0), "bee": (0, 0, 250)}
+    colours = np.array([table["ignored"], *(table[name] for name in NAMES)], np.uint8)
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for path in (tmp_path / "scenes/annotations").iterdir():
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+    file = tmp_path / "colours.txt"
+    file.write_text("".join(f"{r} {g} {b} {name}\n" for name, (r, g, b) in table.items()))
+    words = ("evaluate", tmp_path / "scenes", "-m", segmenter, "-q", "--colours", file)
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "") and "pixel accuracy  100.00%" in out
+    code, _, err = run(capsys, *words, "--reduce-labels")
+    assert code == 2 and "--reduce-labels is for maps of numbers" in err
+    file.write_text(file.read_text().replace("dog", "elk"))
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "expected the model's classes, found 'elk'" in err
+
+
 def test_masked_image_modelling(capsys, folders, tmp_path):
     tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
     DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)

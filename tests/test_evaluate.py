@@ -20,14 +20,16 @@ from minibeit.cli import _parser
 from minibeit.evaluate.classification import evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
-from minibeit.evaluate.maps import Pair, paired
+from minibeit.evaluate.maps import paired
 from minibeit.evaluate.masked_modeling import RECIPE, evaluate_masked_modeling, unlabelled_images
 from minibeit.evaluate.page import page
 from minibeit.evaluate.segmentation import evaluate_segmentation
 from minibeit.metrics import wilson
 from minibeit.train.examples import Example, Examples
+from minibeit.train.label_maps import MapReader
 from minibeit.train.pretraining import MaskedModeling
 
+REDUCED = MapReader(reduce=True)
 FACTS = dict(model="a <model>", data="some data")
 COLOURS = np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)])
 
@@ -150,7 +152,7 @@ def segment_of(predictions):
 def test_figures_of_a_segmentation_model(tmp_path):
     predictions = maps(tmp_path)
     found = evaluate_segmentation(
-        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, worst=2, **FACTS
+        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, worst=2, **FACTS
     )
     truth = np.concatenate([np.where(labels == 0, 255, labels - 1).ravel() for labels, _ in predictions.values()])
     guess = np.concatenate([guess.ravel() for _, guess in predictions.values()])
@@ -169,7 +171,7 @@ def test_figures_of_a_segmentation_model(tmp_path):
 
 def test_drawings_of_the_worst_images_show_truth_and_prediction(tmp_path):
     predictions = maps(tmp_path, count=1, sizes=((10, 16),))
-    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
+    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
     (image, photo), (title, truth), (_, said) = found.worst[0].drawings
     labels, guess = predictions["0.png"]
     assert (image, title) == ("image", "truth") and photo.shape == truth.shape == (10, 16, 3)
@@ -182,12 +184,15 @@ def test_maps_that_do_not_fit_stop_or_are_left_out(tmp_path):
     predictions = maps(tmp_path, count=3)
     with pytest.raises(ValueError, match=r"annotations/validation/\d.png: expected the model's classes"):
         evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, **FACTS)
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "annotations/validation/1.png")
     (tmp_path / "images/validation/2.png").write_bytes(b"no image")
-    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
+    (tmp_path / "annotations/validation/1.png").write_bytes(b"no image")
+    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
     assert found.images == 1 and len(found.left_out) == 2
-    assert "expected the size of its image 1.png" in found.left_out[0] and "2.png" in found.left_out[1]
+    assert "annotations/validation/1.png" in found.left_out[0] and "images/validation/2.png" in found.left_out[1]
     assert all(np.isnan(figure.low) for figure in found.figures)  # one image has no interval
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "annotations/validation/0.png")
+    with pytest.raises(ValueError, match=r"0\.png: expected the size of its image"):
+        evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
 
 
 # Masked image modelling -----------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def test_the_page_of_many_classes_lists_the_largest_confusions():
 def test_the_page_of_a_segmentation_model(tmp_path):
     predictions = maps(tmp_path)
     found = evaluate_segmentation(
-        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, worst=2, **FACTS
+        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, worst=2, **FACTS
     )
     tags, _ = checked_page(found)
     assert len(tags.sources) == 6 and {"mean IoU", "not counted", *NAMES} <= set(tags.texts)
@@ -309,4 +314,3 @@ def test_figures_as_people_read_them():
     assert Figure("top1", 0.5, 0.25, 0.755).interval() == "25.00 to 75.50"
     assert Figure("loss", 1.5, kind="number").shown() == "1.5000" and Figure("loss", 1.5).interval() == ""
     assert Figure("iou", float("nan")).shown() == "–"
-    assert Pair(Path("a"), Path("b")).image == Path("a")

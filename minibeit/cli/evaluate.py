@@ -17,6 +17,7 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..config import BeitConfig
     from ..evaluate.evaluation import Evaluation
 
 HELP = "measure a model on labelled images"
@@ -39,7 +40,11 @@ EXAMPLES = """\
 """
 CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 FEW_CLASSES = 25  # more are not all printed
-OWN = {CLASSIFICATION: ("crop_fraction", "labels"), SEGMENTATION: ("maps", "reduce_labels"), MASKED: ("tokenizer",)}
+OWN = {
+    CLASSIFICATION: ("crop_fraction", "labels"),
+    SEGMENTATION: ("maps", "reduce_labels", "colours"),
+    MASKED: ("tokenizer",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens, such as DALL-E's dVAE")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--maps", metavar="DIR", help="the label maps of the images in DATA, by the same names")
+    group.add_argument(
+        "--colours", metavar="FILE",
+        help="maps show classes as colours: R G B and a name in each line, the name 'ignored' for no class",
+    )  # fmt: skip
     group.add_argument(
         "--reduce-labels",
         action=argparse.BooleanOptionalAction,
@@ -171,10 +180,10 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     config = model.config
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
-    reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+    read_map = _map_reader(args, processor, config)
     settings = {
         **({"mode": how.mode, "flip": how.flip} if how.mode == SQUASH else dataclasses.asdict(how)),
-        "reduce_labels": reduce,
+        "reduce_labels": read_map.reduce,
         "feature_convention": config.feature_convention,
         **_preparation(processor),
     }
@@ -185,12 +194,33 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
         pairs,
         [config.id2label[i] for i in range(config.num_labels)],
         np.array(palette("auto", config.num_labels)),
-        ignored=config.semantic_loss_ignore_index,
-        reduce=reduce,
+        read_map=read_map,
         upright=processor.apply_exif_orientation,
         seed=args.seed,
         **_facts(args, line, len(pairs), settings),
     )
+
+
+def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) -> Any:
+    """How label maps are read; a table of colours is brought into the order of the model's classes."""
+    import dataclasses
+
+    import numpy as np
+
+    from ..train.label_maps import MapReader, read_colours
+
+    if args.colours is None:
+        reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+        return MapReader(reduce=reduce)
+    if args.reduce_labels:
+        raise UsageError("--reduce-labels is for maps of numbers; in --colours what is no class is called 'ignored'")
+    table, numbers = read_colours(args.colours), {name: i for i, name in config.id2label.items()}
+    strays = [name for name in table.names if name not in numbers]
+    if strays:
+        raise UsageError(f"--colours {args.colours}: expected the model's classes, found {strays[0]!r} among them")
+    order = np.arange(256, dtype=np.uint8)  # 255, what is ignored, stays itself
+    order[: len(table.names)] = [numbers[name] for name in table.names]
+    return MapReader(dataclasses.replace(table, classes=order[table.classes]))
 
 
 def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
