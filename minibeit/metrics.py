@@ -123,6 +123,20 @@ def mean_interval(values: np.ndarray) -> tuple[float, float]:  # (n,) -> (low, h
     return mean - Z95 * error, mean + Z95 * error
 
 
+def ratio_interval(
+    parts: np.ndarray, wholes: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:  # (n,), (n,) -> (low, high)
+    """The 95% interval of sum(parts) / sum(wholes), given both for each image, by a bootstrap over images.
+
+    NaN for fewer than two images.
+    """
+    if len(parts) < 2:
+        return math.nan, math.nan
+    drawn = _resampled(len(parts), resamples, seed)
+    low, high = _middle((drawn @ parts) / (drawn @ wholes))
+    return float(low), float(high)
+
+
 def segmentation_intervals(
     counts: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, np.ndarray]:  # (n, 3, K) -> arrays (2, ...)
@@ -133,12 +147,16 @@ def segmentation_intervals(
     Source: Efron 1979.
     """
     n, _, K = counts.shape
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)  # (resamples, n)
+    drawn = _resampled(n, resamples, seed)
     sums = (drawn @ counts.reshape(n, -1).astype(np.float64)).reshape(resamples, 3, K)
     figures = {**segmentation_scores(sums), "class_iou": class_iou(sums), "class_accuracy": class_accuracy(sums)}
     return {name: _middle(values) if n > 1 else np.full((2, *values.shape[1:]), np.nan) for name, values in
             figures.items()}  # fmt: skip
+
+
+def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:  # -> (resamples, n)
+    """How often each of n images is drawn, in every resample."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
 def _middle(values: np.ndarray) -> np.ndarray:  # (resamples, ...) -> (2, ...)

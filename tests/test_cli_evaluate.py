@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from cli_helpers import NAMES, run, save, save_pictures
 from PIL import Image
+from test_cli_pretrain import TOKENS
 
 from minibeit import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.sliding import Inference, segment
+from minibeit.tokenizer.tokenizer import DalleTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +133,50 @@ def test_label_maps_elsewhere_and_the_processors_own_setting(capsys, segmenter, 
     assert code == 1 and not out and "found 4" in err and "--reduce-labels" in err and err.count("\n") == 1
 
 
+def test_label_maps_of_colours(capsys, segmenter, scenes, tmp_path):
+    table = {"ignored": (0, 0, 0), "dog": (9, 9, 9), "ant": (250, 0, 0), "cat": (0, 250, 0), "bee": (0, 0, 250)}
+    colours = np.array([table["ignored"], *(table[name] for name in NAMES)], np.uint8)
+    shutil.copytree(scenes, tmp_path / "scenes")
+    for path in (tmp_path / "scenes/annotations").iterdir():
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+    file = tmp_path / "colours.txt"
+    file.write_text("".join(f"{r} {g} {b} {name}\n" for name, (r, g, b) in table.items()))
+    words = ("evaluate", tmp_path / "scenes", "-m", segmenter, "-q", "--colours", file)
+    code, out, err = run(capsys, *words)
+    assert (code, err) == (0, "") and "pixel accuracy  100.00%" in out
+    code, _, err = run(capsys, *words, "--reduce-labels")
+    assert code == 2 and "--reduce-labels is for maps of numbers" in err
+    file.write_text(file.read_text().replace("dog", "elk"))
+    code, _, err = run(capsys, *words)
+    assert code == 2 and "expected the model's classes, found 'elk'" in err
+
+
+def test_masked_image_modelling(capsys, folders, tmp_path):
+    tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
+    DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)
+    words = ("evaluate", folders, "-m", model, "--tokenizer", tokens, "-q", "--json", tmp_path / "a.json")
+    code, out, err = run(capsys, *words, "--html", tmp_path / "a.html")
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert (code, err) == (0, "") and "token accuracy" in out and "classes" not in out
+    figures = values["figures"]
+    assert values["images"] == 12 and figures["loss"]["low"] < figures["loss"]["value"] < figures["loss"]["high"]
+    assert 0 <= figures["token_accuracy"]["value"] <= 1
+    assert (tmp_path / "a.html").read_text().count("data:image/jpeg") == 24
+    assert run(capsys, *words, "-b", "5", "--workers", "1")[1] == out  # the same masks
+    run(capsys, *words, "--imagenet-mean")
+    assert json.loads((tmp_path / "a.json").read_text())["figures"]["loss"] != figures["loss"]
+    save(model, "mask", vocab_size=11)
+    code, _, err = run(capsys, *words)
+    assert code == 1 and "tokenizer: expected 11 visual tokens" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "code", "message"),
     [
-        ("mask", [], 2, "--tokenizer: a model of masked modelling is measured by the tokens of one"),
-        ("bare", [], 1, "but this checkpoint was made for the bare encoder"),
+        ("mask", [], 2, "predicts visual tokens; say with --tokenizer what makes them"),
+        ("mask", ["--tokenizer", "x", "--slide"], 2, "--slide: the checkpoint was made for masked image modeling"),
+        ("bare", [], 1, "image classification, semantic segmentation, masked image modeling, but this checkpoint"),
+        ("classify", ["--tokenizer", "x"], 2, "--tokenizer: the checkpoint was made for image classification"),
         ("classify", ["--slide"], 2, "--slide: the checkpoint was made for image classification"),
         ("classify", ["--maps", "x"], 2, "--maps: the checkpoint was made for image classification"),
         ("segment", ["--crop-fraction", "1"], 2, "--crop-fraction: the checkpoint was made for semantic segmentation"),

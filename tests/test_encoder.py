@@ -95,7 +95,7 @@ def test_the_fused_attention_makes_no_index(monkeypatch):
         raise AssertionError("an index was made")
 
     monkeypatch.setattr(transformer, "relative_position_index", refuse)
-    transformer._index.cache_clear()
+    transformer.cached_index.cache_clear()
     assert np.array_equal(model(pixels).last_hidden_state, before)
     with pytest.raises(AssertionError, match="an index was made"):
         model(pixels, output_attentions=True)

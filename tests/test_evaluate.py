@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -12,17 +13,23 @@ import pytest
 from cli_helpers import NAMES, save, save_pictures
 from PIL import Image
 from test_metrics import by_definition
+from test_pretraining import CONFIG, Brightness
 
-from minibeit import BeitImageProcessor
+from minibeit import BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.cli import _parser
 from minibeit.evaluate.classification import evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
-from minibeit.evaluate.maps import Pair, paired
+from minibeit.evaluate.maps import paired
+from minibeit.evaluate.masked_modeling import RECIPE, evaluate_masked_modeling, unlabelled_images
 from minibeit.evaluate.page import page
 from minibeit.evaluate.segmentation import evaluate_segmentation
 from minibeit.metrics import wilson
+from minibeit.train.examples import Example, Examples
+from minibeit.train.label_maps import MapReader
+from minibeit.train.pretraining import MaskedModeling
 
+REDUCED = MapReader(reduce=True)
 FACTS = dict(model="a <model>", data="some data")
 COLOURS = np.array([(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)])
 
@@ -145,7 +152,7 @@ def segment_of(predictions):
 def test_figures_of_a_segmentation_model(tmp_path):
     predictions = maps(tmp_path)
     found = evaluate_segmentation(
-        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, worst=2, **FACTS
+        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, worst=2, **FACTS
     )
     truth = np.concatenate([np.where(labels == 0, 255, labels - 1).ravel() for labels, _ in predictions.values()])
     guess = np.concatenate([guess.ravel() for _, guess in predictions.values()])
@@ -164,7 +171,7 @@ def test_figures_of_a_segmentation_model(tmp_path):
 
 def test_drawings_of_the_worst_images_show_truth_and_prediction(tmp_path):
     predictions = maps(tmp_path, count=1, sizes=((10, 16),))
-    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
+    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
     (image, photo), (title, truth), (_, said) = found.worst[0].drawings
     labels, guess = predictions["0.png"]
     assert (image, title) == ("image", "truth") and photo.shape == truth.shape == (10, 16, 3)
@@ -177,12 +184,58 @@ def test_maps_that_do_not_fit_stop_or_are_left_out(tmp_path):
     predictions = maps(tmp_path, count=3)
     with pytest.raises(ValueError, match=r"annotations/validation/\d.png: expected the model's classes"):
         evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, **FACTS)
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "annotations/validation/1.png")
     (tmp_path / "images/validation/2.png").write_bytes(b"no image")
-    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, **FACTS)
+    (tmp_path / "annotations/validation/1.png").write_bytes(b"no image")
+    found = evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
     assert found.images == 1 and len(found.left_out) == 2
-    assert "expected the size of its image 1.png" in found.left_out[0] and "2.png" in found.left_out[1]
+    assert "annotations/validation/1.png" in found.left_out[0] and "images/validation/2.png" in found.left_out[1]
     assert all(np.isnan(figure.low) for figure in found.figures)  # one image has no interval
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "annotations/validation/0.png")
+    with pytest.raises(ValueError, match=r"0\.png: expected the size of its image"):
+        evaluate_segmentation(segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, **FACTS)
+
+
+# Masked image modelling -----------------------------------------------------------------------------------------------
+
+
+def test_figures_of_masked_image_modelling(tmp_path):
+    """Those of pre-training's own score, image by image and all together."""
+    paths = [str(path) for path in save_pictures(tmp_path, *(f"{i}.png" for i in range(7)))]
+    model = BeitForMaskedImageModeling(CONFIG, backend="numpy")
+    processor = BeitImageProcessor(size=16)
+    arguments = model, CONFIG, processor, Brightness(), paths
+    found = evaluate_masked_modeling(*arguments, batch_size=3, worst=2, **FACTS)
+    objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, CONFIG, Brightness())
+    total, each = objective.score(), {}
+    for path in paths:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        batch = objective.batch([objective.read_judged(Example(path, None, True, digest))])
+        output, own = model(batch.pixels, **batch.inputs), objective.score()
+        for score in (total, own):
+            score.add(output, batch)
+        each[path] = own.metrics()["loss"]
+    values, expected = {figure.name: figure.value for figure in found.figures}, total.metrics()
+    assert values["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # float32 logits of another batch
+    assert values["token_accuracy"] == expected["accuracy"] and found.images == 7
+    assert all(figure.low <= figure.value <= figure.high for figure in found.figures)
+    assert [one.path for one in found.worst] == sorted(each, key=lambda path: -each[path])[:2]
+    photo, seen = (drawing for _, drawing in found.worst[0].drawings)
+    hidden = (photo != seen).any(-1).mean()
+    assert hidden == pytest.approx(75 / 196, abs=0.1)
+
+
+def test_images_without_labels_are_found(tmp_path):
+    save_pictures(tmp_path / "a/deep", "x.png")
+    save_pictures(tmp_path / "a/val", "y.png")
+    assert [Path(path).name for path in unlabelled_images(tmp_path / "a")] == ["y.png"]
+    assert [Path(path).name for path in unlabelled_images(tmp_path / "a/deep")] == ["x.png"]
+    (tmp_path / "list.csv").write_text("path\na/deep/x.png\n")
+    assert unlabelled_images(tmp_path / "list.csv") == [str(tmp_path / "a/deep/x.png")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected images, found none"):
+        unlabelled_images(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no such folder or list"):
+        unlabelled_images(tmp_path / "nowhere")
 
 
 # Reports --------------------------------------------------------------------------------------------------------------
@@ -250,7 +303,7 @@ def test_the_page_of_many_classes_lists_the_largest_confusions():
 def test_the_page_of_a_segmentation_model(tmp_path):
     predictions = maps(tmp_path)
     found = evaluate_segmentation(
-        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, reduce=True, worst=2, **FACTS
+        segment_of(predictions), paired(tmp_path), NAMES, COLOURS, read_map=REDUCED, worst=2, **FACTS
     )
     tags, _ = checked_page(found)
     assert len(tags.sources) == 6 and {"mean IoU", "not counted", *NAMES} <= set(tags.texts)
@@ -261,4 +314,3 @@ def test_figures_as_people_read_them():
     assert Figure("top1", 0.5, 0.25, 0.755).interval() == "25.00 to 75.50"
     assert Figure("loss", 1.5, kind="number").shown() == "1.5000" and Figure("loss", 1.5).interval() == ""
     assert Figure("iou", float("nan")).shown() == "–"
-    assert Pair(Path("a"), Path("b")).image == Path("a")

@@ -6,6 +6,7 @@ import json
 import struct
 import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from minibeit.evaluate.labelled import labelled_images
 from minibeit.evaluate.maps import check_classes, paired, read_pair
 from minibeit.evaluate.matlab import read_structs
 from minibeit.evaluate.reading import Reader
+from minibeit.train.label_maps import MapReader
 
 SYNSETS = labels.synsets()
 
@@ -272,41 +274,46 @@ def test_images_and_maps_are_paired_by_name(tmp_path, images, maps):
     save_pictures(tmp_path / images / "deep", "a.png")
     for name in ("a", "b", "deep/a", "unused"):
         save_map(tmp_path / maps / f"{name}.png", np.zeros((20, 24)))
-    pairs = paired(tmp_path)
-    assert [pair.image.name for pair in pairs] == ["a.png", "b.jpg", "a.png"]
-    assert all(pair.image.with_suffix("").name == pair.labels.with_suffix("").name for pair in pairs)
-    assert len(paired(tmp_path / images, tmp_path / maps)) == 3
+    for pairs in (paired(tmp_path), paired(tmp_path / images, tmp_path / maps)):
+        assert sorted(Path(pair.path).name for pair in pairs) == ["a.png", "a.png", "b.jpg"]
+        assert all(Path(pair.path).stem == Path(pair.map).stem for pair in pairs)
+
+
+def test_of_split_pairs_those_held_out_are_taken(tmp_path):
+    for part in ("training", "validation"):
+        save_pictures(tmp_path / "images" / part, f"{part}.png")
+        save_map(tmp_path / "annotations" / part / f"{part}.png", np.zeros((20, 24)))
+    assert [Path(pair.path).name for pair in paired(tmp_path)] == ["validation.png"]
 
 
 def test_folders_and_maps_that_are_missing_are_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        paired(tmp_path / "nowhere")
+    for arguments in ((tmp_path / "nowhere",), (tmp_path, tmp_path / "nowhere")):
+        with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
+            paired(*arguments)
     save_pictures(tmp_path / "images", "a.png", "b.png")
-    with pytest.raises(ValueError, match=r"expected the folders images and annotations .* found images; .*--maps"):
+    with pytest.raises(ValueError, match=r"expected the folders images and annotations or .* found \['images'\]"):
         paired(tmp_path)
     save_map(tmp_path / "annotations/b.png", np.zeros((20, 24)))
-    with pytest.raises(ValueError, match=r"each of the 2 images .* found none for 1, the first of which is a.png"):
+    with pytest.raises(ValueError, match=r"a.png: expected its label map in .* 1 of 2 images have none"):
         paired(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected images"):
-        paired(tmp_path / "empty", tmp_path / "annotations")
 
 
 def test_maps_are_read_with_and_without_reducing(tmp_path):
     save_pictures(tmp_path / "images", "a.png", size=(2, 3))
     save_map(tmp_path / "labels/a.png", [[0, 1, 2], [255, 3, 0]])
     (pair,) = paired(tmp_path)
-    image, plain = read_pair(pair, False)
+    image, plain = read_pair(pair, MapReader())
     assert image.size == (3, 2) and plain.tolist() == [[0, 1, 2], [255, 3, 0]]
-    assert read_pair(pair, True)[1].tolist() == [[255, 0, 1], [255, 2, 255]]
-    check_classes(pair, plain, 4, 255, False)
+    reduced = read_pair(pair, MapReader(reduce=True))[1]
+    assert reduced.tolist() == [[255, 0, 1], [255, 2, 255]]
+    check_classes(pair, plain, 4, MapReader())
     with pytest.raises(ValueError, match=r"0 to 2, or 255, .* found 3; .*--reduce-labels"):
-        check_classes(pair, plain, 3, 255, False)
-    with pytest.raises(ValueError, match=r"found 2 .*--no-reduce-labels"):
-        check_classes(pair, read_pair(pair, True)[1], 2, 255, True)
+        check_classes(pair, plain, 3, MapReader())
+    with pytest.raises(ValueError, match=r"found 2; .*--no-reduce-labels"):
+        check_classes(pair, reduced, 2, MapReader(reduce=True))
     save_map(tmp_path / "labels/a.png", [[0, 1, 2]])
-    with pytest.raises(ImageError, match=r"a.png: expected the size of its image a.png, 3 x 2, found 3 x 1"):
-        read_pair(pair, False)
+    with pytest.raises(ValueError, match=r"a.png: expected the size of its image, 3 x 2 pixels .* found 3 x 1"):
+        read_pair(pair, MapReader())
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -135,3 +135,14 @@ def test_bootstrap_is_that_of_resampled_images():
     again = metrics.segmentation_intervals(counts, resamples=300, seed=3)
     np.testing.assert_array_equal(again["class_accuracy"], found["class_accuracy"])
     assert np.isnan(metrics.segmentation_intervals(counts[:1])["mean_iou"]).all()
+
+
+def test_the_interval_of_a_ratio_is_that_of_resampled_images():
+    rng = np.random.default_rng(0)
+    wholes = rng.integers(1, 9, 15).astype(float)
+    parts = rng.integers(0, wholes + 1).astype(float)
+    found = metrics.ratio_interval(parts, wholes, resamples=200, seed=4)
+    drawn = np.random.default_rng(4).multinomial(15, np.full(15, 1 / 15), size=200)
+    scores = [np.repeat(parts, times).sum() / np.repeat(wholes, times).sum() for times in drawn]
+    assert found == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])), rel=1e-12)
+    assert all(map(math.isnan, metrics.ratio_interval(parts[:1], wholes[:1])))

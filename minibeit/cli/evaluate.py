@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,24 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from ..text import json_text
 from .inputs import check_finite, check_output
-from .loading import add_model_arguments, config_of, load_model, load_processor
+from .loading import add_model_arguments, config_of, load_model, load_processor, load_tokenizer
 from .terminal import StatusLine, UsageError, note, out, positive, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of, view_options
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..config import BeitConfig
     from ..evaluate.evaluation import Evaluation
 
 HELP = "measure a model on labelled images"
 DESCRIPTION = """\
-Measures a classifier (top-1, top-5, loss, every class) or a segmentation model (mean IoU, mean and pixel accuracy,
-every class), each figure with its 95% interval; or how well a model of masked modelling predicts visual tokens.
+Measures a classifier (top-1, top-5, loss, every class), a segmentation model (mean IoU, mean and pixel accuracy, every
+class) or a model of masked image modelling (loss, token accuracy), each figure with its 95% interval.
 
 DATA for a classifier is a folder with a folder of images for each class (within val/ if there is one), a .csv or .jsonl
 list as `minibeit finetune` reads it, or ImageNet's folder of validation images with the devkit beside it.  DATA for
-segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.
-DATA for masked modelling are images at any depth of a folder, or a list; labels are not looked at.
+segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.  For
+masked image modelling it is any folder of images, and --tokenizer says which tokens are to be predicted.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
 """
 EXAMPLES = """\
@@ -36,14 +36,14 @@ EXAMPLES = """\
   minibeit evaluate imagenet/ --model microsoft/beit-base-patch16-224 --crop-fraction 0.875
   minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
   minibeit evaluate photos/ --maps masks/ --model DIR --json numbers.json
-  minibeit evaluate photos/ --model photos-beit --tokenizer tokens
+  minibeit evaluate photos/ --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
 """
 CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 FEW_CLASSES = 25  # more are not all printed
-OPTIONS = {  # of one task alone; those of views are segmentation's too
+OWN = {
     CLASSIFICATION: ("crop_fraction", "labels"),
-    SEGMENTATION: ("maps", "reduce_labels"),
-    MASKED: ("tokenizer", "masked"),
+    SEGMENTATION: ("maps", "reduce_labels", "colours"),
+    MASKED: ("tokenizer",),
 }
 
 
@@ -74,8 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0.875 below 384 pixels and 1 from there as BEiT's authors, 0.9 as timm (default: as the image processor says)",
     )
     group.add_argument("--labels", metavar="FILE", help="true classes of ImageNet's validation images, if not found")
+    group = parser.add_argument_group("masked image modelling")
+    group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens, such as DALL-E's dVAE")
     group = parser.add_argument_group("segmentation")
     group.add_argument("--maps", metavar="DIR", help="the label maps of the images in DATA, by the same names")
+    group.add_argument(
+        "--colours", metavar="FILE",
+        help="maps show classes as colours: R G B and a name in each line, the name 'ignored' for no class",
+    )  # fmt: skip
     group.add_argument(
         "--reduce-labels",
         action=argparse.BooleanOptionalAction,
@@ -83,9 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processor says)",
     )
     add_view_arguments(parser)
-    group = parser.add_argument_group("masked modelling")
-    group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens that are to be predicted")
-    group.add_argument("--masked", type=float, metavar="F", help="share of the patches to mask (default 75/196)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,16 +127,16 @@ def task_of(model: str) -> str:
     if task not in MEASURED:
         made = f"was made for {in_words(task)}" if task else "has no head that is known"
         raise CheckpointError(
-            f"{model}: evaluate measures models of {', '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
+            f"{model}: evaluate measures {', '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
         )
     return task
 
 
 def _check_options(args: argparse.Namespace, task: str) -> None:
-    others = [name for other, names in OPTIONS.items() if other != task for name in names]
+    others = [name for other, names in OWN.items() if other != task for name in names]
     strange = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
     if task != SEGMENTATION:
-        strange += view_options(args)
+        strange += [option for option in view_options(args) if task != MASKED or option != "--imagenet-mean"]
     if strange:
         from ..task_table import in_words
 
@@ -162,6 +165,8 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
 
 
 def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    import dataclasses
+
     import numpy as np
 
     from ..evaluate.maps import paired
@@ -175,10 +180,10 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     config = model.config
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
-    reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+    read_map = _map_reader(args, processor, config)
     settings = {
         **({"mode": how.mode, "flip": how.flip} if how.mode == SQUASH else dataclasses.asdict(how)),
-        "reduce_labels": reduce,
+        "reduce_labels": read_map.reduce,
         "feature_convention": config.feature_convention,
         **_preparation(processor),
     }
@@ -189,47 +194,61 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
         pairs,
         [config.id2label[i] for i in range(config.num_labels)],
         np.array(palette("auto", config.num_labels)),
-        ignored=config.semantic_loss_ignore_index,
-        reduce=reduce,
+        read_map=read_map,
         upright=processor.apply_exif_orientation,
         seed=args.seed,
         **_facts(args, line, len(pairs), settings),
     )
 
 
-def _masked(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
-    from ..evaluate.masked_modeling import evaluate_masked_modeling
-    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
-    from ..tokenizer.tokenizer import DalleTokenizer
-    from ..train.examples import read_images
-    from ..train.pretraining import MaskedModeling
-    from ..train.recipes import PretrainingRecipe
+def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) -> Any:
+    """How label maps are read; a table of colours is brought into the order of the model's classes."""
+    import dataclasses
 
-    if args.tokenizer is None:
-        raise UsageError("--tokenizer: a model of masked modelling is measured by the tokens of one")
-    tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend)
-    try:
-        recipe = PretrainingRecipe() if args.masked is None else PretrainingRecipe(masked=args.masked)
-    except ValueError as error:
-        raise UsageError(f"--{error}") from None
+    import numpy as np
+
+    from ..train.label_maps import MapReader, read_colours
+
+    if args.colours is None:
+        reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
+        return MapReader(reduce=reduce)
+    if args.reduce_labels:
+        raise UsageError("--reduce-labels is for maps of numbers; in --colours what is no class is called 'ignored'")
+    table, numbers = read_colours(args.colours), {name: i for i, name in config.id2label.items()}
+    strays = [name for name in table.names if name not in numbers]
+    if strays:
+        raise UsageError(f"--colours {args.colours}: expected the model's classes, found {strays[0]!r} among them")
+    order = np.arange(256, dtype=np.uint8)  # 255, what is ignored, stays itself
+    order[: len(table.names)] = [numbers[name] for name in table.names]
+    return MapReader(dataclasses.replace(table, classes=order[table.classes]))
+
+
+def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
+    from ..evaluate.masked_modeling import evaluate_masked_modeling, unlabelled_images
+    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
+
+    if not args.tokenizer:
+        raise UsageError("this checkpoint predicts visual tokens; say with --tokenizer what makes them")
+    paths = unlabelled_images(data)
+    tokenizer = load_tokenizer(args)
     model = load_model(BeitForMaskedImageModeling, args)
-    processor = load_processor(args.model, model.config, args.quiet)
-    found = read_images(data, workers=args.workers)
-    images = found.held_out or found.train
-    evaluation = evaluate_masked_modeling(
-        lambda batch: check_finite(model(batch.pixels, **batch.inputs).logits),
-        MaskedModeling(found, processor, recipe, model.config, tokenizer),
-        images,
+    processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
+    return evaluate_masked_modeling(
+        model,
+        model.config,
+        processor,
+        tokenizer,
+        paths,
         batch_size=args.batch_size or 8,
-        **_facts(args, line, len(images), _preparation(processor) | {"masked": recipe.masked}),
+        seed=args.seed,
+        **_facts(args, line, len(paths), {"tokenizer": args.tokenizer} | _preparation(processor)),
     )
-    return dataclasses.replace(evaluation, left_out=(*found.unreadable, *evaluation.left_out))
 
 
 MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]] = {
     CLASSIFICATION: _classification,
     SEGMENTATION: _segmentation,
-    MASKED: _masked,
+    MASKED: _masked_modeling,
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 SHARE, NUMBER = "share", "number"
 TITLES = {"top1": "top-1", "top5": "top-5", "mean_iou": "mean IoU", "mean_accuracy": "mean accuracy",
-          "pixel_accuracy": "pixel accuracy", "iou": "IoU"}  # fmt: skip
+          "pixel_accuracy": "pixel accuracy", "iou": "IoU", "token_accuracy": "token accuracy"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,153 @@
-"""A model of masked modelling measured: how well it predicts the visual tokens of patches that it does not see."""
+"""Masked image modelling measured: the loss and the share of visual tokens that are predicted rightly."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..metrics import mean_interval
-from ..train.examples import Example
-from ..train.metrics import perplexity
-from ..train.objective import Batch
-from ..train.pretraining import MaskedModeling, token_losses
+from ..config import BeitConfig
+from ..image_processor import BeitImageProcessor
+from ..images.transforms import resize_labels
+from ..metrics import ratio_interval
+from ..train.examples import HELD_OUT, Example, Examples, images_in, rows_of
+from ..train.pretraining import MaskedModeling
+from ..train.recipes import PRETRAINING
 from .drawing import thumbnail
-from .evaluation import NUMBER, SHARE, Evaluation, Figure, Worst
-from .reading import Reader
+from .evaluation import NUMBER, Evaluation, Figure, Worst
+from .reading import AHEAD, Reader
+
+RECIPE = PRETRAINING["base-1k"]  # of which the share of masked patches is used, 75 of 196
+COVER = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says of the masked patches of one image: the sum of losses, how many are right, and the mask."""
+
+    path: str
+    loss: float
+    right: int
+    masked: int
+    mask: np.ndarray  # (P,)
+
+
+def unlabelled_images(data: Path) -> list[str]:
+    """The images of a folder at any depth (of val/, test/ or the like if it is there), or the paths of a list.
+
+    Raises FileNotFoundError or ValueError, one sentence.
+    """
+    if data.is_file():
+        return [str(data.parent / str(row.get("path"))) for _, row in rows_of(data)]
+    if not data.is_dir():
+        raise FileNotFoundError(f"{data}: there is no such folder or list of images")
+    part = next((data / name for name in HELD_OUT if (data / name).is_dir()), data)
+    found = [str(path) for path in images_in(part)]
+    if not found:
+        raise ValueError(f"{part}: expected images, found none")
+    return found
 
 
 def evaluate_masked_modeling(
-    compute: Callable[[Batch], np.ndarray],
-    objective: MaskedModeling,
-    images: Sequence[Example],
+    network: Callable[..., Any],
+    config: BeitConfig,
+    processor: BeitImageProcessor,
+    tokenizer: Any,
+    paths: Sequence[str],
     *,
     batch_size: int = 8,
     workers: int = 2,
     worst: int = 24,
     draw: bool = True,
+    seed: int = 0,
     tell: Callable[[int], None] = lambda done: None,
     **facts: Any,
 ) -> Evaluation:
-    """Measures `compute`, which gives the logits (n, V) of the n masked patches of a batch, on images that `objective`
-    masks, each in the same way every time.
+    """Measures `network`, a BeitForMaskedImageModeling, as pre-training judges held-out images.
 
-    The loss (cross-entropy in nats) and the accuracy are means over an image's masked patches, then over the images;
-    the perplexity of the tokens says how varied the right answers are.  The `worst` images are those of the largest
-    loss.  `tell` gets the number of images done after each batch; `facts` are further fields of the `Evaluation`.
+    It is to predict the tokens that `tokenizer` gives to the images at `paths`.
+    Each image is resized to the model's size and to that which gives a token for each patch; 75 of 196 patches are
+    masked in blocks, drawn by the digest of its file, so that the same file always has the same mask.  Figures are the
+    mean cross-entropy of all masked patches and the share of them whose token has the largest logit; their intervals
+    are bootstrapped over images.  `facts` are further fields of the `Evaluation`.
+    Raises ValueError for a tokenizer with another number of tokens.
     """
     started = time.monotonic()
-    reader: Reader[Example] = Reader(images, objective.read_judged, workers)
-    losses: list[float] = []
-    shares: list[float] = []
-    shown: list[tuple[float, str]] = []
-    counts = np.zeros(objective.tokenizer.config.vocab_size, np.int64)
-    for examples, samples in reader.lists(batch_size):
-        batch = objective.batch(samples)
+    objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, config, tokenizer)
+
+    def read(path: str) -> Any:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return objective.read_judged(Example(path, None, True, digest))
+
+    reader: Reader[str] = Reader(paths, read, workers)
+    found: list[Predicted] = []
+    for group in _groups(reader.each(AHEAD * batch_size), batch_size):
+        batch = objective.batch([sample for _, sample in group])
         assert batch.mask is not None
-        of_image = np.nonzero(batch.mask)[0]  # of each masked patch
-        patch_losses, right = token_losses(compute(batch), batch.targets[batch.mask])
-        for i, example in enumerate(examples):
-            losses.append(float(patch_losses[of_image == i].mean()))
-            shares.append(float(right[of_image == i].mean()))
-            shown.append((losses[-1], example.path))
-        counts += np.bincount(batch.targets.reshape(-1), minlength=len(counts))
-        tell(len(losses))
-    figures = [_mean("accuracy", shares, SHARE), _mean("loss", losses, NUMBER)]
-    if losses:
-        figures.append(Figure("token_perplexity", perplexity(counts), kind=NUMBER))
+        logits = network(batch.pixels, **batch.inputs).logits  # (n, V), of the masked patches, image by image
+        found += _judged([path for path, _ in group], logits, batch.targets[batch.mask], batch.mask)
+        tell(len(found))
+    seconds = time.monotonic() - started
+    chosen = sorted(found, key=lambda one: -one.loss / one.masked)[:worst]
     return Evaluation(
         task="masked_image_modeling",
-        images=len(losses),
-        figures=tuple(figures),
+        images=len(found),
+        figures=_figures(found, seed),
         classes=(),
-        unit="images",
-        worst=tuple(
-            Worst(path, f"loss {loss:.3f}", loss, (("", thumbnail(path)),) if draw else ())
-            for loss, path in sorted(shown, reverse=True)[:worst]
-        ),
+        unit="patches",
+        worst=tuple(_shown(one, config.grid, draw) for one in chosen),
         left_out=tuple(reader.left_out),
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         **facts,
     )
 
 
-def _mean(name: str, values: list[float], kind: str) -> Figure:
-    if not values:
-        return Figure(name, float("nan"), kind=kind)
-    return Figure(name, float(np.mean(values)), *mean_interval(np.array(values)), kind)
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _judged(paths: Sequence[str], logits: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> list[Predicted]:
+    """(n, V), (n,), (B, P) -> B."""
+    x = logits.astype(np.float64)
+    x -= x.max(1, keepdims=True)
+    losses = np.log(np.exp(x).sum(1)) - x[np.arange(len(tokens)), tokens]
+    right = x.argmax(1) == tokens
+    counts = mask.sum(1)
+    ends = np.cumsum(counts)[:-1]
+    parts = zip(paths, np.split(losses, ends), np.split(right, ends), mask)
+    return [Predicted(path, float(loss.sum()), int(hits.sum()), len(loss), own) for path, loss, hits, own in parts]
+
+
+def _figures(found: list[Predicted], seed: int) -> tuple[Figure, ...]:
+    masked = np.array([one.masked for one in found], np.float64)
+    figures = []
+    for name, parts, kind in (
+        ("loss", [one.loss for one in found], NUMBER),
+        ("token_accuracy", [one.right for one in found], "share"),
+    ):
+        value = float(np.sum(parts) / masked.sum()) if found else float("nan")
+        figures.append(Figure(name, value, *ratio_interval(np.array(parts, np.float64), masked, seed=seed), kind))
+    return tuple(figures)
+
+
+def _shown(one: Predicted, grid: tuple[int, int], draw: bool) -> Worst:
+    loss = one.loss / one.masked
+    text = f"loss {loss:.3f}, {one.right} of {one.masked} tokens right"
+    if not draw:
+        return Worst(one.path, text, loss)
+    photo = thumbnail(one.path)
+    covered = resize_labels(one.mask.reshape(grid), (photo.shape[0], photo.shape[1])).astype(bool)
+    seen = np.where(covered[..., None], np.array(COVER, np.uint8), photo)
+    return Worst(one.path, text, loss, (("image", photo), ("what the model sees", seen)))

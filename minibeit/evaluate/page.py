@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..task_table import in_words
 from ..text import html as escape
 from .drawing import as_data
 from .evaluation import ClassRow, Evaluation, Figure, Worst
@@ -9,7 +10,7 @@ from .page_parts import SCRIPT, STYLE
 
 MOST_IN_A_MATRIX = 40  # classes; of more, the largest confusions are listed
 MOST_CONFUSIONS = 30
-TASKS = {"image_classification": "image classification", "semantic_segmentation": "semantic segmentation"}
+WORST = {"images": "The worst mistakes", "pixels": "The images of lowest mIoU", "patches": "The images of largest loss"}
 
 
 def page(evaluation: Evaluation) -> str:
@@ -17,7 +18,7 @@ def page(evaluation: Evaluation) -> str:
     title = f"{evaluation.model} on {evaluation.data}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(TASKS.get(evaluation.task, evaluation.task))}, {evaluation.images:,} images</p>',
+        f'<p class="lead">{escape(in_words(evaluation.task))}, {evaluation.images:,} images</p>',
         _figures(evaluation),
         _notes(evaluation),
         _gallery(evaluation),
@@ -55,10 +56,9 @@ def _notes(evaluation: Evaluation) -> str:
 def _gallery(evaluation: Evaluation) -> str:
     if not evaluation.worst:
         return ""
-    what = "The worst mistakes" if evaluation.unit == "images" else "The images of lowest mIoU"
     wide = " wide" if len(evaluation.worst[0].drawings) > 1 else ""
     figures = "".join(map(_shown, evaluation.worst))
-    return f'<h2>{what}</h2>{_legend(evaluation)}<div class="gallery{wide}">{figures}</div>'
+    return f'<h2>{WORST[evaluation.unit]}</h2>{_legend(evaluation)}<div class="gallery{wide}">{figures}</div>'
 
 
 def _shown(worst: Worst) -> str:

@@ -43,19 +43,6 @@ class Reader(Generic[Item]):
         if arrays:
             yield items, np.stack(arrays)
 
-    def lists(self, size: int) -> Iterator[tuple[list[Item], list[Any]]]:
-        """(items, what `read` makes of them) of `size` items each, of fewer at the end."""
-        items: list[Item] = []
-        results: list[Any] = []
-        for item, result in self.each(AHEAD * size):
-            items.append(item)
-            results.append(result)
-            if len(items) == size:
-                yield items, results
-                items, results = [], []
-        if items:
-            yield items, results
-
     def _tried(self, item: Item) -> Any:
         try:
             return self.read(item)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..images.transforms import IGNORED_LABEL
 from ..metrics import (
     areas,
     class_accuracy,
@@ -17,13 +18,15 @@ from ..metrics import (
     segmentation_intervals,
     segmentation_scores,
 )
+from ..train.label_maps import MapReader, Pair
 from .drawing import overlay, thumbnail
 from .evaluation import ClassRow, Evaluation, Figure, Worst, triples
-from .maps import Pair, check_classes, read_pair
+from .maps import check_classes, read_pair
 from .reading import Reader
 
 Segment = Callable[[Any, tuple[int, int]], np.ndarray]  # image, (H, W) -> class numbers (H, W)
 NO_CLASS = -1
+BY_NUMBER = MapReader()
 MOST_CONFUSIONS = 2000  # entries of the confusion matrix that are kept, those of most pixels
 
 
@@ -33,8 +36,7 @@ def evaluate_segmentation(
     names: Sequence[str],
     colours: np.ndarray,
     *,
-    ignored: int = 255,
-    reduce: bool = False,
+    read_map: MapReader = BY_NUMBER,
     upright: bool = True,
     workers: int = 2,
     worst: int = 12,
@@ -45,20 +47,20 @@ def evaluate_segmentation(
 ) -> Evaluation:
     """Measures `segment` on images and label maps, at the images' own sizes; both are read in threads while it works.
 
-    `colours` (K, 3) draw the classes `names`; pixels of class `ignored` do not count; `reduce` and `upright` say how
-    maps are read.  The `worst` images, those of lowest mIoU, are shown, with `draw` drawn.  `tell` gets the
-    number of images done.  `facts` are further fields of the `Evaluation`.
+    `colours` (K, 3) draw the classes `names`; `read_map` and `upright` say how maps are read.  The `worst` images,
+    those of lowest mIoU, are shown, with `draw` drawn.  `tell` gets the number of images done.  `facts` are further
+    fields of the `Evaluation`.
     Raises ValueError for maps with numbers that are no class.
     """
     started = time.monotonic()
-    reader: Reader[Pair] = Reader(pairs, lambda pair: read_pair(pair, reduce, upright), workers)
+    reader: Reader[Pair] = Reader(pairs, lambda pair: read_pair(pair, read_map, upright), workers)
     confusion = np.zeros((len(names), len(names)), np.int64)
     counts: list[np.ndarray] = []
     gallery: list[Worst] = []
-    for pair, (image, truth) in reader.each():
-        check_classes(pair, truth, len(names), ignored, reduce)
+    for pair, (image, labels) in reader.each():
+        check_classes(pair, labels, len(names), read_map)
         predicted = segment(image, (image.height, image.width))
-        truth = np.where(truth == ignored, NO_CLASS, truth)
+        truth = np.where(labels == IGNORED_LABEL, NO_CLASS, labels.astype(np.int64))
         found = confusion_matrix(truth, predicted, len(names), NO_CLASS)
         confusion += found
         counts.append(areas(found))
@@ -125,7 +127,7 @@ def _with(
     largest = int(missed.argmax())
     share = missed[largest] / max(counts[1].sum(), 1)
     text = f"mIoU {score:.1%}; most missed: {names[largest]}, {share:.1%} of the area"
-    shown = Worst(str(pair.image), text, score, _drawn(image, truth, predicted, colours) if draw else ())
+    shown = Worst(pair.path, text, score, _drawn(image, truth, predicted, colours) if draw else ())
     return sorted([*gallery, shown], key=lambda one: one.score)[:most]
 
 

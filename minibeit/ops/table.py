@@ -352,13 +352,13 @@ class Ops(Protocol):
 
     # Training a tokenizer
 
-    @op(shape=_same)
+    @op(backends=GPU, shape=_same)
     def gumbel_softmax(self, logits: Array, noise: Array, temperature: float) -> Array: ...
 
-    @op(shape=_scalar)
+    @op(backends=GPU, shape=_scalar)
     def divergence_from_uniform(self, logits: Array) -> Array: ...
 
-    @op(shape=_scalar)
+    @op(backends=GPU, shape=_scalar)
     def logit_laplace_loss(self, statistics: Array, pixels: Array) -> Array: ...
 
     # Losses

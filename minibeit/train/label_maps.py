@@ -134,12 +134,7 @@ def read_pairs(
     if not 0 <= fraction < 1:
         raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
     path, read_map = Path(data), read_map or MapReader()
-    if path.is_dir():
-        found = _folder(path)
-    elif path.is_file():
-        found = _listed(path)
-    else:
-        raise FileNotFoundError(f"{path}: there is no such folder or list of images and label maps")
+    found = find_pairs(path)
     if read_map.colours is not None and names is None:
         names = read_map.colours.names
     good, areas, left_out = _looked_at(found, read_map, workers)
@@ -157,6 +152,15 @@ def read_pairs(
     _warn_of_unseen(classes, good, areas)
     warn_of_duplicates(train, held_out)
     return Pairs(classes, train, held_out, read_map, tuple(left_out))
+
+
+def find_pairs(path: Path) -> list[Pair]:
+    """The images and label maps that a folder or a list names, as `read_pairs` takes them, none of them read."""
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _listed(path)
+    raise FileNotFoundError(f"{path}: there is no such folder or list of images and label maps")
 
 
 def read_colours(path: str | os.PathLike[str]) -> Colours:
@@ -198,8 +202,8 @@ def _folder(path: Path) -> list[Pair]:
     if two is not None:
         images, maps = (_parts(folder) for folder in two)
         if images is None or maps is None:
-            return _matched(*two, None)
-        return [*_matched(images[0], maps[0], False), *_matched(images[1], maps[1], True)]
+            return matched(*two, None)
+        return [*matched(images[0], maps[0], False), *matched(images[1], maps[1], True)]
     parts = _parts(path)
     inner = None if parts is None else [_two_folders(part) for part in parts]
     if inner is None or None in inner:
@@ -207,7 +211,7 @@ def _folder(path: Path) -> list[Pair]:
             f"{path}: expected the folders images and {' or '.join(MAP_FOLDERS)}, or train and val with these two in "
             f"each, found {brief([folder.name for folder in subfolders(path)]) or 'no folder'}"
         )
-    return [pair for two, held_out in zip(inner, (False, True)) if two for pair in _matched(*two, held_out)]
+    return [pair for two, held_out in zip(inner, (False, True)) if two for pair in matched(*two, held_out)]
 
 
 def _two_folders(path: Path) -> tuple[Path, Path] | None:
@@ -224,7 +228,7 @@ def _parts(path: Path) -> tuple[Path, Path] | None:
     return (parts[0], parts[1]) if parts[0] is not None and parts[1] is not None else None
 
 
-def _matched(images: Path, maps: Path, held_out: bool | None) -> list[Pair]:
+def matched(images: Path, maps: Path, held_out: bool | None) -> list[Pair]:
     """Every image with the map of its name, folder within folder."""
     by_name = {file.relative_to(maps).with_suffix("").as_posix(): file for file in images_in(maps)}
     pairs, without = [], []

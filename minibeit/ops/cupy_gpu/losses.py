@@ -63,3 +63,29 @@ def weighted_sum(losses: Sequence[Array], weights: Sequence[float]) -> Array:  #
 
 def _mean(x: Array) -> Array:
     return x.mean(dtype=np.float64).astype(x.dtype)
+
+
+# Training a tokenizer -------------------------------------------------------------------------------------------------
+
+
+def gumbel_softmax(logits: Array, noise: Array, temperature: float) -> Array:  # (B, V, h, w) -> (B, V, h, w)
+    """See `reference.gumbel_softmax`."""
+    x = (logits + cupy.asarray(noise, logits.dtype)) / logits.dtype.type(temperature)
+    powers = cupy.exp(x - x.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def divergence_from_uniform(logits: Array) -> Array:  # (B, V, h, w) -> ()
+    """See `reference.divergence_from_uniform`."""
+    shifted = logits - logits.max(1, keepdims=True)
+    powers = cupy.exp(shifted)
+    log_sums = cupy.log(powers.mean(1, keepdims=True))
+    return _mean((powers / powers.sum(1, keepdims=True) * (shifted - log_sums)).sum(1))
+
+
+def logit_laplace_loss(statistics: Array, pixels: Array) -> Array:  # (B, 2 C, H, W), (B, C, H, W) -> ()
+    """See `reference.logit_laplace_loss`."""
+    C = pixels.shape[1]
+    x = cupy.asarray(pixels, statistics.dtype)
+    distance = cupy.abs(cupy.log(x / (1 - x)) - statistics[:, :C])
+    return _mean(distance * cupy.exp(-statistics[:, C:]) + statistics[:, C:] + cupy.log(2 * x * (1 - x)))
