@@ -197,7 +197,7 @@ class TokenizerRecipe(Recipe):
     layer_decay: float = 1.0
     weight_decay: float = 1e-4
     rand_augment: tuple[int, float, float] | None = None
-    average: float = 0.99
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
