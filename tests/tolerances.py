@@ -71,3 +71,7 @@ REMAINDER = 1e-4
 # the promise.  Measured: 9.1e-17 for classification and masked modelling; 4.1e-12 for segmentation, whose biases before
 # a batch norm have gradients of rounding alone, and Adam makes steps of any gradient.
 STEPS64 = 1e-9
+
+# The same for ops with a 3x3 convolution, which go through Winograd's algorithm both ways.  Measured: 13.2 at most, in
+# a kernel's gradient summed over 525 tiles; 10.5 where maps are enlarged first.
+WINOGRAD_BACKWARD32 = 20.0
