@@ -24,6 +24,7 @@ from .map_gradients import (
     convolution_input_gradient,
     convolution_weight_gradient,
     convolved,
+    enlarged_gradients,
     normalised,
     normalised_backward,
     shrunk,
@@ -32,7 +33,7 @@ from .map_gradients import (
     sums_of_values,
     transposed_gradients,
 )
-from .maps import PackedConv, conv_3x3, conv_transpose_2x2, resize, to_channels_first, to_channels_last
+from .maps import PackedConv, conv_3x3, conv_transpose_2x2, to_channels_first, to_channels_last
 from .prepare import is_float32, pack_conv_3x3, pack_deconv, pack_linear
 from .queue import synchronous
 from .target import LANES, NR
@@ -117,20 +118,21 @@ def conv_bn_relu_resized_forward(
 def conv_bn_relu_resized_backward(
     g: np.ndarray, saved: Any, maps: Sequence[np.ndarray], layer: ConvBatchNorm, size: tuple[int, int]
 ) -> tuple[list[np.ndarray], ConvBatchNorm, None]:
-    """See `reference.conv_bn_relu_resized_backward`; one map is enlarged at a time."""
+    """See `reference.conv_bn_relu_resized_backward`; small maps are multiplied at their own size."""
     if not isinstance(saved, Kept):
         return reference.conv_bn_relu_resized_backward(g, saved, maps, layer, size)
     dy, d_bn = _normalise_backward(to_channels_last(g), saved, layer.bn, relu=True)
     weight, first, cotangents = layer.conv.weight, 0, []
     dw = np.empty_like(weight)
     for x in maps:
-        last = first + x.shape[1]
-        same = x.shape[2:] == tuple(size)
-        source = to_channels_last(x if same else resize(x, (size[0], size[1])))
-        dw[:, first:last] = convolution_weight_gradient(dy, source)
-        dx = convolution_input_gradient(dy, weight[:, first:last])
-        cotangents.append(to_channels_first(dx if same else shrunk(dx, x.shape[2:])))
-        first = last
+        share, source = slice(first, first + x.shape[1]), to_channels_last(x)
+        if x.shape[2:] == tuple(size):
+            dx = convolution_input_gradient(dy, weight[:, share])
+            dw[:, share] = convolution_weight_gradient(dy, source)
+        else:
+            dx, dw[:, share] = enlarged_gradients(dy, source, weight[:, share])
+        cotangents.append(to_channels_first(dx))
+        first = share.stop
     return cotangents, ConvBatchNorm(Conv(dw, None), d_bn), None
 
 

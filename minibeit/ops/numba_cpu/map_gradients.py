@@ -14,7 +14,7 @@ import numpy as np
 from ..reference.maps import bilinear_taps
 from . import gemm
 from .arguments import POINTS, RESIDUAL
-from .gradients import column_panels, turned, weight_gradient
+from .gradients import column_panels, input_gradient, turned, weight_gradient
 from .machine_code import Kernel
 from .map_arguments import (
     CHANNEL_SUMS,
@@ -160,6 +160,25 @@ def _transformed_cotangent(g: np.ndarray, first: int, tiles: int) -> np.ndarray:
     )  # fmt: skip
     run(_transform_cotangent, tiles, TRANSFORM_COTANGENT.operands(g=operand(g), m=target), numbers, 40 * _VECTOR)
     return m
+
+
+def enlarged_gradients(
+    g: np.ndarray, x: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:  # (B, h, w, out), (B, h', w', C), (out, C, 3, 3) -> (B, h', w', C), the weight
+    """(dx, dweight) of the convolution of x enlarged, made at the small size, see `spread`.
+
+    For each tap the cotangent is shifted and shrunk; what it has to do with x is then a linear layer.
+    """
+    (_, h, w, _), C = g.shape, weight.shape[1]
+    around = np.pad(g, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    panels, dx, dw = column_panels(x), None, np.empty(weight.shape, np.float32)
+    for i in range(3):
+        for j in range(3):
+            z = shrunk(around[:, 2 - i : 2 - i + h, 2 - j : 2 - j + w], (x.shape[1], x.shape[2]))
+            dx = input_gradient(z, np.ascontiguousarray(weight[:, :, i, j]), dx)
+            dw[:, :, i, j] = weight_gradient(turned(z), panels, C)
+    assert dx is not None
+    return dx, dw
 
 
 # 2x2 transposed convolution -----------------------------------------------------------------------------------------
