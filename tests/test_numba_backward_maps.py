@@ -155,6 +155,21 @@ def test_what_the_kernels_do_not_serve_is_numpys():
     assert OPS.conv_bn_relu_backward is numba_cpu.conv_bn_relu_backward
 
 
+@pytest.mark.parametrize("n, K", [(1, 2), (70, 16), (129, 150), (300, 7)])
+def test_the_loss_of_many_rows(n, K):
+    logits, labels = 4 * normal(1, n, K + 3)[:, :K], np.random.default_rng(2).integers(0, K, n)
+    labels[n // 2] = 255 if n > 1 else 0
+    logits[:, 0] += 200 if n > 1 else 0  # exponentials that would overflow
+    loss, saved = on_threads(lambda: OPS.cross_entropy_forward(logits, labels, 255))
+    truth, wide = backward.cross_entropy_forward(logits.astype(np.float64), labels, 255)
+    assert distance(saved, wide) < EPS32 and abs(loss - truth) <= BACKWARD32 * EPS32 * abs(truth)
+    g = np.array(0.5, np.float32)
+    check("cross_entropy", g, wide, logits, labels, 255, tolerance=2 * BACKWARD32)
+    assert not OPS.cross_entropy_backward(g, saved, logits, labels, 255)[0][labels == 255].any()
+    with pytest.raises(ValueError, match="expected class numbers 0 to"):
+        OPS.cross_entropy_forward(logits, labels + K, 255)
+
+
 @pytest.mark.parametrize("batch", [False, True])
 def test_gradients_of_a_segmentation_model(batch):
     width = max(NR, 64)

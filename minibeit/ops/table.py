@@ -336,7 +336,7 @@ class Ops(Protocol):
 
     # Losses
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=FAST, backwards=CPU, shape=_scalar)
     def cross_entropy(self, logits: Array, labels: Array, ignore_index: int, smoothing: float = 0.0) -> Array: ...
 
     @op(backends=GPU, shape=_scalar)

@@ -372,3 +372,33 @@ ADAMW = Arguments(
     ),
     numbers=("count",),
 )
+
+LOSS_ROWS = 64  # per task of LOG_SUMS and SOFTMAX_GRADIENT
+
+LOG_SUMS = Arguments(
+    operands=(
+        "logits",  # (count, width)
+        "largest",  # the results: the largest element of each row
+        "sums",  # and the sum of exp(element - largest)
+    ),
+    numbers=(
+        "row_bytes",  # between rows
+        "count",
+        "width",
+    ),
+)
+
+SOFTMAX_GRADIENT = Arguments(
+    operands=(
+        "logits",  # (count, width)
+        "log_sums",  # one element for each row: log of the sum of exp(element)
+        "rests",  # one element for each row: what is missing there to more digits
+        "factors",  # one element for each row; rows of factor 0 get zeros
+        "y",  # the result: exp(logits - log_sums) times the factors, (count, width), contiguous
+    ),
+    numbers=(
+        "row_bytes",  # between rows of the logits
+        "count",
+        "width",
+    ),
+)
