@@ -1,8 +1,8 @@
 """Makes data/golden_gradients.safetensors: PyTorch's float64 gradients of models of the other goldens.
 
-Run by hand, `python tests/make_golden_gradients.py`, after make_golden.py; needs the extra verify.  For each case it
-holds `CASE.loss`, `CASE.gradient.NAME` of every parameter that the loss depends on and, where batch norms use the batch,
-their new running statistics `CASE.running.NAME`.  Weights, inputs and labels are those of the golden.
+Run by hand, `python tests/make_golden_gradients.py`, after make_golden.py; needs the extra verify.  It holds
+for each case `CASE.loss`, `CASE.gradient.NAME` of every parameter that the loss depends on and, where batch norms use
+the batch, their new running statistics `CASE.running.NAME`.  Weights, inputs and labels are those of the golden.
 """
 
 from __future__ import annotations
