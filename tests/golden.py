@@ -28,6 +28,14 @@ NAMES = (
     "shared_bias",
 )
 
+GRADIENT_CASES = {  # case of golden_gradients -> golden, whether batch norms use the batch
+    "block_bias": ("block_bias", False),
+    "regression": ("absolute_positions", False),
+    "masked": ("masked", False),
+    "segmentation": ("segmentation", False),
+    "segmentation_batch": ("segmentation", True),
+}
+
 
 @dataclass(frozen=True)
 class Golden:
@@ -79,3 +87,10 @@ def load(name: str) -> Golden:
         float32_rms=json.loads(metadata["float32_rms"]),
         versions=json.loads(metadata["versions"]),
     )
+
+
+@cache
+def load_gradients(case: str) -> dict[str, np.ndarray]:
+    """PyTorch's float64 loss, gradients and running statistics of one of GRADIENT_CASES."""
+    with safe_open(DATA / "golden_gradients.safetensors", "np") as file:
+        return {key[len(case) + 1 :]: file.get_tensor(key) for key in list(file.keys()) if key.startswith(f"{case}.")}

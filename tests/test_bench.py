@@ -166,7 +166,8 @@ RESULT_KEYS = {
     "relative_rms_from_first", "peak_rss_mb", "peak_device_mb", "cold_start_s", "cold_starts_s",
 }  # fmt: skip
 WORKLOAD_KEYS = {
-    "task", "size", "image_size", "batch_size", "threads", "dtype", "gflop", "roof_gflops", "skipped", "results",
+    "task", "size", "image_size", "batch_size", "training", "threads", "dtype", "gflop", "roof_gflops",
+    "skipped", "results",
 }  # fmt: skip
 
 

@@ -85,3 +85,13 @@ MODEL_IN_BATCHES = 4e-15
 # Measured over four seeds: 30 at most, NumPy 11.  Winograd's convolutions follow one another, and an activation that
 # changes its sign within the error changes what ReLU lets through.  A wrong term would be off by 10^6.
 TOKENIZER_GRADIENT32 = 60.0
+
+# The same for ops with a 3x3 convolution, which go through Winograd's algorithm both ways.  Measured: 13.2 at most, in
+# a kernel's gradient summed over 525 tiles; 10.5 where maps are enlarged first.
+WINOGRAD_BACKWARD32 = 20.0
+
+# Gradients of tiny models beside PyTorch's in float64 (golden_gradients), in float64 and, in EPS32, in float32.
+# Measured: 1.8e-15 and 7.3 at most; 5.2e-14 and 211 where batch norms use the batch, of which the smallest map has two
+# values per channel, whose difference is all that counts.
+GOLDEN_GRADIENT64, GOLDEN_GRADIENT64_BATCH = 1e-14, 2e-13
+GOLDEN_GRADIENT32, GOLDEN_GRADIENT32_BATCH = 20.0, 600.0

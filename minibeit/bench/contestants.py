@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..task_table import CLASSES
-from . import gpu
+from . import gpu, training
 from .workloads import TASKS, Workload, model_class, pixels
 
 Forward = Callable[[np.ndarray], np.ndarray]
@@ -27,7 +27,9 @@ PEERS = {  # name -> packages that must be importable; the version of the first 
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript", "torch", "transformers"),
     "openvino": ("openvino", "torch", "transformers"),
 }
-EXPORTED = {"onnxruntime": "model.onnx", "openvino": "model.xml"}
+FORWARD_PEERS = tuple(PEERS)
+PEERS["inductor"] = PEERS["torch"]  # in training only
+EXPORTED = {"onnxruntime": "model.onnx", "openvino": "model.xml", **training.MARKS}
 
 
 def missing(name: str) -> list[str]:
@@ -37,8 +39,8 @@ def missing(name: str) -> list[str]:
 
 def version(name: str) -> str:
     """Versions of the computing packages, for the report."""
-    packages = {name: ("minibeit", name) for name in BACKENDS}
-    packages |= {name: ("torch", "transformers") for name in ("torch", *gpu.PEERS["torch"])}
+    packages = {name: ("minibeit", name.partition("-")[0]) for name in (*BACKENDS, *training.BACKENDS)}
+    packages |= {name: ("torch", "transformers") for name in ("torch", *gpu.PEERS["torch"], *training.PEERS)}
     return ", ".join(f"{package} {_version(package)}" for package in packages.get(name, (name,)))
 
 
@@ -59,20 +61,25 @@ def label(name: str) -> str:
     """The name in tables."""
     if name in gpu.CONTESTANTS:
         return gpu.CONTESTANTS[name]
-    return f"minibeit {name}" if name in BACKENDS else {"torch": "PyTorch eager"}.get(name, _OFFICIAL.get(name, name))
+    return _LABELS.get(name, name)
 
 
-_OFFICIAL = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_LABELS = training.BACKENDS | training.PEERS | {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
     """Writes the exported model that a peer runs, if it needs one, into `exports`."""
     if name not in EXPORTED:
         return
+    if workload.training:  # compiles, which takes minutes and may fail
+        training.load(name, workload, folder, 1)(pixels(workload))
+        exports.mkdir(parents=True, exist_ok=True)
+        (exports / EXPORTED[name]).touch()
+        return
     import torch
 
     exports.mkdir(parents=True, exist_ok=True)
-    module = _first_output(_transformers_model(workload, folder))
+    module = _first_output(transformers_model(workload, folder))
     example = torch.from_numpy(pixels(workload))
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
@@ -99,12 +106,14 @@ def load(
 
     The threads of minibeit and NumPy are set by the environment of the process (see `measure`), the peers' here.
     """
+    if workload.training:
+        return training.load(name, workload, folder, threads)
     if name in BACKENDS:
         model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
         return gpu.minibeit_forward(model, _output) if name in gpu.CONTESTANTS else lambda x: _output(model(x))
     if name in gpu.CONTESTANTS:
         torch = import_module("torch")
-        return gpu.torch_forward(torch, _transformers_model(workload, folder), _output, name, dtype, device)
+        return gpu.torch_forward(torch, transformers_model(workload, folder), _output, name, dtype, device)
     return {"torch": _load_torch, "onnxruntime": _load_onnx, "openvino": _load_openvino}[name](
         workload, folder, exports, threads
     )
@@ -116,10 +125,11 @@ def _output(result: Any) -> Any:
     return result.feature_maps[-1] if logits is None else logits
 
 
-def _transformers_model(workload: Workload, folder: Path) -> Any:
+def transformers_model(workload: Workload, folder: Path, **settings: Any) -> Any:
+    """transformers' model of the checkpoint; `settings` change its config."""
     transformers = import_module("transformers")
     transformers.logging.set_verbosity_error()
-    return getattr(transformers, CLASSES[TASKS[workload.task][0]]).from_pretrained(str(folder)).eval()
+    return getattr(transformers, CLASSES[TASKS[workload.task][0]]).from_pretrained(str(folder), **settings).eval()
 
 
 def _first_output(model: Any) -> Any:
@@ -141,7 +151,7 @@ def _load_torch(workload: Workload, folder: Path, exports: Path, threads: int) -
     import torch
 
     torch.set_num_threads(threads)
-    model = _transformers_model(workload, folder)
+    model = transformers_model(workload, folder)
 
     def forward(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

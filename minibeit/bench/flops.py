@@ -16,7 +16,7 @@ def count(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, i
     """{part: operations} of `task` for B images of `grid` patches, the native one by default.
 
     Counts only what the result depends on: no blocks after the last one that the head reads, and no auxiliary head,
-    which is for training.
+    which is for training (see `training_step`).
     """
     gh, gw = config.grid if grid is None else grid
     P, D, F = gh * gw, config.hidden_size, config.intermediate_size
@@ -44,6 +44,17 @@ def total(config: BeitConfig, task: str, batch_size: int = 1, grid: tuple[int, i
     return sum(count(config, task, batch_size, grid).values())
 
 
+def training_step(config: BeitConfig, task: str, batch_size: int = 1) -> int:
+    """Operations of forward and backward, which has two products for each of the forward, without the optimizer.
+
+    The pixels need no gradient: the patches have one product less.  What is computed twice to save memory counts once.
+    """
+    parts = count(config, task, batch_size)
+    if task == "semantic_segmentation" and config.use_auxiliary_head:
+        parts["auxiliary head"] = 2 * batch_size * _auxiliary_head(config)
+    return 3 * sum(parts.values()) - parts["patches"]
+
+
 def _depth(config: BeitConfig, task: str) -> int:
     """How many blocks the result depends on."""
     L = config.num_hidden_layers
@@ -66,3 +77,13 @@ def _decode_head(config: BeitConfig, gh: int, gw: int) -> dict[str, int]:
         "fpn_bottleneck": 16 * gh * gw * 9 * 4 * D * D,
         "classifier": 16 * gh * gw * D * K,
     }
+
+
+def _auxiliary_head(config: BeitConfig) -> int:
+    """Products of the FCN head, on maps of P pixels."""
+    channels, convs = config.auxiliary_channels, config.auxiliary_num_convs
+    inputs = [config.hidden_size] + [channels] * (convs - 1)
+    products = sum(9 * before * channels for before in inputs[:convs]) + channels * config.num_labels
+    if config.auxiliary_concat_input:
+        products += 9 * (config.hidden_size + channels) * channels
+    return config.grid[0] * config.grid[1] * products

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import flops, gpu
-from .contestants import EXPORTED, PEERS, label, missing, version
+from . import flops, gpu, training
+from .contestants import EXPORTED, FORWARD_PEERS, label, missing, version
 from .profile import Entry
 from .workloads import TASKS, Workload, write_checkpoint
 
@@ -151,13 +151,15 @@ def cpu_name() -> str:
     return f"{name} ({binding.get_host_cpu_name()}, {TILE.name})"
 
 
-def choose_peers(names: Sequence[str] | None, say: Say, on_gpu: bool = False) -> tuple[str, ...]:
+def choose_peers(
+    names: Sequence[str] | None, say: Say, on_gpu: bool = False, in_training: bool = False
+) -> tuple[str, ...]:
     """The peers to measure: those named, or all installed.  Raises ValueError or ImportError for named ones."""
     chosen: list[str] = []
-    known = tuple(gpu.PEERS) if on_gpu else tuple(PEERS)
+    known = tuple(gpu.PEERS if on_gpu else training.PEERS if in_training else FORWARD_PEERS)
     for name in known if names is None else names:
         if name not in known:
-            place = " on a GPU" if on_gpu else ""
+            place = " on a GPU" if on_gpu else " in training" if in_training else ""
             raise ValueError(f"--against: expected none or some of {', '.join(known)}{place}, found {name!r}")
         absent = missing(name)
         if absent and names is not None:
@@ -185,12 +187,13 @@ def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
         job = dict(workload=workload.to_dict(), folder=str(checkpoint), exports=str(exports))
         options: dict[str, Any] = dict(dtype=plan.dtype, device=plan.device)
         if name in EXPORTED and not (exports / EXPORTED[name]).exists():
-            say(f"{workload.name}: exporting for {label(name)}")
+            verb = "compiled" if workload.training else "exported"
+            say(f"{workload.name}: being {verb} for {label(name)}")
             problem = _lines(dict(job, job="export", name=name), plan.threads)[-1].get("error")
             if problem and plan.explicit:
-                raise ValueError(f"{label(name)}: {workload.name} cannot be exported: {problem}")
+                raise ValueError(f"{label(name)}: {workload.name} cannot be {verb}: {problem}")
             if problem:
-                skipped.append(f"{label(name)}: cannot be exported ({problem})")
+                skipped.append(f"{label(name)}: cannot be {verb} ({problem})")
                 say(f"{workload.name}: left out: {skipped[-1]}")
                 continue
         jobs[name] = job | options
@@ -221,7 +224,8 @@ def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: l
                 f"{difference:.1e}, expected less than {agree:.0e}; nothing was timed"
             )
     results = [Result(name, measured["times"][name], differences[name]) for name in jobs]
-    operations = flops.total(workload.config, TASKS[workload.task][0], workload.batch_size)
+    count = flops.training_step if workload.training else flops.total
+    operations = count(workload.config, TASKS[workload.task][0], workload.batch_size)
     return Table(workload, plan.threads, operations, measured["roofs"], results, skipped, plan.dtype)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ops import reference
+from ..ops import backward, reference
 from ..ops.table import ARITHMETIC, ARRAYS, TABLE, names_of
 
 
@@ -29,14 +29,23 @@ def profile(model: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry],
 
     The time not in ops is spent in the model's own Python code: changes of layout and the like.
     """
-    model(x)
+    return _profile(model, model, x, runs)
+
+
+def profile_step(step: Any, x: np.ndarray, runs: int = 5) -> tuple[dict[str, Entry], float]:
+    """The same of a training step (see `training.Step`); an op's backward is an entry of its own."""
+    return _profile(step, step.model, x, runs)
+
+
+def _profile(run: Callable[[np.ndarray], Any], model: Any, x: np.ndarray, runs: int) -> tuple[dict[str, Entry], float]:
+    run(x)
     original, finish = model.ops, _finisher(model)
     entries: dict[str, Entry] = {}
     try:
         model.ops = watched(original, entries, finish)
         start = time.perf_counter()
         for _ in range(runs):
-            model(x)
+            run(x)
         seconds = (time.perf_counter() - start) / runs
     finally:
         model.ops = original
@@ -57,15 +66,26 @@ def _finisher(model: Any) -> Callable[[], None]:
 
 
 def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = lambda: None) -> SimpleNamespace:
-    """The same ops, each call of which adds to `entries` the time until `finish` returns."""
+    """The same ops and their halves for a tape; each call adds to `entries` the time until `finish` returns."""
     table = dict(vars(ops), queued=reference.queued)
-    for name in names_of(ARITHMETIC, ARRAYS):
-        table[name] = _watch(name, table[name], entries, ops.origin[name], finish)
+    for name in (*names_of(ARITHMETIC, ARRAYS), "adamw"):
+        table[name] = _watch(name, table[name], entries, ops.origin[name], finish, operations)
+        for half, count in (("forward", _forward_operations), ("backward", _backward_operations)):
+            full = f"{name}_{half}"
+            origin = ops.backend if full in table else "numpy"
+            function = table.get(full) or getattr(backward, full, None)
+            if function is not None:
+                table[full] = _watch(full, function, entries, origin, finish, count)
     return SimpleNamespace(**table)
 
 
 def _watch(
-    name: str, op: Callable[..., Any], entries: dict[str, Entry], origin: str, finish: Callable[[], None]
+    name: str,
+    op: Callable[..., Any],
+    entries: dict[str, Entry],
+    origin: str,
+    finish: Callable[[], None],
+    count: Callable[..., int],
 ) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -74,7 +94,7 @@ def _watch(
         entry = entries.setdefault(name, Entry(origin))
         entry.seconds += time.perf_counter() - start
         entry.calls += 1
-        entry.operations += operations(name, args, result)
+        entry.operations += count(name, args, result)
         return result
 
     return call
@@ -84,3 +104,13 @@ def operations(name: str, args: tuple[Any, ...], result: Any) -> int:
     """Floating-point operations of the products in one call, by the direct count (see `flops`)."""
     products = TABLE[name].products
     return 0 if products is None else 2 * products(args, result)
+
+
+def _forward_operations(name: str, args: tuple[Any, ...], result: Any) -> int:
+    return operations(name.removesuffix("_forward"), args, result[0])
+
+
+def _backward_operations(name: str, args: tuple[Any, ...], result: Any) -> int:
+    """Two products for each of the forward, whose result had the shape of the cotangent."""
+    g, _, *rest = args
+    return 2 * operations(name.removesuffix("_backward"), tuple(rest), g)

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import gpu, roof
+from . import gpu, roof, training
 from .contestants import export, load
-from .profile import profile
+from .profile import profile, profile_step
 from .workloads import Workload, model_class, pixels
 
 PAUSE = 0.05  # seconds for the threads of one contestant to stop spinning before the next one starts
@@ -65,7 +65,10 @@ def run_once(
     forward = load(name, shape, Path(folder), Path(exports), threads, dtype, device)
     first = forward(x)
     yield {"first_output": list(first.shape)}
-    if time.perf_counter() - start < ONE_RUN:
+    if shape.training:
+        for _ in range(training.STEPS - 1):
+            forward(x)
+    elif time.perf_counter() - start < ONE_RUN:
         forward(x)
     on_device = getattr(forward, "peak_bytes", None)
     yield {"peak_rss_bytes": peak_rss(), "peak_device_bytes": None if on_device is None else on_device()}
@@ -111,8 +114,11 @@ def run_profile(
 ) -> Iterator[dict[str, Any]]:
     """Times the ops of one of minibeit's backends."""
     shape = Workload(**workload)
-    model = model_class(shape.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
-    entries, seconds = profile(model, pixels(shape), runs)
+    if shape.training:
+        entries, seconds = profile_step(training.load(name, shape, Path(folder), 1), pixels(shape), runs)
+    else:
+        model = model_class(shape.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
+        entries, seconds = profile(model, pixels(shape), runs)
     yield {"ops": {op: asdict(entry) for op, entry in entries.items()}, "seconds": seconds}
 
 

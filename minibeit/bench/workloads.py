@@ -29,21 +29,24 @@ TASKS: dict[str, tuple[str, int, int]] = {
     "backbone": ("backbone", 2, 224),
 }
 DIGITS_IMAGE = 32
+TRAINED_IMAGE = {"segmentation": 512}  # where it is another size than in use
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of a table: a task, a model size, an image size, a batch size."""
+    """One row of a table: a task, a model size, an image size, a batch size; a forward pass or a step of training."""
 
     task: str
     size: str
     image_size: int
     batch_size: int
+    training: bool = False
 
     @property
     def name(self) -> str:
         images = "" if self.batch_size == 1 else f" x {self.batch_size}"
-        return f"{self.size} {self.image_size} {self.task}{images}"
+        step = ", a training step" if self.training else ""
+        return f"{self.size} {self.image_size} {self.task}{images}{step}"
 
     @property
     def model(self) -> str:
@@ -69,10 +72,12 @@ class Workload:
         return asdict(self)
 
 
-def make(task: str, size: str, image_size: int | None, batch_size: int) -> Workload:
+def make(task: str, size: str, image_size: int | None, batch_size: int, training: bool = False) -> Workload:
     """The workload, with the task's usual image size if none is given.  Raises ValueError if it is impossible."""
-    usual = DIGITS_IMAGE if size == "digits" else TASKS[task][2]
-    workload = Workload(task, size, image_size or usual, batch_size)
+    usual = (
+        DIGITS_IMAGE if size == "digits" else TRAINED_IMAGE.get(task, TASKS[task][2]) if training else TASKS[task][2]
+    )
+    workload = Workload(task, size, image_size or usual, batch_size, training)
     ph, pw = workload.config.patch_shape
     if workload.image_size % ph or workload.image_size % pw:
         raise ValueError(f"--image-size: expected a multiple of the patch size {ph}, found {workload.image_size}")

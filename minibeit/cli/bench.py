@@ -31,6 +31,7 @@ EXAMPLES = """\
   minibeit bench
   minibeit bench --size large --batch-size 1 8 --against torch,openvino --json times.json
   minibeit bench --suite readme
+  minibeit bench --train --batch-size 8 --against torch,inductor
 """
 TASK_NAMES = ("classification", "mim", "segmentation", "backbone")
 SIZE_NAMES = ("base", "large", "digits")
@@ -43,18 +44,31 @@ SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] =
         ("classification", "large", 224, 1, ("numba", "torch"), 1),
         ("classification", "base", 384, 1, ("numba", "torch"), 0),
         ("segmentation", "base", 640, 1, ("numba", "torch", "openvino"), 1),
-    )
+    ),
+    "training": (
+        ("classification", "base", 224, 8, ("numba", "numba-recompute", "torch", "inductor"), 1),
+        ("mim", "base", 224, 8, ("numba", "numba-recompute", "torch"), 1),
+        ("segmentation", "base", 512, 1, ("numba", "numba-recompute", "torch"), 1),
+    ),
 }
+TRAINED_BATCH = {"segmentation": 1}  # where it is not 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=list(SUITES), help="a whole table at once, as markdown (some minutes)")
+    parser.add_argument(
+        "--train", action="store_true", help="a step of training: forward, loss, backward and AdamW on all parameters"
+    )
     parser.add_argument("--task", choices=TASK_NAMES, default="classification", help="default classification")
     parser.add_argument(
         "--size", choices=SIZE_NAMES, default="base", help="shape of the model (default base; digits is tiny)"
     )
-    parser.add_argument("--image-size", type=positive, metavar="PX", help="default 224, for segmentation 640")
-    parser.add_argument("-b", "--batch-size", type=positive, nargs="+", default=[1], metavar="B", help="default 1")
+    parser.add_argument(
+        "--image-size", type=positive, metavar="PX", help="default 224, for segmentation 640, trained 512"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=positive, nargs="+", metavar="B", help="default 1; trained 8, segmentation 1"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="of every contestant (default: all cores)")
     parser.add_argument(
         "--backend",
@@ -68,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="LIST",
-        help="torch,onnxruntime,openvino or none (default: those that are installed)",
+        help="torch,onnxruntime,openvino, with --train torch,inductor (torch.compile), or none "
+        "(default: those that are installed)",
     )
     parser.add_argument("--repeats", type=positive, metavar="N", help="rounds (default: some 20 s of them)")
     parser.add_argument(
@@ -118,6 +133,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _gpu(args: argparse.Namespace) -> dict[str, str]:
     """{"gpu": description} if a GPU is to be measured.  Raises an error that says why there is none."""
+    if args.train and (args.task == "backbone" or "cupy" in args.backend):
+        raise UsageError("--train measures tasks with a loss (classification, mim, segmentation) on numba and numpy")
     if "cupy" not in args.backend:
         if args.dtype != "float32" or args.device is not None:
             raise UsageError(GPU_OPTIONS)
@@ -157,11 +174,15 @@ def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
     if args.against is not None:
         named = [name.strip() for name in args.against.split(",") if name.strip() not in ("", "none")]
     try:
-        workloads = [make(args.task, args.size, args.image_size, B) for B in args.batch_size]
+        batches = args.batch_size or [TRAINED_BATCH.get(args.task, 8) if args.train else 1]
+        workloads = [make(args.task, args.size, args.image_size, B, args.train) for B in batches]
     except ValueError as error:
         raise UsageError(str(error)) from error
     on_gpu = args.backend == ["cupy"]
-    contestants = (*dict.fromkeys(args.backend), *choose_peers(named, note, on_gpu))
+    own = dict.fromkeys(args.backend)
+    if args.train and "numba" in own:
+        own["numba-recompute"] = None
+    contestants = (*own, *choose_peers(named, note, on_gpu, args.train))
     starts = 5 if args.cold_start else 1
     plan = Plan(
         contestants, _threads(args), args.repeats, starts, named is not None, dtype=args.dtype, device=args.device
@@ -170,15 +191,17 @@ def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
 
 
 def _suite(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
-    from ..bench.contestants import BACKENDS
+    from ..bench.contestants import PEERS
     from ..bench.measure import Plan, choose_peers
     from ..bench.workloads import make
 
-    peers = choose_peers(None, note)
+    trained = args.suite == "training"
+    peers = choose_peers(None, note, in_training=trained)
     races = []
     for task, size, image, batch, names, starts in SUITES[args.suite]:
-        contestants = tuple(name for name in names if name in BACKENDS or name in peers)
-        races.append((make(task, size, image, batch), Plan(contestants, _threads(args), args.repeats, starts)))
+        contestants = tuple(name for name in names if name not in PEERS or name in peers)
+        workload = make(task, size, image, batch, trained)
+        races.append((workload, Plan(contestants, _threads(args), args.repeats, starts)))
     return races
 
 

@@ -313,6 +313,7 @@ class Ops(Protocol):
 
     @op(
         backends=FAST,
+        backwards=CPU,
         shape=lambda x, layer: _convolved(x, layer.conv),
         products=_conv_products,
         error_budget=WINOGRAD,
@@ -321,6 +322,7 @@ class Ops(Protocol):
 
     @op(
         backends=FAST,
+        backwards=CPU,
         shape=lambda maps, layer, size: (maps[0].shape[0], layer.conv.weight.shape[0], *size),
         products=lambda args, result: result.size * sum(x.shape[1] for x in args[0]) * _taps(args[1]),
         error_budget=WINOGRAD,
@@ -328,11 +330,19 @@ class Ops(Protocol):
     def conv_bn_relu_resized(self, maps: Sequence[Array], layer: Any, size: tuple[int, int]) -> Array: ...
 
     @op(  # each pixel of the result is one product over the channels
-        backends=FAST, shape=_conv_transposed, products=lambda args, result: result.size * args[0].shape[1]
+        backends=FAST,
+        backwards=CPU,
+        shape=_conv_transposed,
+        products=lambda args, result: result.size * args[0].shape[1],
     )
     def conv_transpose(self, x: Array, deconv: Any) -> Array: ...
 
-    @op(backends=FAST, shape=_conv_transposed, products=lambda args, result: result.size * args[0].shape[1])
+    @op(
+        backends=FAST,
+        backwards=CPU,
+        shape=_conv_transposed,
+        products=lambda args, result: result.size * args[0].shape[1],
+    )
     def conv_transpose_bn_gelu(self, x: Array, deconv: Any, bn: Any) -> Array: ...
 
     @op(backends=FAST, shape=lambda x: (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
@@ -344,7 +354,7 @@ class Ops(Protocol):
     @op(backends=FAST, shape=lambda x, size: _resized(x, (size, size)))
     def adaptive_avg_pool(self, x: Array, size: int) -> Array: ...
 
-    @op(backends=FAST, shape=_resized)
+    @op(backends=FAST, backwards=CPU, shape=_resized)
     def resize_bilinear(self, x: Array, size: tuple[int, int]) -> Array: ...
 
     @op(backends=GPU, shape=_resized)
@@ -363,7 +373,7 @@ class Ops(Protocol):
 
     # Losses
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=FAST, backwards=CPU, shape=_scalar)
     def cross_entropy(self, logits: Array, labels: Array, ignore_index: int, smoothing: float = 0.0) -> Array: ...
 
     @op(backends=GPU, shape=_scalar)

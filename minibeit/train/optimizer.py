@@ -77,7 +77,7 @@ class AdamW:
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
         self.betas, self.eps = betas, eps
-        self._ops, self._num_threads = model.ops, model.num_threads
+        self.ops, self._num_threads = model.ops, model.num_threads
         named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
@@ -105,7 +105,7 @@ class AdamW:
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"learning rate: expected a number of at least 0, found {rate}")
         named = flatten(grads)
-        with self._ops.num_threads(self._num_threads):
+        with self.ops.num_threads(self._num_threads):
             for i, slot in enumerate(self.slots):
                 gradient = named.get(slot.name)
                 if gradient is not None:
@@ -114,7 +114,7 @@ class AdamW:
 
     def _update(self, slot: Slot, g: np.ndarray, rate: float, t: int) -> None:
         w, m, v = (vector[slot.start : slot.stop] for vector in (self.weights, self.mean, self.square))
-        self._ops.adamw(w, g, m, v, (rate, slot.decay, self.betas, self.eps), t)
+        self.ops.adamw(w, g, m, v, (rate, slot.decay, self.betas, self.eps), t)
 
 
 def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:

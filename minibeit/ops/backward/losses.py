@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,9 +25,13 @@ __all__ = [
 
 
 def cross_entropy_forward(
-    logits: np.ndarray, labels: np.ndarray, ignore_index: int, smoothing: float = 0.0
+    logits: np.ndarray,
+    labels: np.ndarray,
+    ignore_index: int,
+    smoothing: float = 0.0,
+    sums: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n, K), (n,) -> (), (n,)
-    """Cross-entropy, and log sum exp of each row.
+    """Cross-entropy, and log sum exp of each row, computed by `sums` in place of `log_sum_exp` if given.
 
     With `smoothing` s the target of a row is 1 - s for its label plus s / K for every class.  The mean goes over the
     labels that are not `ignore_index`; NaN if there are none.  Raises ValueError for a label outside 0 to K - 1.
@@ -38,7 +42,7 @@ def cross_entropy_forward(
     if not (inside | ~counted).all():
         wrong = labels[counted & ~inside][0]
         raise ValueError(f"labels: expected class numbers 0 to {K - 1} (or {ignore_index} to ignore), found {wrong}")
-    log_sums = log_sum_exp(logits)
+    log_sums = log_sum_exp(logits) if sums is None else sums(logits)
     if not counted.any():
         return np.array(np.nan, logits.dtype), log_sums
     own = np.take_along_axis(logits, np.where(counted, labels, 0)[:, None], 1)[:, 0]

@@ -37,6 +37,7 @@ __all__ = [
 
 PLACES = (0, 2, 3)  # the axes of a map over which a channel is summed
 Reduce = Callable[[np.ndarray], np.ndarray]  # adds an array up over all workers; for one worker the identity
+ChannelSums = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # as `channel_sums`
 
 
 # Convolutions -------------------------------------------------------------------------------------------------------
@@ -112,13 +113,18 @@ class Moments:
     reduce: Reduce | None = None
 
 
-def batch_moments(x: np.ndarray, reduce: Reduce) -> Moments:  # (B, C, h, w)
+def channel_sums(x: np.ndarray, mean: np.ndarray | None) -> np.ndarray:  # (B, C, h, w), (C,) -> (C,)
+    """The sum of each channel, or of the squares of its distance from a mean; in float64."""
+    if mean is None:
+        return x.sum(PLACES, dtype=np.float64)
+    return np.square(x - mean[:, None, None]).sum(PLACES)  # float64, as `mean` is
+
+
+def batch_moments(x: np.ndarray, reduce: Reduce, sums: ChannelSums = channel_sums) -> Moments:  # (B, C, h, w)
     """Mean and mean square deviation of every channel over the batches of all workers, in float64."""
-    here = np.append(x.sum(PLACES, dtype=np.float64), x.size / x.shape[1])
-    *sums, count = reduce(here)
-    mean = np.asarray(sums) / count
-    squares = np.square(x - mean[:, None, None]).sum(PLACES)  # float64, as `mean` is
-    return Moments(mean, reduce(squares) / count, float(count), reduce)
+    *totals, count = reduce(np.append(sums(x, None), x.size / x.shape[1]))
+    mean = np.asarray(totals) / count
+    return Moments(mean, reduce(sums(x, mean)) / count, float(count), reduce)
 
 
 class BatchStatistics:
@@ -134,9 +140,9 @@ class BatchStatistics:
         self.momentum = momentum
         self._seen: list[tuple[BatchNorm, Moments]] = []
 
-    def moments(self, x: np.ndarray, bn: BatchNorm) -> Moments:  # (B, C, h, w)
+    def moments(self, x: np.ndarray, bn: BatchNorm, sums: ChannelSums = channel_sums) -> Moments:  # (B, C, h, w)
         """The statistics of this batch.  Raises ValueError for a single value per channel, which has no spread."""
-        found = batch_moments(x, self.reduce)
+        found = batch_moments(x, self.reduce, sums)
         if found.count is None or found.count < 2:
             raise ValueError(
                 f"batch norm: expected more than one value per channel to take statistics of, found a map of shape "

@@ -11,6 +11,7 @@ memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels
 guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gradients.py, backward.py   what the backward of an op needs, and those backwards
+map_arguments.py, map_gradients.py, backward_maps.py, losses.py   the same for maps, and for losses
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   these call the kernels;   ops.py   the ops
 """
 
@@ -26,6 +27,8 @@ COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 if COMPILED:
     from .backward import *
+    from .backward_maps import *
+    from .losses import *
     from .ops import *
     from .optimizer import adamw
     from .prepare import prepare

@@ -153,13 +153,14 @@ NEAR, FAR = 11 / 16, 3 / 2
 
 TRANSFORM_WEIGHT = Arguments(
     operands=(
-        "weight",  # (out, channels, 3, 3), the last two axes contiguous
+        "weight",  # (out, channels, 3, 3), the nine taps contiguous in this or the reverse order
         "scale",  # `out` factors
         "panels",  # the result: (POINTS, ceil(out / NR), channels, NR)
     ),
     numbers=(
         "out_bytes",  # between output channels of the weight
         "in_bytes",  # between input channels of the weight
+        "tap_bytes",  # between taps of the weight: 4, or -4 from the last one on
         "out",
         "channels",
     ),
@@ -168,7 +169,7 @@ TRANSFORM_WEIGHT = Arguments(
 TRANSFORM_INPUT = Arguments(
     operands=(
         "x",  # the map (images, height, width, channels)
-        "v",  # the result: (POINTS, tiles, channels)
+        "v",  # the result: (POINTS, tiles, channels), or for each point panels of NR channels
     ),
     numbers=(
         "pixel_bytes",  # of the map
@@ -178,6 +179,7 @@ TRANSFORM_INPUT = Arguments(
         "width",
         "channels",
         "tile_bytes",  # between tiles of v
+        "panel_bytes",  # between panels of NR channels of a tile; 4 * NR if they are contiguous
         "point_bytes",  # between points of v
         "relu",  # 1: negative elements of the map are taken for 0
         "first_tile",  # of the whole map, the one that task 0 transforms
@@ -375,4 +377,34 @@ ADAMW = Arguments(
         "factors",  # seven elements, see `optimizer.adamw`
     ),
     numbers=("count",),
+)
+
+LOSS_ROWS = 64  # per task of LOG_SUMS and SOFTMAX_GRADIENT
+
+LOG_SUMS = Arguments(
+    operands=(
+        "logits",  # (count, width)
+        "largest",  # the results: the largest element of each row
+        "sums",  # and the sum of exp(element - largest)
+    ),
+    numbers=(
+        "row_bytes",  # between rows
+        "count",
+        "width",
+    ),
+)
+
+SOFTMAX_GRADIENT = Arguments(
+    operands=(
+        "logits",  # (count, width)
+        "log_sums",  # one element for each row: log of the sum of exp(element)
+        "rests",  # one element for each row: what is missing there to more digits
+        "factors",  # one element for each row; rows of factor 0 get zeros
+        "y",  # the result: exp(logits - log_sums) times the factors, (count, width), contiguous
+    ),
+    numbers=(
+        "row_bytes",  # between rows of the logits
+        "count",
+        "width",
+    ),
 )

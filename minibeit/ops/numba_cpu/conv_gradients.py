@@ -12,10 +12,10 @@ import numpy as np
 
 from .convs import image_slices, windows_of
 from .gradients import column_panels, input_gradient, turned, weight_gradient
+from .map_gradients import convolution_input_gradient
 from .maps import to_channels_first, to_channels_last
 from .memory import padded
 from .target import LANES, NR
-from .winograd import After, convolve, pack_winograd
 
 
 def conv_gradients(
@@ -46,10 +46,7 @@ def _input(g: np.ndarray, weight: np.ndarray) -> np.ndarray:  # (B, h, w, out) -
     if kh == kw == 1:
         return input_gradient(g, weight.reshape(out, C))
     if (kh, kw) == (3, 3) and out % LANES == 0 and C % LANES == 0:
-        around = np.ascontiguousarray(weight[:, :, ::-1, ::-1].transpose(1, 0, 2, 3))  # (C, out, 3, 3)
-        dx = padded((B, h, w, C))
-        convolve(g, pack_winograd(around, np.ones(C, np.float32)), np.zeros(C, np.float32), After(), dx)
-        return dx
+        return convolution_input_gradient(g, weight)
     matrix = np.ascontiguousarray(weight.transpose(0, 2, 3, 1)).reshape(out, -1)
     dx = np.zeros((B, h + kh - 1, w + kw - 1, C), np.float32)
     for images in image_slices(B, h * w * kh * kw * C):

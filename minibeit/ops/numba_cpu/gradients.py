@@ -70,10 +70,20 @@ def input_gradient(
     return gemm.product(g, layer) if onto is None else gemm.product(g, layer, RESIDUAL, None, onto)
 
 
-def weight_gradient(g: Turned, panels: np.ndarray, columns: int, shift: int = 0) -> np.ndarray:  # -> (out, columns)
-    """g^T x from g turned and x in `column_panels`; row r of g meets row r + `shift` of x where there is one."""
+def weight_gradient(
+    g: Turned,
+    panels: np.ndarray,
+    columns: int,
+    shift: int = 0,
+    into: np.ndarray | None = None,
+    accumulate: bool = False,
+) -> np.ndarray:  # -> (out, columns)
+    """g^T x from g turned and x in `column_panels`, written `into` an array or added to it (`columns` whole panels).
+
+    Row r of g meets row r + `shift` of x where there is one.
+    """
     out, steps = g.shape
-    dw = aligned((out, columns))
+    dw = aligned((out, columns)) if into is None else into
     c, b, bias = operand(dw), operand(panels), operand(padded_bias(None, columns))
     layout = gemm.row_layout(out, panels.shape[0], 4 * columns, get_num_threads())
     begin, common = max(0, -shift), steps - abs(shift)
@@ -90,8 +100,8 @@ def weight_gradient(g: Turned, panels: np.ndarray, columns: int, shift: int = 0)
         )
         gemm.run_products(
             1, operands, x_bytes=g.row_bytes, count=out, steps=last - first, out=columns, y_bytes=4 * columns,
-            mode=PLAIN, residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS, accumulate=int(part > 0),
-            **layout,
+            mode=PLAIN, residual_bytes=0, panel_bytes=4 * NR * steps, steps_per_sum=STEPS,
+            accumulate=int(part > 0 or accumulate), **layout,
         )  # fmt: skip
     return dw
 

@@ -60,16 +60,16 @@ def conv_1x1(x: np.ndarray, layer: PackedLinear, relu: bool) -> np.ndarray:
     return to_channels_first(gemm.product(to_channels_last(x), layer, RELU if relu else PLAIN))
 
 
-def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int]) -> np.ndarray:
-    """max(0, conv + bias) of maps enlarged to `size`, each map with its own part of the layer."""
+def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int], relu: bool = True) -> np.ndarray:
+    """conv + bias, and max(0, ) of it with `relu`, of maps enlarged to `size`, each with its own part of the layer."""
     y = padded((maps[0].shape[0], *size, layer.out))
     for i, (x, part) in enumerate(zip(maps, layer.parts, strict=True)):
-        bias, relu = layer.bias if i == 0 else None, i == len(maps) - 1
+        bias, cut = layer.bias if i == 0 else None, relu and i == len(maps) - 1
         if isinstance(part, PackedWinograd):
             same_size = x if x.shape[2:] == size else resize(x, size)
-            convolve(to_channels_last(same_size), part, bias, After(relu), y)
+            convolve(to_channels_last(same_size), part, bias, After(cut), y)
         else:
-            convolve_enlarged(to_channels_last(x), part, bias, relu, y)
+            convolve_enlarged(to_channels_last(x), part, bias, cut, y)
     return to_channels_first(y)
 
 
@@ -92,15 +92,17 @@ def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndar
 
 def can_resize(x: np.ndarray) -> bool:
     """Whether `resize` serves this map."""
-    return x.dtype == np.float32 and x.shape[1] % LANES == 0 and x.size > 0
+    return x.dtype == np.float32 and x.size > 0
 
 
 def resize(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear, for a number of channels that is a multiple of LANES."""
-    source = to_channels_last(x)
-    y = padded((x.shape[0], *size, x.shape[1]))
+    """Bilinear; channels that fill no whole vector are filled up."""
+    source, C = to_channels_last(x), x.shape[1]
+    if C % LANES:
+        source = np.pad(source, ((0, 0), (0, 0), (0, 0), (0, -C % LANES)))
+    y = padded((x.shape[0], *size, source.shape[3]))
     enlarge_into(y, source)
-    return to_channels_first(y)
+    return to_channels_first(y)[:, :C]
 
 
 def max_pool(x: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...params import Attention, Conv, LayerNorm, Linear, ReluConv
+from ...params import Attention, Conv, ConvTranspose, LayerNorm, Linear, ReluConv
 from .. import reference
 from ..activations import ACTIVATIONS
 from ..table import TABLE
@@ -31,7 +31,7 @@ from .maps import (
 from .norm import PackedNorm, layer_norm_rows
 from .operands import contiguous
 from .pack import PackedLinear
-from .prepare import PackedAttention, is_float32, pack_linear, pack_map_conv
+from .prepare import PackedAttention, is_float32, pack_deconv, pack_linear, pack_map_conv
 from .queue import flush, synchronous
 from .target import SHORT_SUM
 
@@ -172,6 +172,8 @@ def conv_bn_relu_resized(
 @synchronous
 def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose`."""
+    if isinstance(deconv, ConvTranspose) and is_float32(x) and x.size:
+        deconv = pack_deconv(deconv, None, False)
     if not isinstance(deconv, PackedDeconv):
         return reference.conv_transpose(x, deconv)
     return conv_transpose_2x2(x, deconv, PLAIN)
@@ -205,7 +207,7 @@ def adaptive_avg_pool(x: np.ndarray, size: int) -> np.ndarray:  # (B, C, h, w) -
 
 @synchronous
 def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, C, h, w) -> (B, C, *size)
-    """See `reference.resize_bilinear`; fast for a number of channels that fills whole vectors."""
+    """See `reference.resize_bilinear`."""
     return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
 
 

@@ -130,10 +130,10 @@ def pack_map_conv(layer: Conv | ReluConv, keep_source: bool) -> Any:
 
 def _pack_pyramid(p: FeaturePyramid, keep_source: bool) -> FeaturePyramid:
     return FeaturePyramid(
-        deconv1=_pack_deconv(p.deconv1, p.bn, keep_source),
+        deconv1=pack_deconv(p.deconv1, p.bn, keep_source),
         bn=p.bn,  # already in deconv1
-        deconv2=_pack_deconv(p.deconv2, None, keep_source),
-        deconv3=_pack_deconv(p.deconv3, None, keep_source),
+        deconv2=pack_deconv(p.deconv2, None, keep_source),
+        deconv3=pack_deconv(p.deconv3, None, keep_source),
     )
 
 
@@ -141,10 +141,10 @@ def _pack_head(p: UperHead, keep_source: bool) -> UperHead:
     """1x1 convolutions as linear layers; 3x3 ones by Winograd for maps of full size, by taps for enlarged ones."""
     return UperHead(
         psp_modules=tuple(_pack_conv_1x1(layer, keep_source) for layer in p.psp_modules),
-        psp_bottleneck=_pack_conv_3x3(p.psp_bottleneck, keep_source, full_size_parts=0),
+        psp_bottleneck=pack_conv_3x3(p.psp_bottleneck, keep_source, full_size_parts=0),
         lateral_convs=tuple(_pack_conv_1x1(layer, keep_source) for layer in p.lateral_convs),
-        fpn_convs=tuple(_pack_conv_3x3(layer, keep_source, full_size_parts=1) for layer in p.fpn_convs),
-        fpn_bottleneck=_pack_conv_3x3(p.fpn_bottleneck, keep_source, full_size_parts=1),
+        fpn_convs=tuple(pack_conv_3x3(layer, keep_source, full_size_parts=1) for layer in p.fpn_convs),
+        fpn_bottleneck=pack_conv_3x3(p.fpn_bottleneck, keep_source, full_size_parts=1),
         classifier=pack_linear([p.classifier], keep_source),
     )
 
@@ -172,7 +172,7 @@ def _pack_conv_1x1(layer: ConvBatchNorm, keep_source: bool) -> Any:
     return PackedLinear(panels, padded_bias(bias, out), out, layer if keep_source else None)
 
 
-def _pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int) -> Any:
+def pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int) -> Any:
     """Parts of `out` input channels each, one for every map that comes in; the first few see maps of full size."""
     weight, bn = layer.conv.weight, layer.bn
     out, channels = weight.shape[:2]
@@ -188,7 +188,8 @@ def _pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int
     return PackedConv(tuple(parts), aligned_copy(bias), layer if keep_source else None)
 
 
-def _pack_deconv(layer: ConvTranspose, bn: BatchNorm | None, keep_source: bool) -> Any:
+def pack_deconv(layer: ConvTranspose, bn: BatchNorm | None, keep_source: bool) -> Any:
+    """The four corners of a 2x2 transposed convolution with `bn` folded in; the layer itself if it is not float32."""
     weight = layer.weight
     if not is_float32(weight, layer.bias, *_arrays(bn)):
         return layer

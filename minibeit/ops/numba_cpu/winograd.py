@@ -59,11 +59,13 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
     panels = aligned((POINTS, -(-out // NR), channels, NR))
     if isinstance(weight, Hollow):
         return PackedWinograd(panels, out)
-    if weight.strides[2:] != (12, 4):
+    if weight.strides[2:] not in ((12, 4), (-12, -4)):
         weight = np.ascontiguousarray(weight)
     operands = TRANSFORM_WEIGHT.operands(weight=operand(weight), scale=operand(scale), panels=operand(panels))
-    out_bytes, in_bytes = weight.strides[:2]
-    numbers = TRANSFORM_WEIGHT.numbers(out_bytes=out_bytes, in_bytes=in_bytes, out=out, channels=channels)
+    out_bytes, in_bytes, _, tap_bytes = weight.strides
+    numbers = TRANSFORM_WEIGHT.numbers(
+        out_bytes=out_bytes, in_bytes=in_bytes, tap_bytes=tap_bytes, out=out, channels=channels
+    )
     run(_transform_weight, panels.shape[1], operands, numbers, 6 * 3 * 4)
     return PackedWinograd(panels, out)
 
@@ -100,7 +102,8 @@ def convolve(
             TRANSFORM_INPUT.operands(x=source, v=tiles_in),
             TRANSFORM_INPUT.numbers(
                 pixel_bytes=x.strides[2], row_bytes=x.strides[1], image_bytes=x.strides[0], height=h, width=w,
-                channels=C, tile_bytes=v.strides[1], point_bytes=v.strides[0], relu=int(relu_before), first_tile=first,
+                channels=C, tile_bytes=v.strides[1], panel_bytes=4 * NR, point_bytes=v.strides[0],
+                relu=int(relu_before), first_tile=first,
             ),
             (POINTS + 6) * _VECTOR,
         )  # fmt: skip
@@ -126,3 +129,16 @@ def convolve(
             ),
             30 * _VECTOR,
         )  # fmt: skip
+
+
+def transformed_panels(x: np.ndarray, first: int, tiles: int) -> np.ndarray:  # -> (POINTS, C / NR, tiles, NR)
+    """Tiles `first` and on of a map (B, h, w, C), transformed, in panels of NR channels, which fill whole ones."""
+    h, w, C = x.shape[1:]
+    v = aligned((POINTS, C // NR, tiles, NR))
+    numbers = TRANSFORM_INPUT.numbers(
+        pixel_bytes=x.strides[2], row_bytes=x.strides[1], image_bytes=x.strides[0], height=h, width=w, channels=C,
+        tile_bytes=4 * NR, panel_bytes=v.strides[1], point_bytes=v.strides[0], relu=0, first_tile=first,
+    )  # fmt: skip
+    operands = TRANSFORM_INPUT.operands(x=operand(x), v=operand(v))
+    run(_transform_input, tiles, operands, numbers, (POINTS + 6) * _VECTOR)
+    return v

@@ -250,6 +250,12 @@ def _emit_first_lanes(builder, value, count, others):
     return builder.select(inside, value, others)
 
 
+def _emit_where_positive(builder, test, value):
+    """`value` where `test` > 0, else 0."""
+    zeros = ir.Constant(FLOATS, None)
+    return builder.select(builder.fcmp_ordered(">", test, zeros), value, zeros)
+
+
 def _emit_sqrt(builder, x):
     kind = ir.FunctionType(F32, [F32])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.f32"), [x])
@@ -266,6 +272,7 @@ load_float = vector_intrinsic((types.intp,), types.float32, _emit_load_f32)
 store_float = vector_intrinsic((types.intp, types.float32), types.void, _emit_store_f32)
 transpose = vector_intrinsic((*(types.intp,) * 4, vector), types.void, _emit_transpose)
 first_lanes = vector_intrinsic((vector, types.intp, vector), vector, _emit_first_lanes)
+where_positive = vector_intrinsic((vector, vector), vector, _emit_where_positive)
 sqrt = vector_intrinsic((types.float32,), types.float32, _emit_sqrt)
 root = vector_intrinsic((vector,), vector, lambda builder, v: call_ir(builder, "sqrt", v))
 divide = vector_intrinsic((vector, vector), vector, lambda builder, a, b: builder.fdiv(a, b))
