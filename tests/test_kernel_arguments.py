@@ -15,7 +15,7 @@ from minibeit.ops import numba_cpu
 if not numba_cpu.COMPILED:
     pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
 
-from minibeit.ops.numba_cpu import arguments, machine_code, map_arguments
+from minibeit.ops.numba_cpu import arguments, halves, machine_code, map_arguments  # noqa: F401  (halves has kernels)
 from minibeit.ops.numba_cpu.arguments import Arguments
 
 FOLDER = Path(arguments.__file__).parent

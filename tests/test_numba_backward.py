@@ -14,8 +14,8 @@ from tolerances import BACKWARD32, EPS32, REMAINDER
 
 from minibeit import BeitForImageClassification, BeitForMaskedImageModeling, BeitForSemanticSegmentation
 from minibeit.noise import Noise
-from minibeit.ops import PositionBias, backward, get_ops, numba_cpu, reference
-from minibeit.ops.numba_cpu import convs, pool
+from minibeit.ops import PositionBias, backward, get_ops, reference
+from minibeit.ops.numba_cpu import convs, halves, pool
 from minibeit.ops.table import fast_backwards
 from minibeit.params import Attention, Conv, LayerNorm, Linear, ReluConv, flatten, table_rows
 from minibeit.train.gradients import value_and_grad
@@ -56,7 +56,7 @@ def check(name, g, saved, *args, tolerance=BACKWARD32, **options):
     threads."""
     before = mapped((g, saved, args), np.copy)
     fast = getattr(OPS, f"{name}_backward")
-    assert fast is getattr(numba_cpu, f"{name}_backward")
+    assert fast is getattr(halves, f"{name}_backward")
     wide = mapped((g, saved, args), np.float64)
     expected = arrays(getattr(backward, f"{name}_backward")(wide[0], wide[1], *wide[2], **options))
     results = []
@@ -283,7 +283,7 @@ def test_every_fast_backward_of_the_table_is_there():
     names = fast_backwards("numba")
     assert "linear" in names
     for name in names:
-        assert getattr(OPS, f"{name}_backward") is getattr(numba_cpu, f"{name}_backward")
+        assert getattr(OPS, f"{name}_backward") is getattr(halves, f"{name}_backward")
     only = get_ops("numba", only=["linear"])
     assert hasattr(only, "linear_backward") and not hasattr(only, "linear_residual_backward")
     assert not hasattr(get_ops("numpy"), "linear_backward")

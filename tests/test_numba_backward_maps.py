@@ -12,9 +12,9 @@ from test_numba_backward import OPS, arrays, check, mapped, normal
 from tolerances import BACKWARD32, EPS32, WINOGRAD_BACKWARD32
 
 from minibeit import BeitForSemanticSegmentation
-from minibeit.ops import backward, numba_cpu, reference
+from minibeit.ops import backward, reference
 from minibeit.ops.backward.maps import BatchStatistics, Moments
-from minibeit.ops.numba_cpu import pool
+from minibeit.ops.numba_cpu import halves, pool
 from minibeit.ops.numba_cpu.backward_maps import Kept
 from minibeit.ops.numba_cpu.target import NR
 from minibeit.params import BatchNorm, Conv, ConvBatchNorm, ConvTranspose, flatten
@@ -152,7 +152,7 @@ def test_what_the_kernels_do_not_serve_is_numpys():
     assert np.array_equal(made, plain) and not isinstance(saved, Kept)
     found, truth = OPS.conv_bn_relu_backward(g, saved, x, layer), backward.conv_bn_relu_backward(g, saved, x, layer)
     assert all(map(np.array_equal, arrays(found), arrays(truth)))
-    assert OPS.conv_bn_relu_backward is numba_cpu.conv_bn_relu_backward
+    assert OPS.conv_bn_relu_backward is halves.conv_bn_relu_backward
 
 
 @pytest.mark.parametrize("n, K", [(1, 2), (70, 16), (129, 150), (300, 7)])

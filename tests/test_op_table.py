@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,3 +63,14 @@ def test_shapes_are_those_of_the_results():
     assert TABLE["mean_patches"].shape(x) == ops.mean_patches(x).shape
     assert TABLE["add"].shape(x, x[:1]) == ops.add(x, x[:1]).shape
     assert TABLE["concatenate"].shape([x[:1, :1], x], 1) == ops.concatenate([x[:1, :1], x], 1).shape
+
+
+def test_inference_does_not_import_what_only_training_needs():
+    code = (
+        "import sys, numpy as np; from minibeit import BeitConfig, BeitModel;"
+        "sizes = dict(image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2);"
+        "BeitModel(BeitConfig(**sizes, intermediate_size=8), backend='numba')(np.zeros((1, 3, 8, 8), np.float32));"
+        "print([name for name in sys.modules if name.endswith(('backward_maps', 'halves', 'minibeit.tape'))])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -72,8 +72,9 @@ def watched(ops: Any, entries: dict[str, Entry], finish: Callable[[], None] = la
         table[name] = _watch(name, table[name], entries, ops.origin[name], finish, operations)
         for half, count in (("forward", _forward_operations), ("backward", _backward_operations)):
             full = f"{name}_{half}"
-            origin = ops.backend if full in table else "numpy"
-            function = table.get(full) or getattr(backward, full, None)
+            own = getattr(ops, full, None)
+            origin = ops.backend if own is not None else "numpy"
+            function = own or getattr(backward, full, None)
             if function is not None:
                 table[full] = _watch(full, function, entries, origin, finish, count)
     return SimpleNamespace(**table)

@@ -41,6 +41,15 @@ class _Namespace(SimpleNamespace):
     def __reduce__(self) -> tuple[Any, ...]:
         return get_ops, self.choice
 
+    def __getattr__(self, name: str) -> Any:
+        """The fast `NAME_forward` and `NAME_backward` of fast ops: imported when a tape asks, not for inference."""
+        op, _, half = name.rpartition("_")
+        if half in ("forward", "backward") and op in fast_backwards(self.backend) and self.origin[op] == self.backend:
+            module = import_module(f".{BACKENDS[self.backend]}.halves", __package__)
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"the ops have no {name}")
+
 
 def get_ops(
     backend: str | None = None,
@@ -72,7 +81,6 @@ def get_ops(
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
-        ops |= _halves(backend, fast, origin)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
@@ -84,13 +92,6 @@ def _wanted(backend: str, only: Iterable[str] | None) -> set[str]:
     if unknown:
         raise ValueError(f"only: backend {backend} has no op named {', '.join(sorted(unknown))}")
     return wanted
-
-
-def _halves(backend: str, fast: Any, origin: dict[str, str]) -> dict[str, Callable[..., Any]]:
-    """The fast `NAME_forward` and `NAME_backward`, for a tape, of the ops that are fast."""
-    names = [name for name in fast_backwards(backend) if origin[name] == backend]
-    halves = [f"{name}_{half}" for name in names for half in ("forward", "backward")]
-    return {half: getattr(fast, half) for half in halves if hasattr(fast, half)}
 
 
 def _beside_fast_ops(

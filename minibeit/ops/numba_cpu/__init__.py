@@ -11,7 +11,8 @@ memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels
 guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
 gradients.py, backward.py   what the backward of an op needs, and those backwards
-map_arguments.py, map_gradients.py, backward_maps.py, losses.py   the same for maps, and for losses
+map_arguments.py, map_gradients.py, conv_gradients.py, backward_maps.py, losses.py   the same for maps, and for losses
+halves.py             all of those halves for a tape, which imports them when a training begins
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   these call the kernels;   ops.py   the ops
 """
 
@@ -26,9 +27,7 @@ from typing import Any
 COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 if COMPILED:
-    from .backward import *
-    from .backward_maps import *
-    from .losses import *
+    from .losses import cross_entropy
     from .ops import *
     from .optimizer import adamw
     from .prepare import prepare
@@ -50,6 +49,7 @@ def warmup() -> float:
     """Compiles every kernel that is not on disk yet, loads the others; the seconds that it took."""
     start = time.perf_counter()
     if COMPILED:
+        from . import halves
         from .machine_code import ALL
 
         for kernel in ALL:

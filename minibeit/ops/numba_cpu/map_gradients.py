@@ -143,7 +143,7 @@ def convolution_weight_gradient(g: np.ndarray, x: np.ndarray) -> np.ndarray:  # 
         tiles = min(_TILES, total - first)
         panels, m = transformed_panels(x, first, tiles), _transformed_cotangent(g, first, tiles)
         for point in range(POINTS):
-            weight_gradient(turned(m[point]), panels[point], C, u[point], accumulate=first > 0)
+            weight_gradient(turned(m[point]), panels[point], C, into=u[point], accumulate=first > 0)
     dw = aligned((out, C, 3, 3))
     operands = TRANSFORM_WEIGHT_GRADIENT.operands(u=operand(u), weight=operand(dw))
     numbers = TRANSFORM_WEIGHT_GRADIENT.numbers(point_bytes=u.strides[0], out_bytes=dw.strides[0], channels=C)
