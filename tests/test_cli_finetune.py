@@ -355,6 +355,10 @@ def test_the_example_of_the_guide_runs(capsys, model, tmp_path, monkeypatch):
 
 def test_the_options_that_the_guide_names_exist():
     text = (Path(__file__).resolve().parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
-    known = {option for action in _parser("finetune")._subparsers._group_actions[0].choices["finetune"]._actions
-             for option in action.option_strings}  # fmt: skip
+    known = {
+        option
+        for command in ("finetune", "bench")
+        for action in _parser(command)._subparsers._group_actions[0].choices[command]._actions
+        for option in action.option_strings
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
