@@ -311,7 +311,7 @@ def test_what_is_there_is_not_overwritten(capsys, data, model, tmp_path):
     code, _, err = run(capsys, *words[:4], "-o", tmp_path / "none", "--resume", *QUICK)
     assert code == 1 and "no stopped training here" in err and not (tmp_path / "none").exists()
     code, _, err = run(capsys, "finetune", data, "-m", model, "-o", model, *QUICK, "--overwrite")
-    assert code == 2 and "this is the checkpoint to start from" in err
+    assert code == 2 and "holds what --model names, which is not overwritten" in err
 
 
 def test_split_is_by_class_and_seed(data):

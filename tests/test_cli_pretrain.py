@@ -11,7 +11,7 @@ import pytest
 from cli_helpers import run
 from training_data import class_folders
 
-from minibeit import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling
+from minibeit import BeitConfig, BeitForImageClassification, BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.cli import _parser
 from minibeit.tokenizer.config import DalleTokenizerConfig
 from minibeit.tokenizer.tokenizer import DalleTokenizer
@@ -112,6 +112,44 @@ def test_a_tokenizer_s_size_must_fit_its_tokens(capsys, data, tmp_path):
     options = ("--groups", 3, "--width", 8, "--codes", 10, "--image-size", 18)
     code, _, err = run(capsys, "dvae", data, "-o", tmp_path / "o", *options, *QUICK)
     assert code == 1 and "expected multiples of 4" in err and not (tmp_path / "o").exists()
+
+
+def test_outputs_never_replace_what_is_read(capsys, data, tokens, config, tmp_path):
+    before = (tokens / "model.safetensors").read_bytes()
+    words = ("--tokenizer", tokens, "--config", config, *QUICK)
+    code, _, err = run(capsys, "pretrain", data, *words, "-o", tokens, "--overwrite")
+    assert code == 2 and "holds what --tokenizer names" in err
+    code, _, err = run(capsys, "pretrain", data, *words, "-o", config, "--overwrite")
+    assert code == 2 and "holds what --config names" in err
+    code, _, err = run(capsys, "pretrain", data, *words, "-o", data / "red" / "out")
+    assert code == 2 and "within the images to learn from" in err
+    assert (tokens / "model.safetensors").read_bytes() == before and not (data / "red" / "out").exists()
+
+
+def test_overwriting_leaves_nothing_of_the_model_before(capsys, data, tokens, config, tmp_path, monkeypatch):
+    output = tmp_path / "o"
+    BeitForImageClassification(BeitConfig(**CONFIG), backend="numpy").save_pretrained(output)
+    (output / "notes.txt").write_text("mine")
+    monkeypatch.setattr("minibeit.train.loop.Trainer.run", lambda self: 1 / 0)
+    words = ("--tokenizer", tokens, "--config", config, "-o", output, "--overwrite", *QUICK)
+    code, _, err = run(capsys, "pretrain", data, *words)
+    assert code == 1 and "ZeroDivisionError" in err
+    assert [file.name for file in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_checkpoint_keeps_its_mean_and_deviation(capsys, data, tokens, tmp_path):
+    BeitForMaskedImageModeling(BeitConfig(**CONFIG), backend="numpy").save_pretrained(tmp_path / "m")
+    BeitImageProcessor(size=16, image_mean=[0.4, 0.4, 0.4]).save_pretrained(tmp_path / "m")
+    words = ("--tokenizer", tokens, "--model", tmp_path / "m", "-o", tmp_path / "o", *QUICK)
+    code, _, err = run(capsys, "pretrain", data, *words)
+    assert code == 0, err
+    assert BeitImageProcessor.from_pretrained(tmp_path / "o").image_mean == [0.4, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "dvae", "finetune"])
+def test_a_seed_below_0_is_refused_at_once(capsys, data, tmp_path, command):
+    code, _, err = run(capsys, command, data, "-o", tmp_path / "o", "--seed", "-1")
+    assert code == 2 and "--seed" in err
 
 
 # The guide ------------------------------------------------------------------------------------------------------------

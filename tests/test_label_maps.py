@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from segmentation_data import COLORS, NAMES, ade_folder, pair_folder, save_pair, scene
 
+from minibeit.train.examples import read_examples
 from minibeit.train.label_maps import MapReader, read_colours, read_pairs
 
 TABLE = "60 60 60 ground\n210,60,50, red\n60 190 80 green\n"
@@ -240,3 +241,16 @@ def test_lists_without_maps(tmp_path, row):
         read_pairs(tmp_path / "l.jsonl")
     with pytest.raises(FileNotFoundError, match="no such folder or list"):
         read_pairs(tmp_path / "none")
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+@pytest.mark.parametrize("maps", ["annotations", "labels", "masks"])
+def test_label_maps_are_no_class(tmp_path, inside, maps):
+    for name in ("images", maps):
+        folder = tmp_path / inside / name
+        folder.mkdir(parents=True)
+        Image.new("L", (4, 4)).save(folder / "a.png")
+    if inside:
+        (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=f"images and {maps} hold data for segmentation"):
+        read_examples(tmp_path)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import signal
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Brightness:
 
     pooling = 2
     config = SimpleNamespace(vocab_size=8)
+    arrays: ClassVar = {"nothing": np.zeros(1)}
 
     def preprocess(self, image, size):
         assert image.size == size[::-1]
@@ -224,6 +226,33 @@ def test_pieces_count_masked_patches_alike(data, tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+def test_another_tokenizer_is_not_gone_on_with(data, tmp_path):
+    trainer(data, tmp_path).run()
+    other = trainer(data, tmp_path)
+    other.objective.tokenizer.arrays["nothing"] = np.ones(1)
+    try:
+        with pytest.raises(ValueError, match="saved with other weights of --tokenizer"):
+            trainer(data, tmp_path).resume()
+    finally:
+        other.objective.tokenizer.arrays["nothing"] = np.zeros(1)
+
+
+def test_every_image_has_a_masked_patch(data):
+    made = objective_of(data, dataclasses.replace(QUICK, masked=0.01))
+    batch = made.batch([made.read(example, (0, i)) for i, example in enumerate(made.train)])
+    assert made.count == 1 and (batch.mask.sum(1) == 1).all()
+
+
+def test_judging_takes_pieces_as_training_does(data, tmp_path, monkeypatch):
+    made, sizes = trainer(data, tmp_path, accumulate=2), []
+    forward = type(made.model).forward
+    monkeypatch.setattr(
+        type(made.model), "forward", lambda self, x, *args, **kw: sizes.append(len(x)) or forward(self, x, *args, **kw)
+    )
+    made.evaluate(made.objective.train)
+    assert max(sizes) == 2
+
+
 # Images without labels ------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +267,14 @@ def test_images_of_any_depth_and_of_lists(tmp_path):
     found = read_images(listed)
     assert (len(found.train), len(found.held_out)) == (1, 1)
     assert read_images(tmp_path / "data", 0.4).fingerprint != read_images(tmp_path / "data").fingerprint
+
+
+def test_a_folder_s_own_split_is_kept(tmp_path):
+    for i, path in enumerate(("Train/a.png", "train2/b.png", "Val/c/d.png")):
+        picture(tmp_path / path, "red", i)
+    assert not read_images(tmp_path, 0.0).train[0].held_out
+    found = read_images(tmp_path, 0.5)
+    assert [len(found.train), len(found.held_out)] == [2, 1] and "Val" in found.held_out[0].path
 
 
 @pytest.mark.parametrize(

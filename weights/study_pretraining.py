@@ -67,7 +67,13 @@ def main() -> None:
 def run(everything: Examples, folder: Path, seed: int, quick: bool, peer: bool) -> dict[str, Any]:
     """One seed: a tokenizer, a pre-trained model, and both starts fine-tuned with each number of labels."""
     started = time.monotonic()
-    unlabelled = dataclasses.replace(everything, held_out=everything.held_out[:1000])
+    order = np.random.default_rng(seed).permutation(len(everything.train)).tolist()
+    judged, seen = order[: len(order) // 20], order[len(order) // 20 :]  # none of the test images
+    unlabelled = dataclasses.replace(
+        everything,
+        train=tuple(everything.train[i] for i in seen),
+        held_out=tuple(everything.train[i] for i in judged),
+    )
     recipe = TOKENIZERS["tiny"].changed(epochs=3 if quick else None)
     vae = DiscreteVae(DalleTokenizer(TOKENS, seed=seed))
     objective: Any = ImageReconstruction(unlabelled, recipe, TOKENS, (SIDE, SIDE))

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..tokenizer.tokenizer import DalleTokenizer
+    from ..train import start
     from ..train.examples import read_images
     from ..train.pretraining import MaskedModeling, processor_for
     from ..train.recipes import PRETRAINING
@@ -72,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
     for text in examples.unreadable:
         say(f"left out: {text}")
     say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
-    processor = processor_for(model.config, recipe)
+    if args.model is None:
+        processor = processor_for(model.config, recipe)
+    else:  # its weights know pixels of this mean and deviation
+        processor = start.processor_for(model.config, args.model)
     objective = MaskedModeling(examples, processor, recipe, model.config, tokenizer)
     code = train(args, model, objective, recipe, output, say)
     if code == 0:

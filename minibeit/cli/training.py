@@ -61,7 +61,7 @@ def add_recipe_arguments(
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """How the training is computed and watched."""
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of everything random (default 0)")
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="compute a batch in N pieces")
     parser.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     parser.add_argument(
@@ -74,6 +74,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensorboard", metavar="FOLDER", help="also write events for TensorBoard (needs the extra tensorboard)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number from 0 up, found {text!r}")
+    return int(text)
 
 
 def speaker(args: argparse.Namespace) -> Say:
@@ -95,10 +101,16 @@ def check_output(args: argparse.Namespace, output: Path) -> None:
 
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output}: expected a folder to write, found a file")
-    if args.model is not None and output.exists() and Path(args.model).exists():
-        model = Path(args.model)
-        if identity(output) == identity(model if model.is_dir() else model.parent):
-            raise UsageError(f"{output}: this is the checkpoint to start from, which is not overwritten")
+    for name in ("model", "tokenizer", "config", "from_scratch"):
+        given = getattr(args, name, None)
+        if given and Path(given).exists() and output.exists():
+            folder = Path(given) if Path(given).is_dir() else Path(given).parent
+            if identity(output) == identity(folder):
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{output}: this folder holds what {option} names, which is not overwritten")
+    data = Path(args.data)
+    if data.is_dir() and data.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UsageError(f"{output}: this folder is within the images to learn from; choose another --output")
     if output.is_dir() and any(output.iterdir()) and not (args.overwrite or args.resume):
         raise UsageError(f"{output}: this folder exists; choose another --output, or --overwrite or --resume it")
     check_writable(output / "config.json")
@@ -106,12 +118,15 @@ def check_output(args: argparse.Namespace, output: Path) -> None:
 
 def make_output(args: argparse.Namespace, output: Path) -> None:
     """The folder, without what an earlier training left in it; files of others stay."""
+    from ..file_names import CONFIG_NAME, PREPARED_NAME, PROCESSOR_NAME, WEIGHTS_NAME
     from ..train.loop import CURVES_NAME, LOG_NAME
+    from ..train.probe import PROBE_NAME, SCORES_NAME
     from ..train.state import STATE_NAME
 
     output.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        for name in (STATE_NAME, LOG_NAME, CURVES_NAME):
+        model = (CONFIG_NAME, WEIGHTS_NAME, PREPARED_NAME, PROCESSOR_NAME)
+        for name in (STATE_NAME, LOG_NAME, CURVES_NAME, PROBE_NAME, SCORES_NAME, *model):
             with suppress(FileNotFoundError):
                 (output / name).unlink()
 

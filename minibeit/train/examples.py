@@ -23,6 +23,7 @@ from ..strict_json import brief, parse_json
 from ..text import shown_name
 
 TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
+MAP_FOLDERS = ("annotations", "labels", "masks")  # of label maps, beside images
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 UNLABELLED = "unlabelled"  # images for pre-training
 KINDS = {"label": SINGLE, "labels": MULTI, "value": REGRESSION, "values": REGRESSION}  # column or key -> problem type
@@ -100,13 +101,14 @@ def read_examples(
 def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int = 0, workers: int = 2) -> Examples:
     """The images of a folder at any depth, or of a list as `read_examples` takes it, whose labels are not looked at.
 
-    Where no split is given, `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence,
-    for data without images; warns of images that are in both parts.
+    Where a folder holds `train` and `val` (or the like), what is in the latter is held out.  Where no split is given,
+    `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence, for data without images;
+    warns of images that are in both parts.
     """
     _check_fraction(fraction)
     path = Path(data)
     if path.is_dir():
-        found = [Example(str(file), None) for file in images_in(path)]
+        found = _unlabelled_in(path)
     elif path.is_file():
         found = [_unlabelled(path, where, row) for where, row in rows_of(path)]
     else:
@@ -115,6 +117,15 @@ def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int =
     if not good:
         raise ValueError(f"{path}: expected images to learn from, found {len(found)}, none of which can be read")
     return _parted(path, UNLABELLED, (), good, unreadable, fraction, seed)
+
+
+def _unlabelled_in(path: Path) -> list[Example]:
+    train, held_out = _parts(path)
+    split = train is not None and held_out is not None
+    return [
+        Example(str(file), None, held_out in file.parents if split else None)  # type: ignore[operator]
+        for file in images_in(path)
+    ]
 
 
 def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
@@ -164,16 +175,23 @@ def find_examples(path: Path) -> tuple[str, list[Example]]:
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
+def _parts(path: Path) -> tuple[Path | None, Path | None]:
+    """The folders in a folder that are called as the two parts of a split are."""
+    there = {folder.name.lower(): folder for folder in subfolders(path)}
+    train, held_out = (next((there[name] for name in names if name in there), None) for names in (TRAIN, HELD_OUT))
+    return train, held_out
+
+
 def _folder(path: Path) -> list[Example]:
-    folders = subfolders(path)
-    parts = {folder.name.lower(): folder for folder in folders}
-    train = next((parts[name] for name in TRAIN if name in parts), None)
-    held_out = next((parts[name] for name in HELD_OUT if name in parts), None)
-    if {"images", "annotations"} <= set(parts):
-        raise ValueError(
-            f"{path}: its folders images and annotations hold data for segmentation (--task segmentation); a "
-            "classifier learns from one folder per class"
-        )
+    train, held_out = _parts(path)
+    for folder in (path, train):
+        inside = set() if folder is None else {entry.name.lower() for entry in subfolders(folder)}
+        maps = next((name for name in MAP_FOLDERS if name in inside), None)
+        if "images" in inside and maps:
+            raise ValueError(
+                f"{folder}: its folders images and {maps} hold data for segmentation (--task segmentation); a "
+                "classifier learns from one folder per class"
+            )
     if train is None or held_out is None:
         return [*_class_folders(path, None)]
     found = [*_class_folders(train, False), *_class_folders(held_out, True)]

@@ -20,9 +20,8 @@ from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
 from .batches import ahead
-from .examples import HELD_OUT, SHOWN, TRAIN, images_in, part_of, rows_of, subfolders, warn_of_duplicates
+from .examples import HELD_OUT, MAP_FOLDERS, SHOWN, TRAIN, images_in, part_of, rows_of, subfolders, warn_of_duplicates
 
-MAP_FOLDERS = ("annotations", "labels", "masks")  # beside images
 ENDINGS = ("", "_labels", "_mask")  # what a map's name may have behind that of its image
 LOSSLESS = ("PNG", "TIFF", "BMP", "GIF", "PPM")  # formats of Pillow in which a label map keeps its values
 NUMBERS = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")  # modes of Pillow with one whole number per pixel

@@ -94,6 +94,7 @@ class Trainer:
             "settings": digest([settings, seed, self.frozen, accumulate]),
             "config": digest(model.config.to_dict()),
             "weights of --model": digest(dict(model.arrays)),
+            **objective.identity,
         }
         self.optimizer = AdamW(
             model,
@@ -128,7 +129,8 @@ class Trainer:
     def evaluate(self, examples: Sequence[Any], sign: StopSign | None = None) -> dict[str, float]:
         """The metrics of the model on examples as it will be asked about them."""
         score = self.objective.score()
-        for _, samples in in_batches(examples, self.batch_size, self._read_judged, self.workers):
+        size = -(-self.batch_size // self.pieces)
+        for _, samples in in_batches(examples, size, self._read_judged, self.workers):
             batch = self.objective.batch(samples)
             score.add(self.model(batch.pixels, **batch.inputs), batch)
             if sign is not None and sign.asked:

@@ -67,6 +67,7 @@ class Objective:
     train: Sequence[Any]
     held_out: Sequence[Any]
     fingerprint: str  # equal for equal examples, labels and split
+    identity: Mapping[str, str] = {}  # what else must be the same when a training goes on: a word for it, its digest
     best: tuple[str, int]  # the held-out metric that decides which epoch is kept; 1 if more is better, else -1
     batch_statistics = False  # whether batch norms use the statistics of the batch
 

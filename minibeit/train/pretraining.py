@@ -25,6 +25,7 @@ from .examples import Example, Examples
 from .metrics import perplexity
 from .objective import Batch, Loss, Objective, Sample, Score
 from .recipes import PRETRAINING_PRESETS, PretrainingRecipe
+from .state import digest
 
 LANCZOS = Image.Resampling.LANCZOS
 DIGITS = 8  # of an image's digest, which seed the mask that it is judged by
@@ -54,6 +55,7 @@ class MaskedModeling(Objective):
             )
         self.processor, self.recipe, self.tokenizer = processor, recipe, tokenizer
         self.train, self.held_out, self.fingerprint = examples.train, examples.held_out, examples.fingerprint
+        self.identity = {"weights of --tokenizer": digest(dict(tokenizer.arrays))}
         self.grid, self.shape = config.grid, config.image_shape
         self.token_shape = (self.grid[0] * tokenizer.pooling, self.grid[1] * tokenizer.pooling)
         self.count = max(1, round(recipe.masked * self.grid[0] * self.grid[1]))
@@ -70,6 +72,8 @@ class MaskedModeling(Objective):
 
     def _sample(self, for_patches: Image.Image, for_tokens: Image.Image, rng: Random) -> Sample:
         mask = block_mask(self.grid, self.count, rng)
+        if not mask.any():  # of few patches: every block was too large
+            mask.flat[rng.integers(mask.size)] = True
         return normalised(np.asarray(for_patches), self.processor), self._for_tokens(for_tokens), mask.reshape(-1)
 
     def _for_tokens(self, image: Image.Image) -> np.ndarray:  # -> (C, height, width)
