@@ -267,7 +267,7 @@ def test_a_peer_that_cannot_be_exported_is_left_out_unless_asked_for(monkeypatch
 @pytest.mark.parametrize(
     "words",
     [("--train",), ("--task", "classification"), ("--size", "base"), ("--image-size", "32"), ("--batch-size", "1"),
-     ("--against", "none"), ("--cold-start",)],
+     ("--against", "none"), ("--cold-start",), ("--backend", "numpy")],
 )  # fmt: skip
 def test_options_that_a_suite_does_not_heed_are_refused(words):
     with pytest.raises(UsageError, match=f"--suite says itself what is measured, so {words[0]} does not go with it"):

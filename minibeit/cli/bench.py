@@ -52,7 +52,7 @@ SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] =
     ),
 }
 CHOSEN_BY_SUITE = {"train": False, "task": None, "size": None, "image_size": None, "batch_size": None, "against": None,
-                   "cold_start": False}  # fmt: skip
+                   "cold_start": False, "backend": ["numba"]}  # fmt: skip
 TRAINED_BATCH = {"segmentation": 1}  # where it is not 8
 
 
@@ -149,7 +149,7 @@ def _gpu(args: argparse.Namespace) -> dict[str, str]:
         if args.dtype != "float32" or args.device is not None:
             raise UsageError(GPU_OPTIONS)
         return {}
-    if args.backend != ["cupy"] or args.suite:
+    if args.backend != ["cupy"]:
         raise UsageError("--backend cupy is measured by itself, against PyTorch on the same GPU")
     from ..bench.gpu import check
 
