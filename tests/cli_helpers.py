@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def config(**changes) -> BeitConfig:
         id2label=dict(enumerate(NAMES)),
     )
     return BeitConfig.from_dict({**settings, **changes})
+
+
+def listed_sums(folder: Path) -> dict[str, str]:
+    """What SHA256SUMS, as sha256sum reads it, says of the files in a folder."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
+def actual_sums(folder: Path) -> dict[str, str]:
+    """The sums of all files in a folder but SHA256SUMS."""
+    files = [path for path in folder.iterdir() if path.name != "SHA256SUMS"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def save(folder: Path, kind: str, processor: bool = True, **changes) -> Path:

@@ -264,6 +264,21 @@ def test_a_peer_that_cannot_be_exported_is_left_out_unless_asked_for(monkeypatch
         measure.measure(DIGITS, Plan(names, 1, starts=0, explicit=True), tmp_path, lambda message: None)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("--train",), ("--task", "classification"), ("--size", "base"), ("--image-size", "32"), ("--batch-size", "1"),
+     ("--against", "none"), ("--cold-start",), ("--backend", "numpy")],
+)  # fmt: skip
+def test_options_that_a_suite_does_not_heed_are_refused(words):
+    with pytest.raises(UsageError, match=f"--suite says itself what is measured, so {words[0]} does not go with it"):
+        bench.run(parse("--suite", "readme", *words))
+
+
+def test_times_and_bars_are_two_files(tmp_path):
+    with pytest.raises(UsageError, match="is to be written twice"):
+        bench.run(parse("--json", tmp_path / "a.png", "--plot", tmp_path / "a.png"))
+
+
 def test_the_suite_is_the_table_of_the_readme(monkeypatch):
     monkeypatch.setattr(measure, "missing", lambda name: [] if name == "torch" else [name])
     races = bench._suite(parse("--suite", "readme", "--threads", 2))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli_helpers import NAMES, run, save, save_pictures
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from test_cli_pretrain import TOKENS
 
 from minibeit import BeitForImageClassification, BeitForSemanticSegmentation, BeitImageProcessor
@@ -165,6 +166,8 @@ def test_masked_image_modelling(capsys, folders, tmp_path):
     assert run(capsys, *words, "-b", "5", "--workers", "1")[1] == out  # the same masks
     run(capsys, *words, "--imagenet-mean")
     assert json.loads((tmp_path / "a.json").read_text())["figures"]["loss"] != figures["loss"]
+    assert "no split" in values["notes"][0] and values["settings"]["filter"] == "bicubic"
+    assert values["settings"]["size"] == {"height": 16, "width": 16} and "crop_size" not in values["settings"]
     save(model, "mask", vocab_size=11)
     code, _, err = run(capsys, *words)
     assert code == 1 and "tokenizer: expected 11 visual tokens" in err and err.count("\n") == 1
@@ -173,6 +176,7 @@ def test_masked_image_modelling(capsys, folders, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "words", "code", "message"),
     [
+        ("classify", ["--no-reduce-labels"], 2, "--no-reduce-labels: the checkpoint was made for image classification"),
         ("mask", [], 2, "predicts visual tokens; say with --tokenizer what makes them"),
         ("mask", ["--tokenizer", "x", "--slide"], 2, "--slide: the checkpoint was made for masked image modeling"),
         ("bare", [], 1, "image classification, semantic segmentation, masked image modeling, but this checkpoint"),
@@ -199,3 +203,100 @@ def test_usage(capsys, classifier, folders, tmp_path):
     assert run(capsys, "evaluate", folders, "-m", classifier, "--crop-fraction", "3")[0] == 2
     code, _, err = run(capsys, "evaluate", tmp_path / "nowhere", "-m", classifier)
     assert code == 1 and "no such folder or list" in err
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def untouched(capsys, victim, words, message, code=2):
+    """Runs a command that is to be refused for the sake of a file, which it leaves as it is."""
+    before = victim.read_bytes()
+    found, out, err = run(capsys, "evaluate", *words)
+    assert (found, out) == (code, "") and message in err and err.count("\n") == 1
+    assert victim.read_bytes() == before
+
+
+def test_images_and_the_true_classes_are_not_overwritten(capsys, classifier, folders, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folders, data)
+    image, link = data / "cat" / "cat0.png", tmp_path / "report.html"
+    words = (data, "-m", classifier, "-q")
+    untouched(capsys, image, [*words, "--html", image], "expected the name of a report")
+    link.hardlink_to(image)
+    untouched(capsys, image, [*words, "--html", link], "this is an input")
+    save_pictures(tmp_path / "flat", "ILSVRC2012_val_00000001.JPEG")
+    truth = tmp_path / "truth.txt"
+    truth.write_text("n01440764\n")
+    untouched(capsys, truth, [tmp_path / "flat", *words[1:], "--labels", truth, "--json", truth], "this is an input")
+
+
+def test_maps_and_the_table_of_colours_are_not_overwritten(capsys, segmenter, scenes, tmp_path):
+    data, link, table = tmp_path / "scenes", tmp_path / "report.json", tmp_path / "colours.txt"
+    shutil.copytree(scenes, data)
+    label_map = data / "annotations/a.png"
+    link.hardlink_to(label_map)
+    words = (data, "-m", segmenter, "-q", "--reduce-labels")
+    untouched(capsys, label_map, [*words, "--json", link], "this is an input")
+    table.write_text("0 0 0 ant\n1 1 1 bee\n")
+    untouched(capsys, table, [*words, "--colours", table, "--json", table], "this is an input")
+
+
+def test_the_weights_of_the_tokenizer_are_not_overwritten(capsys, folders, tmp_path):
+    tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
+    DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)
+    weights, link = tokens / "model.safetensors", tmp_path / "report.html"
+    words = (folders, "-m", model, "--tokenizer", tokens, "-q")
+    untouched(capsys, weights, [*words, "--json", weights], "this is an input")
+    link.hardlink_to(folders / "cat" / "cat0.png")
+    untouched(capsys, link, [*words, "--html", link], "this is an input")
+
+
+def test_two_reports_are_two_files(capsys, classifier, folders, tmp_path):
+    words = ("evaluate", folders, "-m", classifier, "-q", "--json", tmp_path / "x")
+    (tmp_path / "here").symlink_to(tmp_path)
+    for other in (tmp_path / "x", tmp_path / "here" / "x"):
+        code, out, err = run(capsys, *words, "--html", other)
+        assert (code, out) == (2, "") and "is to be written twice" in err and not (tmp_path / "x").exists()
+
+
+def test_a_run_without_usable_images_leaves_an_earlier_report(capsys, classifier, tmp_path):
+    (tmp_path / "data" / "ant").mkdir(parents=True)
+    (tmp_path / "data" / "ant" / "a.png").write_bytes(b"no image")
+    report = tmp_path / "a.json"
+    report.write_text("earlier")
+    code, _, err = run(capsys, "evaluate", tmp_path / "data", "-m", classifier, "--json", report)
+    assert code == 1 and "none of the images can be used" in err and "a.png" in err
+    assert report.read_text() == "earlier"
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_model_of_masked_image_modelling_is_no_result(capsys, folders, tmp_path):
+    tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
+    DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)
+    arrays = load_file(model / "model.safetensors")
+    save_file({name: np.full_like(array, np.nan) for name, array in arrays.items()}, model / "model.safetensors")
+    code, out, err = run(capsys, "evaluate", folders, "-m", model, "--tokenizer", tokens, "-q")
+    assert (code, out) == (1, "") and "NaN" in err and err.count("\n") == 1
+
+
+def test_the_crop_fraction_is_for_square_models(capsys, folders, tmp_path):
+    model = save(tmp_path / "model", "classify", image_size=(16, 24))
+    code, out, err = run(capsys, "evaluate", folders, "-m", model, "-q", "--crop-fraction", "0.875")
+    assert (code, out) == (2, "") and "takes squares, but the model's images are 16 x 24" in err
+
+
+@pytest.mark.parametrize("words", [("--seed", "-1"), ("--worst", "-3")])
+def test_negative_counts_are_refused_first(capsys, classifier, words):
+    code, out, err = run(capsys, "evaluate", "nowhere", "-m", classifier, *words)
+    assert (code, out) == (2, "") and f"expected an integer of at least 0, found '{words[1]}'" in err
+
+
+def test_what_is_held_out_is_said(capsys, classifier, folders, tmp_path):
+    code, _, err = run(capsys, "evaluate", folders, "-m", classifier)
+    assert code == 0 and "the data has no split, so all of its images are measured" in err
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "val").symlink_to(folders)
+    code, _, err = run(capsys, "evaluate", tmp_path / "data", "-m", classifier)
+    assert code == 0 and "split" not in err

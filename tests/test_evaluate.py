@@ -17,6 +17,7 @@ from test_pretraining import CONFIG, Brightness
 
 from minibeit import BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.cli import _parser
+from minibeit.evaluate import segmentation
 from minibeit.evaluate.classification import evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
@@ -24,6 +25,7 @@ from minibeit.evaluate.maps import paired
 from minibeit.evaluate.masked_modeling import RECIPE, evaluate_masked_modeling, unlabelled_images
 from minibeit.evaluate.page import page
 from minibeit.evaluate.segmentation import evaluate_segmentation
+from minibeit.evaluate.split import without_split
 from minibeit.metrics import wilson
 from minibeit.train.examples import Example, Examples
 from minibeit.train.label_maps import MapReader
@@ -227,15 +229,36 @@ def test_figures_of_masked_image_modelling(tmp_path):
 def test_images_without_labels_are_found(tmp_path):
     save_pictures(tmp_path / "a/deep", "x.png")
     save_pictures(tmp_path / "a/val", "y.png")
-    assert [Path(path).name for path in unlabelled_images(tmp_path / "a")] == ["y.png"]
-    assert [Path(path).name for path in unlabelled_images(tmp_path / "a/deep")] == ["x.png"]
+    (held_out,), (other,) = unlabelled_images(tmp_path / "a"), unlabelled_images(tmp_path / "a/deep")
+    assert (Path(held_out.path).name, held_out.held_out) == ("y.png", True)
+    assert (Path(other.path).name, other.held_out) == ("x.png", None)
+    assert without_split(tmp_path / "a", [held_out]) == () and without_split(tmp_path / "a/val", [other]) == ()
+    assert "no split" in without_split(tmp_path / "a/deep", [other])[0]
     (tmp_path / "list.csv").write_text("path\na/deep/x.png\n")
-    assert unlabelled_images(tmp_path / "list.csv") == [str(tmp_path / "a/deep/x.png")]
+    assert [image.path for image in unlabelled_images(tmp_path / "list.csv")] == [str(tmp_path / "a/deep/x.png")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="expected images, found none"):
         unlabelled_images(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no such folder or list"):
         unlabelled_images(tmp_path / "nowhere")
+
+
+def test_of_a_split_list_of_images_the_held_out_ones_are_measured(tmp_path):
+    file = tmp_path / "list.jsonl"
+
+    def found(*rows):
+        file.write_text("".join(json.dumps({"path": path} | more) + "\n" for path, more in rows))
+        return [Path(image.path).name for image in unlabelled_images(file)]
+
+    assert found(("a.png", {"split": "train"}), ("b.png", {"split": "val"})) == ["b.png"]
+    for rows, words in (
+        ([("a.png", {"split": "train"})], "expected held-out images"),
+        ([("a.png", {"split": "val"}), ("b.png", {})], "a split in every line or in none"),
+        ([("a.png", {"split": "evening"})], "line 1: expected split train or val, found 'evening'"),
+        ([(3, {})], "line 1: expected the path of an image, found 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            found(*rows)
 
 
 # Reports --------------------------------------------------------------------------------------------------------------
@@ -307,6 +330,23 @@ def test_the_page_of_a_segmentation_model(tmp_path):
     )
     tags, _ = checked_page(found)
     assert len(tags.sources) == 6 and {"mean IoU", "not counted", *NAMES} <= set(tags.texts)
+
+
+def test_classes_that_are_predicted_but_never_true_have_their_names_on_the_page():
+    read, compute = reading(np.array([[0.0, 0, 9], [0, 9, 0]], np.float32))
+    images = (Labelled("0.png", 0), Labelled("1.png", 1))
+    found = evaluate_classification(compute, LabelledImages(images, ("ant", "bee", "cat")), read, draw=False, **FACTS)
+    tags, _ = checked_page(found)
+    assert tags.texts.count("cat") == 2 and [row.name for row in found.classes] == ["ant", "bee"]  # a row and a column
+
+
+def test_it_is_said_where_not_all_confusions_are_kept(tmp_path, monkeypatch):
+    arguments = segment_of(maps(tmp_path)), paired(tmp_path), NAMES, COLOURS
+    whole = evaluate_segmentation(*arguments, read_map=REDUCED, notes=("a note",), **FACTS)
+    assert len(whole.confusions) == 16 and whole.notes == ("a note",)
+    monkeypatch.setattr(segmentation, "MOST_CONFUSIONS", 5)
+    cut = evaluate_segmentation(*arguments, read_map=REDUCED, **FACTS)
+    assert cut.confusions == whole.confusions[:5] and cut.notes[0].startswith("of 16 pairs of a true")
 
 
 def test_figures_as_people_read_them():

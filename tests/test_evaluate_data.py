@@ -18,8 +18,11 @@ from minibeit.errors import ImageError
 from minibeit.evaluate import imagenet
 from minibeit.evaluate.labelled import labelled_images
 from minibeit.evaluate.maps import check_classes, paired, read_pair
+from minibeit.evaluate.masked_modeling import unlabelled_images
 from minibeit.evaluate.matlab import read_structs
 from minibeit.evaluate.reading import Reader
+from minibeit.evaluate.split import NO_SPLIT
+from minibeit.train.examples import find_examples
 from minibeit.train.label_maps import MapReader
 
 SYNSETS = labels.synsets()
@@ -40,14 +43,37 @@ def test_class_folders_are_matched_by_the_models_names(tmp_path):
     save_pictures(tmp_path / "dog", "d.png")
     save_pictures(tmp_path / "bee", "b.png", "c.jpg")
     found = labelled_images(tmp_path, config())
-    assert found.names == NAMES and found.outputs is None and not found.notes
+    assert found.names == NAMES and found.outputs is None and found.notes == (NO_SPLIT,)
     assert classes_of(found) == {"b.png": "bee", "c.jpg": "bee", "d.png": "dog"}
 
 
 def test_of_a_split_folder_the_held_out_part_is_taken(tmp_path):
     save_pictures(tmp_path / "train/dog", "t.png")
     save_pictures(tmp_path / "val/dog", "v.png")
-    assert list(classes_of(labelled_images(tmp_path, config()))) == ["v.png"]
+    found = labelled_images(tmp_path, config())
+    assert list(classes_of(found)) == ["v.png"] and not found.notes
+    assert not labelled_images(tmp_path / "val", config()).notes
+    assert labelled_images(tmp_path / "train", config()).notes == (NO_SPLIT,)
+
+
+def test_of_several_held_out_folders_every_task_takes_the_same(tmp_path):
+    for part in ("Test", "Validation", "train"):
+        save_pictures(tmp_path / part / "dog", f"{part}.png")
+    assert list(classes_of(labelled_images(tmp_path, config()))) == ["Validation.png"]
+    assert [Path(image.path).name for image in unlabelled_images(tmp_path)] == ["Validation.png"]
+    assert [Path(e.path).name for e in find_examples(tmp_path)[1] if e.held_out] == ["Validation.png"]
+    save_pictures(tmp_path / "classes/test", "t.png")  # a class that is called so
+    found = labelled_images(tmp_path / "classes", config(id2label={0: "test", 1: "dog"}))
+    assert classes_of(found) == {"t.png": "test"}
+
+
+def test_a_class_without_held_out_images_is_no_error(tmp_path):
+    save_pictures(tmp_path / "val/dog", "v.png")
+    (tmp_path / "val/cat").mkdir()
+    for place in (tmp_path, tmp_path / "val"):
+        assert classes_of(labelled_images(place, config())) == {"v.png": "dog"}
+    with pytest.raises(ValueError, match="this class is empty"):
+        find_examples(tmp_path / "val")
 
 
 def test_of_a_split_list_the_held_out_images_are_taken(tmp_path):
@@ -55,6 +81,9 @@ def test_of_a_split_list_the_held_out_images_are_taken(tmp_path):
     text = "".join(json.dumps(dict(zip(("path", "label", "split"), row))) + "\n" for row in rows)
     (tmp_path / "list.jsonl").write_text(text)
     assert classes_of(labelled_images(tmp_path / "list.jsonl", config())) == {"b.png": "bee", "c.png": "cat"}
+    (tmp_path / "list.jsonl").write_text(text.partition("\n")[0])
+    with pytest.raises(ValueError, match=r"expected held-out images .* found only 1 to learn from"):
+        labelled_images(tmp_path / "list.jsonl", config())
     (tmp_path / "list.csv").write_text("path,label\na.png,ant\nb.png,bee\n")
     assert classes_of(labelled_images(tmp_path / "list.csv", config())) == {"a.png": "ant", "b.png": "bee"}
 
@@ -63,7 +92,8 @@ def test_numbers_and_the_order_of_classes_without_names(tmp_path):
     for name in ("0", "3"):
         save_pictures(tmp_path / "numbers" / name, f"{name}.png")
     found = labelled_images(tmp_path / "numbers", config())
-    assert classes_of(found) == {"0.png": "ant", "3.png": "dog"} and found.notes == ("classes are matched by number",)
+    assert classes_of(found) == {"0.png": "ant", "3.png": "dog"}
+    assert found.notes == ("classes are matched by number", NO_SPLIT)
     for name in ("rose", "daisy", "tulip"):
         save_pictures(tmp_path / "flowers" / name, f"{name}.png")
     found = labelled_images(tmp_path / "flowers", of_size(3))
@@ -77,6 +107,7 @@ def test_numbers_and_the_order_of_classes_without_names(tmp_path):
         (["dog", "elk"], {}, "found ['elk'], which is not among its 4"),
         (["dog"], {"id2label": {0: "dog", 1: "dog"}}, "several classes called 'dog'"),
         (["4"], {}, "found ['4']"),
+        (["1", "2", "0"], {"id2label": {0: "1", 1: "2", 2: "3"}}, "found ['0'], which is not among its 3"),
     ],
 )
 def test_classes_that_the_model_does_not_have(tmp_path, folders, changes, words):
@@ -184,12 +215,32 @@ def test_what_imagenet_lacks_is_said(tmp_path):
     for text, words in (
         ("", "found no line"),
         (f"{SYNSETS[0]}\n", "no class for ILSVRC2012_val_00000002.JPEG; 1 images have one"),
-        (f"{SYNSETS[0]}\nn99999999\n", "for ILSVRC2012_val_00000002, found n99999999"),
+        (f"{SYNSETS[0]}\nn99999999\n", "for 'ILSVRC2012_val_00000002', found 'n99999999'"),
         ("a,b\n1,2\n", "the columns ImageId and PredictionString"),
+        ("ImageId,PredictionString\n\nILSVRC2012_val_00000001\n", "line 3: expected ImageId,PredictionString, found"),
+        ("ILSVRC2012_val_00000001 3\nILSVRC2012_val_00000002\n", "line 2: expected the name of an image and its class"),
+        ("ImageId,PredictionString\n" + "x" * 200_000, "separated by commas"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=words):
             labelled_images(tmp_path, of_size(1000), file)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"n00000001 1 a\nn00000002\n", "map_clsloc.txt line 2: expected a WordNet id and a number"),
+        (b"n00000001 one a\n", "map_clsloc.txt line 1: expected a WordNet id and a number"),
+        (b"1 n00000001 a\n", "map_clsloc.txt line 1: expected a WordNet id and a number"),
+        (b"\xff\xfe\n", "map_clsloc.txt: expected lines of UTF-8 text"),
+        (b"n00000001 1 a\n", "map_clsloc.txt: expected the classes 1 to 1000, found none with number 2"),
+    ],
+)
+def test_a_damaged_order_of_classes_is_refused_in_one_sentence(tmp_path, content, words):
+    file = written_truth("devkit", tmp_path)
+    (tmp_path / "map_clsloc.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        labelled_images(flat(tmp_path), of_size(1000), file)
 
 
 # MATLAB ---------------------------------------------------------------------------------------------------------------
@@ -225,6 +276,32 @@ def test_the_devkits_order_is_read_from_its_meta_file(tmp_path, compressed):
     file = written_truth("devkit", tmp_path)
     (tmp_path / "map_clsloc.txt").unlink()
     assert [image.label for image in labelled_images(flat(tmp_path), of_size(1000), file).images] == TRUE
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "words"),
+    [
+        ([(1.5, "n00000001")], b"WNID", "found 1.5 and 'n00000001' in synset 1"),
+        ([(1, "n00000001"), (float("nan"), "n00000002")], b"WNID", "found nan and 'n00000002' in synset 2"),
+        ([(1, "teddy")], b"WNID", "found 1.0 and 'teddy' in synset 1"),
+        ([(1, "n00000001")], b"WORD", "found 1.0 and None in synset 1"),
+    ],
+)
+def test_a_meta_file_of_other_structures_is_refused_in_one_sentence(tmp_path, rows, name, words):
+    file = written_truth("devkit", tmp_path)
+    (tmp_path / "map_clsloc.txt").unlink()
+    (tmp_path / "meta.mat").write_bytes(meta(rows, False).replace(b"WNID", name))
+    with pytest.raises(ValueError, match=words) as error:
+        labelled_images(flat(tmp_path), of_size(1000), file)
+    assert "meta.mat" in str(error.value)
+
+
+def test_text_made_of_fractions_is_refused_in_one_sentence(tmp_path):
+    array = matrix(2, (1, 1), b"synsets", struct.pack("<HHi", 5, 4, 16), element(1, b"WNID".ljust(16, b"\0")),
+                   matrix(4, (1, 1), b"", element(9, struct.pack("<d", 1.0))))  # fmt: skip
+    (tmp_path / "meta.mat").write_bytes(meta([], False)[:128] + array)
+    with pytest.raises(ValueError, match=r"meta\.mat: the MATLAB file is damaged"):
+        read_structs(tmp_path / "meta.mat", "synsets")
 
 
 def test_structures_that_scipy_writes(tmp_path):
@@ -298,6 +375,28 @@ def test_folders_and_maps_that_are_missing_are_said(tmp_path):
         paired(tmp_path)
 
 
+def test_two_maps_of_one_image_are_refused(tmp_path):
+    save_pictures(tmp_path / "images", "a.png")
+    for name in ("a.png", "a.bmp", "b.png", "b.bmp"):
+        save_map(tmp_path / "labels" / name, np.zeros((20, 24)))
+    with pytest.raises(ValueError, match=r"images/a.png: expected one label map, found .*a\.bmp and .*a\.png"):
+        paired(tmp_path)
+    (tmp_path / "labels/a.bmp").unlink()
+    assert len(paired(tmp_path)) == 1  # those of no image do no harm
+
+
+def test_maps_apart_go_with_folders(tmp_path):
+    (tmp_path / "list.csv").write_text("path,map\na.png,b.png\n")
+    with pytest.raises(ValueError, match=r"list\.csv: expected a folder, .* found a file; a list names the map"):
+        paired(tmp_path / "list.csv", tmp_path)
+
+
+def test_of_a_list_of_pairs_something_is_held_out(tmp_path):
+    (tmp_path / "list.csv").write_text("path,map,split\na.png,b.png,train\n")
+    with pytest.raises(ValueError, match="expected held-out images"):
+        paired(tmp_path / "list.csv")
+
+
 def test_maps_are_read_with_and_without_reducing(tmp_path):
     save_pictures(tmp_path / "images", "a.png", size=(2, 3))
     save_map(tmp_path / "labels/a.png", [[0, 1, 2], [255, 3, 0]])
@@ -330,6 +429,11 @@ def test_batches_keep_the_order_and_leave_out_what_cannot_be_read():
     assert [items for items, _ in batches] == [[0, 1], [2, 4], [5], [6, 7], [8]]
     assert all(array == [[[item] * len(array[0][0])] for item in items] for items, array in batches)
     assert reader.left_out == ["item 3 is broken"]
+
+
+def test_a_file_that_is_not_there_is_said_without_a_number():
+    reader = Reader(["nowhere.png"], lambda path: Path(path).read_bytes(), workers=1)
+    assert not list(reader.each()) and reader.left_out == ["nowhere.png: No such file or directory"]
 
 
 def test_a_bug_while_reading_is_no_unreadable_image():

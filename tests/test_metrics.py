@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from minibeit import metrics
+from minibeit.train.examples import SINGLE
+from minibeit.train.metrics import metrics as training_metrics
 
 
 def random_maps(seed=0, n=4, shape=(13, 17), classes=7, ignore=255):
@@ -146,3 +148,9 @@ def test_the_interval_of_a_ratio_is_that_of_resampled_images():
     scores = [np.repeat(parts, times).sum() / np.repeat(wholes, times).sum() for times in drawn]
     assert found == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])), rel=1e-12)
     assert all(map(math.isnan, metrics.ratio_interval(parts[:1], wholes[:1])))
+
+
+def test_scores_in_training_count_equal_logits_as_evaluation_does():
+    logits, labels = np.array([[1.0, 1, 0], [1, 1, 0], [0, 2, 2]]), np.array([0, 1, 2])
+    found = training_metrics(logits, labels, SINGLE)
+    assert found["top1"] == (metrics.ranks(logits, labels) < 1).mean() == 1 / 3

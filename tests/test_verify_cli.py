@@ -105,6 +105,12 @@ def test_a_trace_of_another_task_or_with_strange_inputs(model, tmp_path):
         run("--model", model, "--against", trace)
 
 
+def test_a_negative_seed_is_refused_before_any_work(capsys):
+    with pytest.raises(SystemExit):
+        run("--random-seed", -1)
+    assert "expected an integer of at least 0, found '-1'" in capsys.readouterr().err
+
+
 def test_reports_are_written(model, tmp_path, capsys):
     paths = [tmp_path / f"r.{ending}" for ending in ("html", "json", "md")]
     assert run("--model", model, "--backend", "numpy", "-q", *(w for p in paths for w in ("--report", p))) == 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .inputs import check_output
+from .inputs import check_distinct, check_output
 from .terminal import UsageError, note, out, positive, table
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] =
         ("segmentation", "base", 512, 1, ("numba", "numba-recompute", "torch"), 1),
     ),
 }
+CHOSEN_BY_SUITE = {"train": False, "task": None, "size": None, "image_size": None, "batch_size": None, "against": None,
+                   "cold_start": False, "backend": ["numba"]}  # fmt: skip
 TRAINED_BATCH = {"segmentation": 1}  # where it is not 8
 
 
@@ -59,10 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--train", action="store_true", help="a step of training: forward, loss, backward and AdamW on all parameters"
     )
-    parser.add_argument("--task", choices=TASK_NAMES, default="classification", help="default classification")
-    parser.add_argument(
-        "--size", choices=SIZE_NAMES, default="base", help="shape of the model (default base; digits is tiny)"
-    )
+    parser.add_argument("--task", choices=TASK_NAMES, help="default classification")
+    parser.add_argument("--size", choices=SIZE_NAMES, help="shape of the model (default base; digits is tiny)")
     parser.add_argument(
         "--image-size", type=positive, metavar="PX", help="default 224, for segmentation 640, trained 512"
     )
@@ -103,8 +103,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         report.check_plot()  # before minutes of measuring, not after
-    for path in filter(None, (args.plot, args.json)):
-        check_output(Path(path))
+    files = [Path(path) for path in (args.plot, args.json) if path]
+    for path in files:
+        check_output(path)
+    check_distinct(files)
+    _check_suite(args)
     gpu = _gpu(args)
     races = _suite(args) if args.suite else _races(args)
     facts, tables, before = machine() | gpu, [], load_average()
@@ -131,6 +134,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_suite(args: argparse.Namespace) -> None:
+    """Raises UsageError for an option that --suite would not heed."""
+    given = [name for name, usual in CHOSEN_BY_SUITE.items() if args.suite and getattr(args, name) != usual]
+    if given:
+        raise UsageError(f"--suite says itself what is measured, so --{given[0].replace('_', '-')} does not go with it")
+
+
 def _gpu(args: argparse.Namespace) -> dict[str, str]:
     """{"gpu": description} if a GPU is to be measured.  Raises an error that says why there is none."""
     if args.train and (args.task == "backbone" or "cupy" in args.backend):
@@ -139,7 +149,7 @@ def _gpu(args: argparse.Namespace) -> dict[str, str]:
         if args.dtype != "float32" or args.device is not None:
             raise UsageError(GPU_OPTIONS)
         return {}
-    if args.backend != ["cupy"] or args.suite:
+    if args.backend != ["cupy"]:
         raise UsageError("--backend cupy is measured by itself, against PyTorch on the same GPU")
     from ..bench.gpu import check
 
@@ -173,9 +183,10 @@ def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
     named = None
     if args.against is not None:
         named = [name.strip() for name in args.against.split(",") if name.strip() not in ("", "none")]
+    task, size = args.task or "classification", args.size or "base"
     try:
-        batches = args.batch_size or [TRAINED_BATCH.get(args.task, 8) if args.train else 1]
-        workloads = [make(args.task, args.size, args.image_size, B, args.train) for B in batches]
+        batches = args.batch_size or [TRAINED_BATCH.get(task, 8) if args.train else 1]
+        workloads = [make(task, size, args.image_size, B, args.train) for B in batches]
     except ValueError as error:
         raise UsageError(str(error)) from error
     on_gpu = args.backend == ["cupy"]

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..file_names import IMAGE_SUFFIXES
 from ..text import json_text
-from .inputs import check_finite, check_output
+from .inputs import check_distinct, check_finite, check_output, check_outputs
 from .loading import add_model_arguments, config_of, load_model, load_processor, load_tokenizer
-from .terminal import StatusLine, UsageError, note, out, positive, table
+from .terminal import StatusLine, UsageError, not_negative, note, out, positive, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of, view_options
 
 if TYPE_CHECKING:
@@ -28,15 +29,16 @@ class) or a model of masked image modelling (loss, token accuracy), each figure 
 DATA for a classifier is a folder with a folder of images for each class (within val/ if there is one), a .csv or .jsonl
 list as `minibeit finetune` reads it, or ImageNet's folder of validation images with the devkit beside it.  DATA for
 segmentation has images/ and annotations/ as ADE20K does, or is a folder of images whose label maps are in --maps.  For
-masked image modelling it is any folder of images, and --tokenizer says which tokens are to be predicted.
+masked image modelling it is any folder or list of images, and --tokenizer says which tokens are to be predicted.
+Of data with a split, the held-out images are measured; of other data all, and a note says so.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
 """
 EXAMPLES = """\
-  minibeit evaluate flowers/ --model flowers-beit --html report.html
+  minibeit evaluate flowers/val --model flowers-beit --html report.html
   minibeit evaluate imagenet/ --model microsoft/beit-base-patch16-224 --crop-fraction 0.875
   minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
-  minibeit evaluate photos/ --maps masks/ --model DIR --json numbers.json
-  minibeit evaluate photos/ --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
+  minibeit evaluate val/images/ --maps val/masks/ --model DIR --json numbers.json
+  minibeit evaluate photos/val --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
 """
 CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 FEW_CLASSES = 25  # more are not all printed
@@ -56,13 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page with all figures and the worst images")
-    parser.add_argument("--worst", type=int, default=24, metavar="N", help="how many images to show (default 24)")
+    parser.add_argument(
+        "--worst", type=not_negative, default=24, metavar="N", help="how many images to show (default 24)"
+    )
     parser.add_argument(
         "--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
         help="threads that read images while the model computes (default: one a core, at most 8)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the resampling behind intervals (default 0)"
+        "--seed", type=not_negative, default=0, metavar="N", help="of the resampling behind intervals (default 0)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     group = parser.add_argument_group("classification")
@@ -95,17 +99,16 @@ def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise UsageError("evaluate needs a checkpoint; give it with --model")
     data = Path(args.data)
-    for file in filter(None, (args.json, args.html)):
-        check_output(Path(file), [args.data], args.model)
+    _check_files(args)
     task = task_of(args.model)
     _check_options(args, task)
     with StatusLine(args.quiet) as line:
         evaluation = MEASURED[task](args, data, line)
-    _write(args, evaluation)
     for sentence in evaluation.left_out:
         note(f"left out: {sentence}")
     if not evaluation.images:
         raise ValueError(f"{data}: none of the images can be used")
+    _write(args, evaluation)
     _print(evaluation)
     if not args.quiet:
         for sentence in evaluation.notes:
@@ -132,9 +135,29 @@ def task_of(model: str) -> str:
     return task
 
 
+def _reports(args: argparse.Namespace) -> list[Path]:
+    return [Path(file) for file in (args.json, args.html) if file]
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises UsageError for reports that would take the place of each other, of an image, or of what is read."""
+    inputs = [file for file in (args.data, args.labels, args.colours) if file]
+    for path in _reports(args):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            raise UsageError(f"{path}: expected the name of a report, such as report.html, found that of an image")
+        check_output(path, inputs, args.model)
+        check_outputs([path], [], args.tokenizer)
+    check_distinct(_reports(args))
+
+
 def _check_options(args: argparse.Namespace, task: str) -> None:
     others = [name for other, names in OWN.items() if other != task for name in names]
-    strange = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
+    given = {name: getattr(args, name) for name in others}
+    strange = [
+        f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        for name, value in given.items()
+        if value is not None
+    ]
     if task != SEGMENTATION:
         strange += [option for option in view_options(args) if task != MASKED or option != "--imagenet-mean"]
     if strange:
@@ -148,10 +171,17 @@ def _check_options(args: argparse.Namespace, task: str) -> None:
 
 def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
     from ..evaluate.classification import evaluate_classification, pixels_of
+    from ..evaluate.imagenet import found_truth
     from ..evaluate.labelled import labelled_images
     from ..tasks.image_classification import BeitForImageClassification
 
-    labelled = labelled_images(data, config_of(args.model), None if args.labels is None else Path(args.labels))
+    config = config_of(args.model)
+    if args.crop_fraction is not None and config.image_shape[0] != config.image_shape[1]:
+        height, width = config.image_shape
+        raise UsageError(f"--crop-fraction: takes squares, but the model's images are {height} x {width} pixels")
+    labelled = labelled_images(data, config, None if args.labels is None else Path(args.labels))
+    truth = found_truth(data) if data.is_dir() else None
+    check_outputs(_reports(args), [*(image.path for image in labelled.images), *([str(truth)] if truth else [])])
     model = load_model(BeitForImageClassification, args)
     processor = load_processor(args.model, model.config, args.quiet)
     read = pixels_of(processor, args.crop_fraction, min(model.config.image_shape))
@@ -171,11 +201,13 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
 
     from ..evaluate.maps import paired
     from ..evaluate.segmentation import evaluate_segmentation
+    from ..evaluate.split import without_split
     from ..sliding import SQUASH, segment
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
     from .segment import palette
 
     pairs = paired(data, None if args.maps is None else Path(args.maps))
+    check_outputs(_reports(args), [file for pair in pairs for file in (pair.path, pair.map)])
     model = load_model(BeitForSemanticSegmentation, args, **config_changes(args))
     config = model.config
     how = inference_of(args, config)
@@ -197,6 +229,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
         read_map=read_map,
         upright=processor.apply_exif_orientation,
         seed=args.seed,
+        notes=without_split(data, pairs),
         **_facts(args, line, len(pairs), settings),
     )
 
@@ -225,23 +258,36 @@ def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) ->
 
 def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
     from ..evaluate.masked_modeling import evaluate_masked_modeling, unlabelled_images
+    from ..evaluate.split import without_split
     from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 
     if not args.tokenizer:
         raise UsageError("this checkpoint predicts visual tokens; say with --tokenizer what makes them")
-    paths = unlabelled_images(data)
+    images = unlabelled_images(data)
+    paths = [image.path for image in images]
+    check_outputs(_reports(args), paths)
     tokenizer = load_tokenizer(args)
     model = load_model(BeitForMaskedImageModeling, args)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
+    height, width = model.config.image_shape  # to which images are resized, whatever the processor says
+    seen = _preparation(processor) | {"size": {"height": height, "width": width}, "filter": "bicubic"}
+    seen.pop("crop_size", None)
+
+    def network(pixels: np.ndarray, **inputs: Any) -> Any:
+        output = model(pixels, **inputs)
+        check_finite(output.logits)
+        return output
+
     return evaluate_masked_modeling(
-        model,
+        network,
         model.config,
         processor,
         tokenizer,
         paths,
         batch_size=args.batch_size or 8,
         seed=args.seed,
-        **_facts(args, line, len(paths), {"tokenizer": args.tokenizer} | _preparation(processor)),
+        notes=without_split(data, images),
+        **_facts(args, line, len(paths), {"tokenizer": args.tokenizer} | seen),
     )
 
 
@@ -281,7 +327,7 @@ def _facts(args: argparse.Namespace, line: StatusLine, count: int, settings: dic
         data=args.data,
         settings={**settings, "dtype": args.dtype, "minibeit": __version__},
         workers=args.workers,
-        worst=max(args.worst, 0),
+        worst=args.worst,
         draw=args.html is not None,
         tell=lambda done: line.show(f"{done} of {count} images"),
     )

@@ -209,7 +209,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[str], model: str | N
     read = {identity(file) for file in [*inputs, *_files_of(model)]}
     for path in outputs:
         if identity(path) in read:
-            raise UsageError(f"{path}: this is an input, which is not overwritten; choose another --output")
+            raise UsageError(f"{path}: this is an input, which is not overwritten; choose another file")
         if path.is_dir():
             raise UsageError(f"{path}: expected the name of a file to write, found a folder")
 
@@ -220,6 +220,15 @@ def check_output(path: Path, inputs: Sequence[str] = (), model: str | None = Non
     if not path.parent.is_dir():
         raise UsageError(f"{path}: its folder does not exist; create it first")
     check_writable(path)
+
+
+def check_distinct(outputs: Sequence[Path]) -> None:
+    """Raises UsageError if two files to write are the same one, even under different names."""
+    seen: dict[Any, Path] = {}
+    for path in outputs:
+        other = seen.setdefault(identity(path), path)
+        if other is not path:
+            raise UsageError(f"{path}: this file is to be written twice, also as {other}; choose another name")
 
 
 def _files_of(model: str | None) -> list[str]:

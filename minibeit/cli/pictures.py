@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..evaluate.drawing import tinted
 from ..files import atomic_write
 
 Colour = tuple[int, int, int]
 PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
 DARKEST, PALEST = 0.35, 0.95  # lightness in Oklab, 0 to 1
-OVERLAY = 0.55  # share of the class colour over the photo
 ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
 LEAST = 448  # pixels of the longer side that small photos are enlarged towards
 
@@ -66,7 +66,7 @@ def indexed(labels: np.ndarray, colours: list[Colour]) -> Image.Image:
 def overlay(photo: np.ndarray, labels: np.ndarray, colours: list[Colour]) -> Image.Image:
     """The photo (H, W, 3) under the colours of its classes (H, W)."""
     tint = np.array(colours, np.float32)[labels]
-    return Image.fromarray(np.rint((1 - OVERLAY) * photo + OVERLAY * tint).astype(np.uint8))
+    return Image.fromarray(tinted(photo, tint))
 
 
 def legend(rows: list[tuple[Colour, str, str]]) -> Image.Image:

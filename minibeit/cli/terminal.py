@@ -192,6 +192,13 @@ def table(rows: Sequence[tuple[str, ...]], right: Iterable[int] = (), longest: i
     return lines
 
 
+def not_negative(text: str) -> int:
+    """argparse type: 0 or a positive integer."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, found {text!r}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """argparse type: a positive integer."""
     if not text.isdecimal() or int(text) < 1:

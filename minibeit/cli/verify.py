@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..text import one_line, shown_name
 from .inputs import check_output
 from .loading import add_model_arguments, load_processor, shipped_checkpoint
-from .terminal import UsageError, note, out
+from .terminal import UsageError, not_negative, note, out
 
 if TYPE_CHECKING:
     from ..verify.lockstep import Job, Report, Row
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="treat the checkpoint as a model of this task")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="FILE", help="an image as input")
-    source.add_argument("--random-seed", type=int, metavar="N", help="random pixels as input (default: seed 0)")
+    source.add_argument(
+        "--random-seed", type=not_negative, metavar="N", help="random pixels as input (default: seed 0)"
+    )
     parser.add_argument("--size", type=_size, metavar="HxW", help="size of random pixels (default: the model's own)")
     parser.add_argument("--against", metavar="torch|timm|TRACE", help="PyTorch, or the trace that is to be verified")
     parser.add_argument("--only", metavar="GLOB", action="append", help="judge only these arrays; may be repeated")

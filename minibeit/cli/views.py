@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from ..config import BeitConfig
     from ..sliding import Inference
 
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     """--slide, --whole and what changes them; `args.batch_size` is left to the command."""
@@ -103,5 +101,8 @@ def processor_of(args: argparse.Namespace, processor: Any) -> Any:
         return processor
     if isinstance(processor.image_mean, list) and len(processor.image_mean) != 3:
         raise UsageError(f"--imagenet-mean is for three channels, the model takes {len(processor.image_mean)}")
-    settings = {**processor.to_dict(), "do_normalize": True, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+    from ..images.types import IMAGENET_MEAN, IMAGENET_STD
+
+    means = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+    settings = {**processor.to_dict(), "do_normalize": True, **means}
     return type(processor).from_dict(settings)

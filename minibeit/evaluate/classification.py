@@ -86,6 +86,7 @@ def evaluate_classification(
         figures=figures_of(judged, len(names)),
         classes=_rows(judged, names),
         unit="images",
+        names=names,
         confusions=_confusions(judged),
         worst=tuple(_shown(one, names, draw) for one in chosen),
         left_out=tuple(reader.left_out),

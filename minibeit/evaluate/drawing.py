@@ -29,6 +29,11 @@ def overlay(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
     small = resize_labels(labels, (photo.shape[0], photo.shape[1]))
     known = (small >= 0) & (small < len(colours))
     tint = np.where(known[..., None], colours[np.where(known, small, 0)], IGNORED)
+    return tinted(photo, tint)
+
+
+def tinted(photo: np.ndarray, tint: np.ndarray) -> np.ndarray:  # two of (h, w, 3) -> (h, w, 3)
+    """A photo under colours."""
     return np.rint((1 - OVERLAY) * photo + OVERLAY * tint).astype(np.uint8)
 
 

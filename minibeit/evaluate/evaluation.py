@@ -66,8 +66,9 @@ class Worst:
 class Evaluation:
     """A model measured on data.
 
-    `confusions` are (true class, predicted class, count), all that occur.  `legend` gives the colours of classes in the
-    drawings.  `left_out` are sentences about images that could not be used; `settings` say how it was measured.
+    `names` are those of all classes, `classes` the figures of those that occur.  `confusions` are (true class,
+    predicted class, count).  `legend` gives the colours of classes in the drawings.  `left_out` are sentences about
+    images that could not be used; `settings` say how it was measured.
     """
 
     task: str
@@ -77,6 +78,7 @@ class Evaluation:
     figures: tuple[Figure, ...]
     classes: tuple[ClassRow, ...]
     unit: str
+    names: tuple[str, ...] = ()
     confusions: tuple[tuple[int, int, int], ...] = ()
     worst: tuple[Worst, ...] = ()
     legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..labels import synsets
+from ..strict_json import brief
 from .matlab import read_structs
 
 IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.jpe?g", re.IGNORECASE)
@@ -20,6 +21,7 @@ DEVKIT, META, MAP = "ILSVRC2012_validation_ground_truth.txt", "meta.mat", "map_c
 TRUTHS = (DEVKIT, "LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt", "val.txt")
 PLACES = (".", "data", "devkit/data", "ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "ILSVRC/devkit/data")
 CLASSES = 1000
+SYNSET = re.compile(r"n\d{8}")
 
 
 def flat_folder(data: Path) -> Path | None:
@@ -38,7 +40,7 @@ def read_flat(folder: Path, data: Path, truth: Path | None = None) -> list[tuple
     and beside it.  Raises FileNotFoundError or ValueError, one sentence.
     """
     images = sorted(entry for entry in folder.iterdir() if IMAGE.fullmatch(entry.name))
-    truth = truth or _found(data)
+    truth = truth or found_truth(data)
     if truth is None:
         raise FileNotFoundError(
             f"{data}: found {len(images)} validation images of ImageNet in one folder, but not their true classes; "
@@ -53,7 +55,8 @@ def read_flat(folder: Path, data: Path, truth: Path | None = None) -> list[tuple
     return found
 
 
-def _found(data: Path) -> Path | None:
+def found_truth(data: Path) -> Path | None:
+    """The file with the true classes in or beside `data`; None if there is none."""
     for base in (data, data.parent):
         for place in PLACES:
             for name in TRUTHS:
@@ -64,52 +67,79 @@ def _found(data: Path) -> Path | None:
 
 def _classes(truth: Path) -> dict[str, int]:
     """The class of each image, by the stem of its file name."""
-    try:
-        lines = [line for line in truth.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{truth}: expected lines of text with the classes of images, found something else") from None
+    lines = _lines(truth)
     if not lines:
         raise ValueError(f"{truth}: expected the class of an image in each line, found no line")
-    if "," in lines[0]:  # ImageId,PredictionString
-        rows = csv.DictReader(lines)
+    if "," in lines[0][1]:  # ImageId,PredictionString
+        return dict(_checked(truth, _solution(truth, lines)))
+    if len(lines[0][1].split()) == 2:  # name and class, from 0
+        return dict(_checked(truth, _named(truth, lines)))
+    names = [f"ILSVRC2012_val_{i:08d}" for i in range(1, len(lines) + 1)]
+    words = [line.strip() for _, line in lines]
+    if not SYNSET.fullmatch(words[0]):
+        order = _devkit_order(truth)
+        words = [_synset_of(truth, order, word) for word in words]
+    return dict(_checked(truth, zip(names, words)))
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """(number, text) of each line that is not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected lines of UTF-8 text about classes, found something else") from None
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _named(truth: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """(name of an image, class) of lines with both."""
+    for number, line in lines:
+        words = line.split()
+        if len(words) != 2:
+            raise ValueError(f"{truth} line {number}: expected the name of an image and its class, found {brief(line)}")
+        yield Path(words[0]).stem, words[1]
+
+
+def _solution(truth: Path, lines: list[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """(name of an image, class) of a table of ImageId and PredictionString, whose first word is the class."""
+    rows = csv.DictReader(line for _, line in lines)
+    try:
         if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{truth}: expected the columns ImageId and PredictionString, found {rows.fieldnames}")
-        return dict(_checked(truth, ((row["ImageId"], row["PredictionString"].partition(" ")[0]) for row in rows)))
-    if len(lines[0].split()) == 2:  # name and class, from 0
-        return dict(_checked(truth, ((Path(name).stem, word) for name, word in map(str.split, lines))))
-    names = [f"ILSVRC2012_val_{i:08d}" for i in range(1, len(lines) + 1)]
-    if re.fullmatch(r"n\d{8}", lines[0].strip()):
-        return dict(_checked(truth, zip(names, map(str.strip, lines))))
-    order = _devkit_order(truth)
-    words = (_synset_of(truth, order, line.strip()) for line in lines)
-    return dict(_checked(truth, zip(names, words)))
+        for row in rows:
+            name, said = row["ImageId"], row["PredictionString"]
+            if not name or not said:
+                place = lines[rows.line_num - 1]
+                raise ValueError(f"{truth} line {place[0]}: expected ImageId,PredictionString, found {brief(place[1])}")
+            yield name, said.partition(" ")[0]
+    except csv.Error as error:
+        raise ValueError(f"{truth}: expected a table separated by commas, found something else ({error})") from None
 
 
 def _checked(truth: Path, rows: Iterator[tuple[str, str]]) -> Iterator[tuple[str, int]]:
     numbers = {synset: i for i, synset in enumerate(synsets())}
     for name, word in rows:
-        number = numbers.get(word, int(word) if word.isdecimal() else -1)
+        number = numbers.get(word, int(word) if word.isdecimal() and len(word) < 5 else -1)
         if not 0 <= number < CLASSES:
             raise ValueError(
-                f"{truth}: expected a class of ImageNet, a WordNet id or 0 to 999, for {name}, found {word}"
+                f"{truth}: expected a class of ImageNet, a WordNet id or 0 to 999, for {brief(name)}, found "
+                f"{brief(word)}"
             )
         yield name, number
 
 
 def _synset_of(truth: Path, order: Sequence[str], word: str) -> str:
-    if not word.isdecimal() or not 1 <= int(word) <= len(order):
-        raise ValueError(f"{truth}: expected a class number from 1 to {len(order)} in each line, found {word}")
+    if not word.isdecimal() or len(word) > 4 or not 1 <= int(word) <= len(order):
+        raise ValueError(f"{truth}: expected a class number from 1 to {len(order)} in each line, found {brief(word)}")
     return order[int(word) - 1]
 
 
 def _devkit_order(truth: Path) -> list[str]:
     """The WordNet ids of the devkit's classes 1 to 1000, from meta.mat or map_clsloc.txt beside the ground truth."""
-    if (text := truth.parent / MAP).is_file():
-        rows = [line.split() for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-        by_number = {int(row[1]): row[0] for row in rows}
-    elif (meta := truth.parent / META).is_file():
-        rows_of_meta = read_structs(meta, "synsets")
-        by_number = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows_of_meta}
+    if (file := truth.parent / MAP).is_file():
+        by_number = dict(_mapped(file))
+    elif (file := truth.parent / META).is_file():
+        by_number = dict(_structured(file))
     else:
         raise FileNotFoundError(
             f"{truth}: expected {META} or {MAP} beside it, since the devkit numbers the classes in an order of its own"
@@ -117,6 +147,30 @@ def _devkit_order(truth: Path) -> list[str]:
     try:
         return [by_number[i] for i in range(1, CLASSES + 1)]
     except KeyError as error:
-        raise ValueError(
-            f"{truth.parent}: expected the classes 1 to {CLASSES}, found none with number {error}"
-        ) from None
+        raise ValueError(f"{file}: expected the classes 1 to {CLASSES}, found none with number {error}") from None
+
+
+def _mapped(file: Path) -> Iterator[tuple[int, str]]:
+    """(number, WordNet id) of the lines of map_clsloc.txt."""
+    for line_number, line in _lines(file):
+        words = line.split()
+        if len(words) < 2 or not SYNSET.fullmatch(words[0]) or not re.fullmatch(r"\d{1,9}", words[1]):
+            raise ValueError(f"{file} line {line_number}: expected a WordNet id and a number, found {brief(line)}")
+        yield int(words[1]), words[0]
+
+
+def _structured(file: Path) -> Iterator[tuple[int, str]]:
+    """(number, WordNet id) of the structures of meta.mat."""
+    for place, row in enumerate(read_structs(file, "synsets"), 1):
+        number, synset = row.get("ILSVRC2012_ID"), row.get("WNID")
+        if (
+            not isinstance(number, (int, float))
+            or not float(number).is_integer()
+            or not isinstance(synset, str)
+            or not SYNSET.fullmatch(synset)
+        ):
+            raise ValueError(
+                f"{file}: expected a number ILSVRC2012_ID and a WordNet id WNID in each of the synsets, found "
+                f"{brief(number)} and {brief(synset)} in synset {place}"
+            )
+        yield int(number), synset

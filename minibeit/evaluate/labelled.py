@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import BeitConfig
 from ..labels import names as names_of
 from ..labels import outputs_of_22k, source_of, synsets
 from ..strict_json import brief
-from ..train.examples import HELD_OUT, SINGLE, find_examples
+from ..train.examples import SINGLE, Example, class_folders, find_examples, held_out_folders, subfolders
 from .imagenet import flat_folder, read_flat
+from .split import held_out, without_split
 
 SYNSET = re.compile(r"n\d{8}")
 UNNAMED = re.compile(r"LABEL_\d+")
@@ -44,10 +45,10 @@ class LabelledImages:
 def labelled_images(data: Path, config: BeitConfig, truth: Path | None = None) -> LabelledImages:
     """The images of a folder or list, with their classes as the model numbers them; none is read.
 
-    A folder has a folder for each class, perhaps within val/ (train/ is not looked at), or is ImageNet's flat folder of
-    validation images, whose true classes are in `truth` or lie beside it.  A list is a CSV or JSON-lines file as
-    fine-tuning reads it; of one with a split, the held-out images are taken.  Classes are found by the names of the
-    model's config, by their numbers, or by WordNet ids.
+    A folder has a folder for each class, perhaps within val/ or test/ (train/ is not looked at), or is ImageNet's flat
+    folder of validation images, whose true classes are in `truth` or lie beside it.  A list is a CSV or JSON-lines file
+    as fine-tuning reads it; of one with a split, the held-out images are taken.  Classes are found by the names of the
+    model's config, by their numbers, or by WordNet ids.  A note says so where nothing is held out.
     Raises FileNotFoundError or ValueError, one sentence, for data that cannot be used.
     """
     if config.problem_type not in (None, SINGLE) or config.num_labels < 2:
@@ -60,13 +61,17 @@ def labelled_images(data: Path, config: BeitConfig, truth: Path | None = None) -
         return _of_imagenet(read_flat(flat, data, truth), config, data)
     if truth is not None:
         raise ValueError(f"{data}: --labels is for ImageNet's flat folder of validation images, found none in it")
-    problem, found = find_examples(_part(data))
+    problem, found = _found(data)
     if problem != SINGLE:
         raise ValueError(f"{data}: expected one class for each image, found {problem.replace('_', ' ')}")
-    if any(example.held_out for example in found):
-        found = [example for example in found if example.held_out]
+    found = held_out(data, found)
     if not found:
         raise ValueError(f"{data}: expected images, found none")
+    known = _numbered(data, found, config)
+    return replace(known, notes=(*known.notes, *without_split(data, found)))
+
+
+def _numbered(data: Path, found: Sequence[Example], config: BeitConfig) -> LabelledImages:
     words = {example.label for example in found}
     if all(SYNSET.fullmatch(word) for word in words) and words <= set(synsets()) and not words & _own(config):
         numbers = {synset: i for i, synset in enumerate(synsets())}
@@ -76,13 +81,12 @@ def labelled_images(data: Path, config: BeitConfig, truth: Path | None = None) -
     return LabelledImages(images, _own_names(config), notes=notes)
 
 
-def _part(data: Path) -> Path:
-    """The folder of held-out images within `data`, or `data` itself."""
-    if data.is_dir():
-        for folder in sorted(data.iterdir()):
-            if folder.name.lower() in HELD_OUT and folder.is_dir() and any(e.is_dir() for e in folder.iterdir()):
-                return folder
-    return data
+def _found(data: Path) -> tuple[str, list[Example]]:
+    """(problem type, examples) of the folder of held-out images within `data`, or of `data` itself."""
+    for folder in held_out_folders(data) if data.is_dir() else ():
+        if subfolders(folder):  # else it is a class that happens to be called so
+            return SINGLE, class_folders(folder, True, may_be_empty=True)
+    return find_examples(data, may_be_empty=True)
 
 
 def _own_names(config: BeitConfig) -> tuple[str, ...]:
@@ -122,7 +126,7 @@ def synsets_without(outputs: Sequence[int | None]) -> str:
 
 
 def _numbers(data: Path, words: set[str], config: BeitConfig) -> tuple[dict[str, int], tuple[str, ...]]:
-    """(the number of each class, notes), by name, by number, or where the model names nothing, by order."""
+    """(the number of each class, notes), by name, by number if no name fits, or where there are no names, by order."""
     names = _own_names(config)
     places: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -131,7 +135,8 @@ def _numbers(data: Path, words: set[str], config: BeitConfig) -> tuple[dict[str,
         if several := sorted(word for word in words if len(places[word]) > 1):
             raise ValueError(f"{data}: the model has several classes called {brief(several[0])}; use their numbers")
         return {word: places[word][0] for word in words}, ()
-    if all(word.isdecimal() and int(word) < len(names) for word in words):
+    by_number = not words & set(places)  # a name such as "3" need not be that of output 3
+    if by_number and all(word.isdecimal() and int(word) < len(names) for word in words):
         return {word: int(word) for word in words}, ("classes are matched by number",)
     if len(words) == len(names) and all(UNNAMED.fullmatch(name) for name in names):
         order = {word: i for i, word in enumerate(sorted(words))}

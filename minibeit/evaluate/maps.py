@@ -10,6 +10,7 @@ import numpy as np
 from ..images.loading import read_picture
 from ..images.transforms import IGNORED_LABEL
 from ..train.label_maps import MapReader, Pair, check_sizes, find_pairs, matched
+from .split import held_out
 
 
 def paired(data: Path, maps: Path | None = None) -> list[Pair]:
@@ -19,9 +20,13 @@ def paired(data: Path, maps: Path | None = None) -> list[Pair]:
     names.  Raises FileNotFoundError or ValueError, one sentence, for what is not there and images without a map.
     """
     if maps is None:
-        found = find_pairs(data)
-        return [pair for pair in found if pair.held_out] or found
+        return held_out(data, find_pairs(data))
     for place in (data, maps):
+        if place.is_file():
+            raise ValueError(
+                f"{place}: expected a folder, of images or of the label maps of --maps, found a file; a list names the "
+                "map of each image itself, without --maps"
+            )
         if not place.is_dir():
             raise FileNotFoundError(f"{place}: there is no such folder")
     return matched(data, maps, None)

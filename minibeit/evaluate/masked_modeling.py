@@ -15,12 +15,13 @@ from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import resize_labels
 from ..metrics import ratio_interval
-from ..train.examples import HELD_OUT, Example, Examples, images_in, rows_of
-from ..train.pretraining import MaskedModeling
+from ..train.examples import Example, Examples, held_out_folders, images_in, listed_images
+from ..train.pretraining import MaskedModeling, token_losses
 from ..train.recipes import PRETRAINING
 from .drawing import thumbnail
 from .evaluation import NUMBER, Evaluation, Figure, Worst
 from .reading import AHEAD, Reader
+from .split import held_out
 
 RECIPE = PRETRAINING["base-1k"]  # of which the share of masked patches is used, 75 of 196
 COVER = (128, 128, 128)
@@ -37,19 +38,20 @@ class Predicted:
     mask: np.ndarray  # (P,)
 
 
-def unlabelled_images(data: Path) -> list[str]:
-    """The images of a folder at any depth (of val/, test/ or the like if it is there), or the paths of a list.
+def unlabelled_images(data: Path) -> list[Example]:
+    """The images of a folder at any depth (of val/, test/ or the like if it is there), or those of a list.
 
-    Raises FileNotFoundError or ValueError, one sentence.
+    Of a list with a split, the held-out images are taken.  None is read.  Raises FileNotFoundError or ValueError, one
+    sentence.
     """
     if data.is_file():
-        return [str(data.parent / str(row.get("path"))) for _, row in rows_of(data)]
+        return held_out(data, listed_images(data))
     if not data.is_dir():
         raise FileNotFoundError(f"{data}: there is no such folder or list of images")
-    part = next((data / name for name in HELD_OUT if (data / name).is_dir()), data)
-    found = [str(path) for path in images_in(part)]
+    part = next(iter(held_out_folders(data)), None)
+    found = [Example(str(path), None, None if part is None else True) for path in images_in(part or data)]
     if not found:
-        raise ValueError(f"{part}: expected images, found none")
+        raise ValueError(f"{part or data}: expected images, found none")
     return found
 
 
@@ -120,10 +122,7 @@ def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def _judged(paths: Sequence[str], logits: np.ndarray, tokens: np.ndarray, mask: np.ndarray) -> list[Predicted]:
     """(n, V), (n,), (B, P) -> B."""
-    x = logits.astype(np.float64)
-    x -= x.max(1, keepdims=True)
-    losses = np.log(np.exp(x).sum(1)) - x[np.arange(len(tokens)), tokens]
-    right = x.argmax(1) == tokens
+    losses, right = token_losses(logits, tokens)
     counts = mask.sum(1)
     ends = np.cumsum(counts)[:-1]
     parts = zip(paths, np.split(losses, ends), np.split(right, ends), mask)

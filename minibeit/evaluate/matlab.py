@@ -36,7 +36,7 @@ def read_structs(path: Path, name: str) -> list[dict[str, Any]]:
                 found, value = _matrix(body, order)
                 if found == name and isinstance(value, list):
                     return value
-    except (struct.error, zlib.error, ValueError, IndexError, UnicodeDecodeError, RecursionError) as error:
+    except (struct.error, zlib.error, ValueError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: the MATLAB file is damaged or of a kind that is not read ({error})") from None
     raise ValueError(f"{path}: expected a structure array called {name}, found none")
 

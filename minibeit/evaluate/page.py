@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..task_table import in_words
 from ..text import html as escape
 from .drawing import as_data
@@ -112,11 +114,9 @@ def _cell(figure: Figure) -> str:
 
 
 def _confusions(evaluation: Evaluation) -> str:
-    names = {row.index: row.name for row in evaluation.classes}
-    for true, predicted, _ in evaluation.confusions:
-        names.setdefault(true, str(true))
-        names.setdefault(predicted, str(predicted))
-    classes = sorted(names)
+    names = evaluation.names
+    pairs = {number for true, predicted, _ in evaluation.confusions for number in (true, predicted)}
+    classes = sorted(pairs | {row.index for row in evaluation.classes})
     if not evaluation.confusions:
         return ""
     if len(classes) <= MOST_IN_A_MATRIX:
@@ -132,7 +132,7 @@ def _confusions(evaluation: Evaluation) -> str:
     )
 
 
-def _matrix(evaluation: Evaluation, classes: list[int], names: dict[int, str]) -> str:
+def _matrix(evaluation: Evaluation, classes: list[int], names: Sequence[str]) -> str:
     counts = {(true, predicted): count for true, predicted, count in evaluation.confusions}
     totals = {i: sum(count for (true, _), count in counts.items() if true == i) for i in classes}
     shares = evaluation.unit != "images"

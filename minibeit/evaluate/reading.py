@@ -46,7 +46,10 @@ class Reader(Generic[Item]):
     def _tried(self, item: Item) -> Any:
         try:
             return self.read(item)
-        except (ImageError, OSError) as error:
+        except OSError as error:
+            named = error.filename is not None and error.strerror is not None
+            return _Refused(f"{error.filename}: {error.strerror}" if named else str(error))
+        except ImageError as error:
             return _Refused(str(error))
 
 

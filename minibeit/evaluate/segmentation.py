@@ -42,14 +42,15 @@ def evaluate_segmentation(
     worst: int = 12,
     draw: bool = True,
     seed: int = 0,
+    notes: Sequence[str] = (),
     tell: Callable[[int], None] = lambda done: None,
     **facts: Any,
 ) -> Evaluation:
     """Measures `segment` on images and label maps, at the images' own sizes; both are read in threads while it works.
 
     `colours` (K, 3) draw the classes `names`; `read_map` and `upright` say how maps are read.  The `worst` images,
-    those of lowest mIoU, are shown, with `draw` drawn.  `tell` gets the number of images done.  `facts` are further
-    fields of the `Evaluation`.
+    those of lowest mIoU, are shown, with `draw` drawn.  `tell` gets the number of images done.  `notes` and `facts` are
+    further fields of the `Evaluation`; a note is added where only the largest confusions are kept.
     Raises ValueError for maps with numbers that are no class.
     """
     started = time.monotonic()
@@ -76,13 +77,22 @@ def evaluate_segmentation(
         figures=figures,
         classes=rows,
         unit="pixels",
+        names=tuple(names),
         confusions=tuple(entries[:MOST_CONFUSIONS]),
         worst=tuple(gallery),
         legend=tuple((names[i], (int(r), int(g), int(b))) for i in sorted(seen) for r, g, b in (colours[i],)),
         left_out=tuple(reader.left_out),
+        notes=(*notes, *_cut(len(entries))),
         seconds=seconds,
         **facts,
     )
+
+
+def _cut(entries: int) -> tuple[str, ...]:
+    """A note if the confusion matrix has more entries than are kept."""
+    if entries <= MOST_CONFUSIONS:
+        return ()
+    return (f"of {entries:,} pairs of a true and a predicted class, the {MOST_CONFUSIONS:,} of most pixels are kept",)
 
 
 def _figures(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,10 +163,13 @@ def _parted(
     return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
-def find_examples(path: Path) -> tuple[str, list[Example]]:
-    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no image read."""
+def find_examples(path: Path, may_be_empty: bool = False) -> tuple[str, list[Example]]:
+    """(problem type, the examples that a folder or a list names), as `read_examples` takes them, no image read.
+
+    With `may_be_empty` a class folder may hold no image.
+    """
     if path.is_dir():
-        return SINGLE, _folder(path)
+        return SINGLE, _folder(path, may_be_empty)
     if path.is_file():
         return _listed(path)
     raise _nothing_there(path)
@@ -178,11 +181,10 @@ def find_examples(path: Path) -> tuple[str, list[Example]]:
 def _parts(path: Path) -> tuple[Path | None, Path | None]:
     """The folders in a folder that are called as the two parts of a split are."""
     there = {folder.name.lower(): folder for folder in subfolders(path)}
-    train, held_out = (next((there[name] for name in names if name in there), None) for names in (TRAIN, HELD_OUT))
-    return train, held_out
+    return next((there[name] for name in TRAIN if name in there), None), next(iter(held_out_folders(path)), None)
 
 
-def _folder(path: Path) -> list[Example]:
+def _folder(path: Path, may_be_empty: bool) -> list[Example]:
     train, held_out = _parts(path)
     for folder in (path, train):
         inside = set() if folder is None else {entry.name.lower() for entry in subfolders(folder)}
@@ -193,8 +195,8 @@ def _folder(path: Path) -> list[Example]:
                 "classifier learns from one folder per class"
             )
     if train is None or held_out is None:
-        return [*_class_folders(path, None)]
-    found = [*_class_folders(train, False), *_class_folders(held_out, True)]
+        return class_folders(path, None, may_be_empty)
+    found = [*class_folders(train, False), *class_folders(held_out, True, may_be_empty=True)]
     if extra := {e.label for e in found if e.held_out} - {e.label for e in found if not e.held_out}:
         raise ValueError(f"{held_out}: expected the classes of {train}, found also {brief(sorted(extra))}")
     return found
@@ -205,15 +207,24 @@ def subfolders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _class_folders(path: Path, held_out: bool | None) -> Iterable[Example]:
+def held_out_folders(path: Path) -> list[Path]:
+    """The folders in a folder whose names, in any case, say that they are held out, in the order of `HELD_OUT`."""
+    named = [folder for folder in subfolders(path) if folder.name.lower() in HELD_OUT]
+    return sorted(named, key=lambda folder: HELD_OUT.index(folder.name.lower()))
+
+
+def class_folders(path: Path, held_out: bool | None, may_be_empty: bool = False) -> list[Example]:
+    """The images of a folder of class folders.  Raises ValueError if there is none, or one that may not be empty is."""
+    found: list[Example] = []
     folders = subfolders(path)
     if not folders:
         raise ValueError(f"{path}: expected a folder for each class with its images in it, found no folder")
     for folder in folders:
         files = images_in(folder)
-        if not files and not held_out:
+        if not files and not may_be_empty:
             raise ValueError(f"{folder}: this class is empty; put images (.png, .jpg, ...) into it or remove it")
-        yield from (Example(str(file), folder.name, held_out) for file in files)
+        found += (Example(str(file), folder.name, held_out) for file in files)
+    return found
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -239,6 +250,11 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise ValueError(f"{path}: expected an image and its label in each line, found no line")
     return rows
+
+
+def listed_images(path: Path) -> list[Example]:
+    """The images that a list names, whose labels are not looked at; none is read."""
+    return [_unlabelled(path, where, row) for where, row in rows_of(path)]
 
 
 def _listed(path: Path) -> tuple[str, list[Example]]:

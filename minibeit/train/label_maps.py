@@ -229,15 +229,19 @@ def _parts(path: Path) -> tuple[Path, Path] | None:
 
 def matched(images: Path, maps: Path, held_out: bool | None) -> list[Pair]:
     """Every image with the map of its name, folder within folder."""
-    by_name = {file.relative_to(maps).with_suffix("").as_posix(): file for file in images_in(maps)}
+    by_name: dict[str, list[Path]] = {}
+    for file in images_in(maps):
+        by_name.setdefault(file.relative_to(maps).with_suffix("").as_posix(), []).append(file)
     pairs, without = [], []
     for file in images_in(images):
         name = file.relative_to(images).with_suffix("").as_posix()
         match = next((by_name[name + ending] for ending in ENDINGS if name + ending in by_name), None)
         if match is None:
             without.append(file)
+        elif len(match) > 1:
+            raise ValueError(f"{file}: expected one label map, found {match[0]} and {match[1]}; remove one of them")
         else:
-            pairs.append(Pair(str(file), str(match), held_out))
+            pairs.append(Pair(str(file), str(match[0]), held_out))
     if without:
         raise ValueError(
             f"{without[0]}: expected its label map in {maps}, named {without[0].stem}.png, found none; "

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..files import atomic_write
+from ..metrics import ranks
 from ..model.masked_modeling import IGNORE_INDEX
 from ..ops import reference
 from ..text import json_text
@@ -45,10 +46,9 @@ def metrics(logits: np.ndarray, targets: np.ndarray, problem: str) -> dict[str, 
         both = float((said & true).sum())
         f1 = 2 * both / max(float(said.sum() + true.sum()), 1.0)
         return {"loss": float(loss), "f1": f1, "exact": right_answers(x, targets, problem) / len(x)}
-    own = x[np.arange(len(x)), targets]
-    better = (x > own[:, None]).sum(1)  # classes before the label's
+    before = ranks(x, targets)
     loss = reference.cross_entropy(x, targets, IGNORE_INDEX)
-    return {"loss": float(loss), "top1": float((better < 1).mean()), "top5": float((better < 5).mean())}
+    return {"loss": float(loss), "top1": float((before < 1).mean()), "top5": float((before < 5).mean())}
 
 
 def perplexity(counts: np.ndarray) -> float:

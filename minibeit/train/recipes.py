@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..images.types import IMAGENET_MEAN, IMAGENET_STD
 from .schedule import Cosine, Polynomial
 
 
@@ -118,7 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Pre-training ---------------------------------------------------------------------------------------------------------
 
-HALF, IMAGENET = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF, IMAGENET = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)

@@ -50,18 +50,6 @@ def export_golden(
     return folder
 
 
-def check_sums(folder: str | os.PathLike[str]) -> list[str]:
-    """Files of a pack that are missing or not what SHA256SUMS says, a sentence each."""
-    folder, wrong = Path(folder), []
-    for text in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        digest, name = text.split("  ", 1)
-        if not (folder / name).is_file():
-            wrong.append(f"{folder / name}: is missing")
-        elif _hash(folder / name) != digest:
-            wrong.append(f"{folder / name}: is not the file that SHA256SUMS describes")
-    return wrong
-
-
 def _weights(job: Job, model_name: str) -> dict[str, object]:
     tensors = {
         name: {
