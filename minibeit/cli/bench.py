@@ -101,12 +101,12 @@ def run(args: argparse.Namespace) -> int:
     from ..bench import report
     from ..bench.measure import load_average, machine, measure
 
-    if args.plot:
-        report.check_plot()  # before minutes of measuring, not after
     files = [Path(path) for path in (args.plot, args.json) if path]
     for path in files:
         check_output(path)
     check_distinct(files)
+    if args.plot:
+        report.check_plot()  # before minutes of measuring, not after
     _check_suite(args)
     gpu = _gpu(args)
     races = _suite(args) if args.suite else _races(args)
