@@ -11,7 +11,8 @@ from ..config import BeitConfig
 from ..labels import names as names_of
 from ..labels import outputs_of_22k, source_of, synsets
 from ..strict_json import brief
-from ..train.examples import SINGLE, Example, class_folders, find_examples, held_out_folders, subfolders
+from ..train.examples import SINGLE, Example, class_folders, find_examples
+from ..train.splits import held_out_folders, subfolders
 from .imagenet import flat_folder, read_flat
 from .split import held_out, without_split
 

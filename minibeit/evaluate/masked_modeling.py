@@ -15,9 +15,10 @@ from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import resize_labels
 from ..metrics import ratio_interval
-from ..train.examples import Example, Examples, held_out_folders, images_in, listed_images
+from ..train.examples import Example, Examples, listed_images
 from ..train.pretraining import MaskedModeling, token_losses
 from ..train.recipes import PRETRAINING
+from ..train.splits import held_out_folders, images_in
 from .drawing import thumbnail
 from .evaluation import NUMBER, Evaluation, Figure, Worst
 from .reading import AHEAD, Reader

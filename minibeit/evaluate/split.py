@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..train.examples import HELD_OUT
+from ..train.splits import HELD_OUT, Item
 
-Item = TypeVar("Item", bound=Any)  # an Example or a Pair, whose `held_out` is None where nobody has said
 NO_SPLIT = (
     "the data has no split, so all of its images are measured; those that the model has learned from make it look "
     "better than it is"
@@ -18,13 +17,11 @@ NO_SPLIT = (
 def held_out(data: Path, found: Sequence[Item]) -> list[Item]:
     """What is held out; all of it where nothing is said of a split.
 
-    Raises ValueError, one sentence, for a split in some lines alone, and for one that holds nothing out.
+    Raises ValueError, one sentence, for a split that holds nothing out.
     """
     said = {one.held_out for one in found}
     if said <= {None}:
         return list(found)
-    if None in said:
-        raise ValueError(f"{data}: expected a split in every line or in none, found it in some")
     if True not in said:
         raise ValueError(
             f"{data}: expected held-out images ({HELD_OUT[0]} or {HELD_OUT[-1]}) to measure a model on, found only "

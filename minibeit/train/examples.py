@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,10 +17,9 @@ import numpy as np
 from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
 from ..images.loading import read_picture
-from ..strict_json import brief, parse_json
-from ..text import shown_name
+from ..strict_json import brief
+from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 
-TRAIN, HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test")
 MAP_FOLDERS = ("annotations", "labels", "masks")  # of label maps, beside images
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 UNLABELLED = "unlabelled"  # images for pre-training
@@ -89,13 +86,14 @@ def read_examples(
     Raises ValueError, one sentence, for data that nothing can be learned from; warns of images that are in both
     parts.
     """
-    _check_fraction(fraction)
+    check_fraction(fraction)
     path = Path(data)
     problem, found = find_examples(path)
     classes = _classes(path, problem, found, names)
     good, unreadable = _readable(found, workers)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
-    return _parted(path, problem, classes, good, unreadable, fraction, seed)
+    good = split(good, fraction, seed, lambda example: example.label if problem == SINGLE else "")
+    return Examples(problem, classes, *parted(path, good), tuple(unreadable))
 
 
 def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int = 0, workers: int = 2) -> Examples:
@@ -105,62 +103,27 @@ def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int =
     `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence, for data without images;
     warns of images that are in both parts.
     """
-    _check_fraction(fraction)
+    check_fraction(fraction)
     path = Path(data)
     if path.is_dir():
         found = _unlabelled_in(path)
     elif path.is_file():
-        found = [_unlabelled(path, where, row) for where, row in rows_of(path)]
+        found = listed_images(path)
     else:
         raise _nothing_there(path)
     good, unreadable = _readable(found, workers)
     if not good:
         raise ValueError(f"{path}: expected images to learn from, found {len(found)}, none of which can be read")
-    return _parted(path, UNLABELLED, (), good, unreadable, fraction, seed)
+    return Examples(UNLABELLED, (), *parted(path, split(good, fraction, seed)), tuple(unreadable))
 
 
 def _unlabelled_in(path: Path) -> list[Example]:
-    train, held_out = _parts(path)
-    split = train is not None and held_out is not None
-    return [
-        Example(str(file), None, held_out in file.parents if split else None)  # type: ignore[operator]
-        for file in images_in(path)
-    ]
-
-
-def _unlabelled(path: Path, where: str, row: dict[str, Any]) -> Example:
-    return Example(_file(path, where, row), None, part_of(where, row.get("split")))
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number of at least 0 and below 1, found {fraction}")
+    parts = parts_of(path)
+    return [Example(str(file), None, None if parts is None else parts[1] in file.parents) for file in images_in(path)]
 
 
 def _nothing_there(path: Path) -> FileNotFoundError:
     return FileNotFoundError(f"{path}: there is no such folder or list of images")
-
-
-def _parted(
-    path: Path,
-    problem: str,
-    names: tuple[str, ...],
-    good: list[Example],
-    unreadable: list[str],
-    fraction: float,
-    seed: int,
-) -> Examples:
-    """The two parts, split as the data says or by `seed`."""
-    if len({example.held_out is None for example in good}) > 1:
-        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
-    if all(example.held_out is None for example in good):
-        good = _split(good, problem, fraction, seed)
-    train = tuple(example for example in good if not example.held_out)
-    held_out = tuple(example for example in good if example.held_out)
-    if not train:
-        raise ValueError(f"{path}: expected images to learn from, found only {len(held_out)} held-out ones")
-    warn_of_duplicates(train, held_out)
-    return Examples(problem, names, train, held_out, tuple(unreadable))
 
 
 def find_examples(path: Path, may_be_empty: bool = False) -> tuple[str, list[Example]]:
@@ -178,39 +141,23 @@ def find_examples(path: Path, may_be_empty: bool = False) -> tuple[str, list[Exa
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
-def _parts(path: Path) -> tuple[Path | None, Path | None]:
-    """The folders in a folder that are called as the two parts of a split are."""
-    there = {folder.name.lower(): folder for folder in subfolders(path)}
-    return next((there[name] for name in TRAIN if name in there), None), next(iter(held_out_folders(path)), None)
-
-
 def _folder(path: Path, may_be_empty: bool) -> list[Example]:
-    train, held_out = _parts(path)
-    for folder in (path, train):
-        inside = set() if folder is None else {entry.name.lower() for entry in subfolders(folder)}
+    parts = parts_of(path)
+    for folder in (path, *(parts or ())[:1]):
+        inside = {entry.name.lower() for entry in subfolders(folder)}
         maps = next((name for name in MAP_FOLDERS if name in inside), None)
         if "images" in inside and maps:
             raise ValueError(
                 f"{folder}: its folders images and {maps} hold data for segmentation (--task segmentation); a "
                 "classifier learns from one folder per class"
             )
-    if train is None or held_out is None:
+    if parts is None:
         return class_folders(path, None, may_be_empty)
+    train, held_out = parts
     found = [*class_folders(train, False), *class_folders(held_out, True, may_be_empty=True)]
     if extra := {e.label for e in found if e.held_out} - {e.label for e in found if not e.held_out}:
         raise ValueError(f"{held_out}: expected the classes of {train}, found also {brief(sorted(extra))}")
     return found
-
-
-def subfolders(path: Path) -> list[Path]:
-    """The folders in a folder, by name; hidden ones are left out."""
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def held_out_folders(path: Path) -> list[Path]:
-    """The folders in a folder whose names, in any case, say that they are held out, in the order of `HELD_OUT`."""
-    named = [folder for folder in subfolders(path) if folder.name.lower() in HELD_OUT]
-    return sorted(named, key=lambda folder: HELD_OUT.index(folder.name.lower()))
 
 
 def class_folders(path: Path, held_out: bool | None, may_be_empty: bool = False) -> list[Example]:
@@ -227,34 +174,13 @@ def class_folders(path: Path, held_out: bool | None, may_be_empty: bool = False)
     return found
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The images in a folder and in the folders in it, by name."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
-
-
 # Lists ----------------------------------------------------------------------------------------------------------------
-
-
-def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file and line, what it says) for every line of a list."""
-    if path.suffix.lower() not in (".csv", ".jsonl"):
-        raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
-    try:
-        rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    except (csv.Error, UnicodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
-    if not rows:
-        raise ValueError(f"{path}: expected an image and its label in each line, found no line")
-    return rows
 
 
 def listed_images(path: Path) -> list[Example]:
     """The images that a list names, whose labels are not looked at; none is read."""
-    return [_unlabelled(path, where, row) for where, row in rows_of(path)]
+    found = [Example(_file(path, where, row), None, part_of(where, row.get("split"))) for where, row in rows_of(path)]
+    return checked_split(path, found)
 
 
 def _listed(path: Path) -> tuple[str, list[Example]]:
@@ -270,42 +196,13 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
         found.append(Example(_file(path, where, row), label, part_of(where, row.get("split"))))
     if KINDS[key] == REGRESSION and len(widths := {len(example.label) for example in found}) > 1:
         raise ValueError(f"{path}: expected as many values in each line, found {brief(sorted(widths))}")
-    return KINDS[key], found
+    return KINDS[key], checked_split(path, found)
 
 
 def _file(path: Path, where: str, row: dict[str, Any]) -> str:
     if not isinstance(row.get("path"), str) or not row["path"]:
         raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
     return str(path.parent / row["path"])
-
-
-def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        return [(f"{path} line {reader.line_num}", row) for row in reader]
-
-
-def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number}: expected a JSON object: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: expected a JSON object, found {brief(row)}")
-            rows.append((f"{path} line {number}", row))
-    return rows
-
-
-def part_of(where: str, word: Any) -> bool | None:
-    """Whether a word for a part of the data means what is held out; None for no word.  Raises ValueError for others."""
-    if word in (None, ""):
-        return None
-    if str(word).lower() not in (*TRAIN, *HELD_OUT):
-        raise ValueError(f"{where}: expected split {TRAIN[0]} or {HELD_OUT[0]}, found {brief(word)}")
-    return str(word).lower() in HELD_OUT
 
 
 def _label(where: str, key: str, value: Any, folder: Path) -> Any:
@@ -386,30 +283,3 @@ def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[s
     with ThreadPoolExecutor(workers) as pool:
         looked = list(pool.map(look, found))
     return [e for e in looked if isinstance(e, Example)], [text for text in looked if isinstance(text, str)]
-
-
-def _split(examples: list[Example], problem: str, fraction: float, seed: int) -> list[Example]:
-    """`fraction` of every class held out, at least one image of each that has two, chosen by content and seed."""
-    rng = np.random.default_rng(seed)
-    groups: dict[str, list[int]] = {}
-    for i, example in enumerate(examples):
-        groups.setdefault(example.label if problem == SINGLE else "", []).append(i)
-    chosen: set[int] = set()
-    for name in sorted(groups):
-        count = round(fraction * len(groups[name]))
-        count = min(max(count, 1 if fraction else 0), len(groups[name]) - 1)
-        chosen.update(rng.permutation(groups[name])[:count].tolist())
-    return [replace(example, held_out=i in chosen) for i, example in enumerate(examples)]
-
-
-def warn_of_duplicates(train: Sequence[Any], held_out: Sequence[Any]) -> None:
-    """Warns of files that are in both parts, by `digest` and `path` of the examples."""
-    learned = {example.digest: example.path for example in train}
-    twice = [(learned[e.digest], e.path) for e in held_out if e.digest in learned]
-    if twice:
-        first = f"{shown_name(twice[0][0])} and {shown_name(twice[0][1])}"
-        warnings.warn(
-            f"{len(twice)} held-out images are also in the training part, which makes results look better than they "
-            f"are; the first are {first}",
-            stacklevel=3,
-        )

@@ -20,7 +20,8 @@ from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
 from .batches import ahead
-from .examples import HELD_OUT, MAP_FOLDERS, SHOWN, TRAIN, images_in, part_of, rows_of, subfolders, warn_of_duplicates
+from .examples import MAP_FOLDERS, SHOWN
+from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 
 ENDINGS = ("", "_labels", "_mask")  # what a map's name may have behind that of its image
 LOSSLESS = ("PNG", "TIFF", "BMP", "GIF", "PPM")  # formats of Pillow in which a label map keeps its values
@@ -130,8 +131,7 @@ def read_pairs(
 
     Raises ValueError, one sentence, for data that nothing can be learned from, and FileNotFoundError.
     """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"share held out: expected a number from 0 up to but not 1, found {fraction}")
+    check_fraction(fraction)
     path, read_map = Path(data), read_map or MapReader()
     found = find_pairs(path)
     if read_map.colours is not None and names is None:
@@ -142,15 +142,9 @@ def read_pairs(
             f"{path}: none of the {len(found)} images and label maps can be learned from; the first: {left_out[0]}"
         )
     classes = _classes(path, good, areas, names, read_map)
-    if all(pair.held_out is None for pair in good):
-        good = _split(good, fraction, seed)
-    train = tuple(pair for pair in good if not pair.held_out)
-    held_out = tuple(pair for pair in good if pair.held_out)
-    if not train:
-        raise ValueError(f"{path}: expected images to learn from, found {len(held_out)} held-out ones alone")
+    good = split(good, fraction, seed)
     _warn_of_unseen(classes, good, areas)
-    warn_of_duplicates(train, held_out)
-    return Pairs(classes, train, held_out, read_map, tuple(left_out))
+    return Pairs(classes, *parted(path, good), read_map, tuple(left_out))
 
 
 def find_pairs(path: Path) -> list[Pair]:
@@ -199,11 +193,11 @@ def read_colours(path: str | os.PathLike[str]) -> Colours:
 def _folder(path: Path) -> list[Pair]:
     two = _two_folders(path)
     if two is not None:
-        images, maps = (_parts(folder) for folder in two)
+        images, maps = (parts_of(folder) for folder in two)
         if images is None or maps is None:
             return matched(*two, None)
         return [*matched(images[0], maps[0], False), *matched(images[1], maps[1], True)]
-    parts = _parts(path)
+    parts = parts_of(path)
     inner = None if parts is None else [_two_folders(part) for part in parts]
     if inner is None or None in inner:
         raise ValueError(
@@ -218,13 +212,6 @@ def _two_folders(path: Path) -> tuple[Path, Path] | None:
     found = {folder.name.lower(): folder for folder in subfolders(path)}
     maps = next((found[name] for name in MAP_FOLDERS if name in found), None)
     return (found["images"], maps) if "images" in found and maps is not None else None
-
-
-def _parts(path: Path) -> tuple[Path, Path] | None:
-    """The folders of what is learned from and of what is held out, where there are both."""
-    found = {folder.name.lower(): folder for folder in subfolders(path)}
-    parts = [next((found[name] for name in names if name in found), None) for names in (TRAIN, HELD_OUT)]
-    return (parts[0], parts[1]) if parts[0] is not None and parts[1] is not None else None
 
 
 def matched(images: Path, maps: Path, held_out: bool | None) -> list[Pair]:
@@ -262,16 +249,7 @@ def _listed(path: Path) -> list[Pair]:
                 )
         files = [str(path.parent / row[key]) for key in ("path", "map")]
         pairs.append(Pair(files[0], files[1], part_of(where, row.get("split"))))
-    if len({pair.held_out is None for pair in pairs}) > 1:
-        raise ValueError(f"{path}: expected a split in every line or in none, found it in some")
-    return pairs
-
-
-def _split(pairs: list[Pair], fraction: float, seed: int) -> list[Pair]:
-    """`fraction` of the pairs held out, at least one if there are two, chosen by seed."""
-    count = min(max(round(fraction * len(pairs)), 1 if fraction else 0), len(pairs) - 1)
-    chosen = set(np.random.default_rng(seed).permutation(len(pairs))[:count].tolist())
-    return [replace(pair, held_out=i in chosen) for i, pair in enumerate(pairs)]
+    return checked_split(path, pairs)
 
 
 # What is in them ------------------------------------------------------------------------------------------------------
