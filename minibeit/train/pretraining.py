@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from .examples import Example, Examples
 from .metrics import perplexity
 from .objective import Batch, Loss, Objective, Sample, Score
 from .recipes import PRETRAINING_PRESETS, PretrainingRecipe
+from .start import config_of, given
 from .state import digest
 
 LANCZOS = Image.Resampling.LANCZOS
@@ -163,20 +163,11 @@ def new_model(
 
     It predicts the tokens of `tokenizer`.  Raises FileNotFoundError, and ValueError for a config without mask token.
     """
-    if source in PRETRAINING_PRESETS:
-        config = BeitConfig(**PRETRAINING_PRESETS[source])
-    elif Path(source).exists():
-        config = BeitConfig.from_pretrained(source)
-    else:
-        raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(PRETRAINING_PRESETS)}")
+    config = config_of(source, PRETRAINING_PRESETS)
     if not config.use_mask_token:
         raise ValueError(f"{source}: pre-training needs a mask token; set use_mask_token to true")
-    fields: dict[str, Any] = {"vocab_size": tokenizer.config.vocab_size}
-    if drop_path is not None:
-        fields["drop_path_rate"] = drop_path
-    if image_size is not None:
-        fields["image_size"] = image_size
-    config = config.replace(**fields)
+    changes = given(drop_path_rate=drop_path, image_size=image_size)
+    config = config.replace(vocab_size=tokenizer.config.vocab_size, **changes)
     arrays = initial_arrays(config, seed, dtype)
     return BeitForMaskedImageModeling(config, arrays=arrays, dtype=dtype, backend=backend, num_threads=num_threads)
 

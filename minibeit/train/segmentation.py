@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..checkpoint.load import load_checkpoint, open_checkpoint
+from ..checkpoint.load import open_checkpoint
 from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import IGNORED_LABEL, resize_labels
@@ -23,7 +22,7 @@ from .batches import normalised, read_image
 from .label_maps import Pair, Pairs, check_sizes
 from .objective import Batch, Loss, Objective, Sample, Score
 from .segmentation_recipes import SEGMENTATION_PRESETS, SegmentationRecipe
-from .start import labels_of
+from .start import adapted, config_of, given, labels_of
 from .start import processor_for as processor_of_checkpoint
 
 TASK = BeitForSemanticSegmentation.task
@@ -150,15 +149,7 @@ def from_checkpoint(
     if opened.task != TASK:
         indices = feature_indices(config.num_hidden_layers, convention or config.feature_convention)
         fields.update(out_indices=indices, out_features=None, problem_type=None)
-    if config.use_shared_relative_position_bias:
-        fields.update(use_relative_position_bias=True, use_shared_relative_position_bias=False)
-    if drop_path is not None:
-        fields["drop_path_rate"] = drop_path
-    if image_size is not None and config.image_shape != (image_size, image_size):
-        fields["image_size"] = image_size
-    config, loaded = load_checkpoint(path, TASK, "float32", seed, {**fields, "local_files_only": True})
-    arrays = {name: array for name, array in loaded.items() if name != "beit.embeddings.mask_token"}
-    config = config.replace(use_mask_token=False)
+    config, arrays = adapted(path, config, TASK, fields, drop_path, image_size, seed)
     return BeitForSemanticSegmentation(config, backend=backend, num_threads=num_threads, arrays=arrays)
 
 
@@ -174,22 +165,13 @@ def from_scratch(
     num_threads: int | None = None,
 ) -> BeitForSemanticSegmentation:
     """A model of random weights: a preset's name, or the `config.json` that says what it is made of."""
-    if source in SEGMENTATION_PRESETS:
-        config = BeitConfig(**SEGMENTATION_PRESETS[source])
-    elif Path(source).exists():
-        config = BeitConfig.from_pretrained(source)
-    else:
-        raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(SEGMENTATION_PRESETS)}")
+    config = config_of(source, SEGMENTATION_PRESETS)
     convention = convention or config.feature_convention
     fields: dict[str, Any] = {**labels_of(names), "semantic_loss_ignore_index": IGNORED_LABEL}
     fields.update(use_mask_token=False, problem_type=None, feature_convention=convention)
     if len(config.out_indices or ()) != 4:
         fields.update(out_indices=feature_indices(config.num_hidden_layers, convention), out_features=None)
-    if drop_path is not None:
-        fields["drop_path_rate"] = drop_path
-    if image_size is not None:
-        fields["image_size"] = image_size
-    config = config.replace(**fields)
+    config = config.replace(**fields, **given(drop_path_rate=drop_path, image_size=image_size))
     return BeitForSemanticSegmentation(config, seed=seed, backend=backend, num_threads=num_threads)
 
 

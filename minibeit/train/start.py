@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,22 +46,13 @@ def from_checkpoint(
     Source: run_class_finetuning.py in microsoft/unilm beit.
     """
     get_ops(backend)  # reports a missing backend before gigabytes are read
-    config = open_checkpoint(path).config
     fields: dict[str, Any] = {"problem_type": examples.problem}
     if not keep_classes:
         fields.update(labels_of(examples.names))
-    if config.use_shared_relative_position_bias:
-        fields.update(use_relative_position_bias=True, use_shared_relative_position_bias=False)
-    if drop_path is not None:
-        fields["drop_path_rate"] = drop_path
-    if image_size is not None and config.image_shape != (image_size, image_size):
-        fields["image_size"] = image_size
-    task = BeitForImageClassification.task
-    config, loaded = load_checkpoint(path, task, "float32", seed, {**fields, "local_files_only": True})
-    arrays = {name: array for name, array in loaded.items() if name != "beit.embeddings.mask_token"}
+    config = open_checkpoint(path).config
+    config, arrays = adapted(path, config, BeitForImageClassification.task, fields, drop_path, image_size, seed)
     if not keep_classes:
         arrays.update(new_head(arrays["classifier.weight"].shape, config.initializer_range, seed))
-    config = config.replace(use_mask_token=False)
     return BeitForImageClassification(config, backend=backend, num_threads=num_threads, arrays=arrays)
 
 
@@ -76,19 +67,46 @@ def from_scratch(
     num_threads: int | None = None,
 ) -> BeitForImageClassification:
     """A model of random weights: a preset's name, or the `config.json` that says what it is made of."""
-    if source in PRESETS:
-        config = BeitConfig(**PRESETS[source])
-    elif Path(source).exists():
-        config = BeitConfig.from_pretrained(source)
-    else:
-        raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(PRESETS)}")
-    fields: dict[str, Any] = {"problem_type": examples.problem, **labels_of(examples.names)}
-    if drop_path is not None:
-        fields["drop_path_rate"] = drop_path
-    if image_size is not None:
-        fields["image_size"] = image_size
-    config = config.replace(**fields)
+    fields = {"problem_type": examples.problem, **labels_of(examples.names)}
+    config = config_of(source, PRESETS)
+    config = config.replace(**fields, **given(drop_path_rate=drop_path, image_size=image_size))
     return BeitForImageClassification(config, seed=seed, backend=backend, num_threads=num_threads)
+
+
+def config_of(source: str, presets: Mapping[str, Mapping[str, Any]]) -> BeitConfig:
+    """The config of a model to be trained from random weights: a preset's name, or a `config.json`."""
+    if source in presets:
+        return BeitConfig(**presets[source])
+    if not Path(source).exists():
+        raise FileNotFoundError(f"{source}: expected a config.json or one of {', '.join(presets)}")
+    return BeitConfig.from_pretrained(source)
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """Those of the fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def adapted(
+    path: str | os.PathLike[str],
+    config: BeitConfig,
+    task: str,
+    fields: Mapping[str, Any],
+    drop_path: float | None,
+    image_size: int | None,
+    seed: int,
+) -> tuple[BeitConfig, dict[str, np.ndarray]]:
+    """The config and arrays of a checkpoint as fine-tuning for `task` begins, with `fields` of its config replaced.
+
+    A position bias table that the blocks share is copied to each of them, and the mask token is left out.
+    """
+    if config.use_shared_relative_position_bias:
+        fields = {**fields, "use_relative_position_bias": True, "use_shared_relative_position_bias": False}
+    size = None if config.image_shape == (image_size, image_size) else image_size
+    changes = {**fields, **given(drop_path_rate=drop_path, image_size=size), "local_files_only": True}
+    config, loaded = load_checkpoint(path, task, "float32", seed, changes)
+    arrays = {name: array for name, array in loaded.items() if name != "beit.embeddings.mask_token"}
+    return config.replace(use_mask_token=False), arrays
 
 
 def new_head(shape: tuple[int, int], spread: float, seed: int) -> dict[str, np.ndarray]:
