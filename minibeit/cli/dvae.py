@@ -8,10 +8,12 @@ from typing import Any
 
 from .terminal import UsageError, positive
 from .training import (
+    add_images_argument,
     add_output_arguments,
     add_recipe_arguments,
     add_run_arguments,
     check_output,
+    images_of,
     recipe_of,
     speaker,
     train,
@@ -34,7 +36,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..train.recipes import TOKENIZERS
 
-    parser.add_argument("data", metavar="DATA", help="a folder of images, or a .csv or .jsonl list")
+    add_images_argument(parser)
     add_output_arguments(parser)
     parser.add_argument("-m", "--model", metavar="DIR", help="a tokenizer with a decoder to train on")
     for name, text in (
@@ -50,25 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, TOKENIZERS, "own", without=("layer_decay", "drop_path", "smoothing", "mixup", "cutmix")
     )
     parser.add_argument("--divergence", type=float, metavar="F", help="weight of the divergence from uniform tokens")
-    parser.add_argument(
-        "--held-out", type=float, default=0.05, metavar="F", help="share held out where DATA has no split (default .05)"
-    )
     add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..train.discrete_vae import DiscreteVae, ImageReconstruction
-    from ..train.examples import read_images
     from ..train.recipes import TOKENIZERS
 
     output, say = Path(args.output), speaker(args)
     recipe: Any = recipe_of(args, TOKENIZERS)
     check_output(args, output)
     tokenizer = _tokenizer(args)
-    examples = read_images(args.data, args.held_out, args.seed, args.workers)
-    for text in examples.unreadable:
-        say(f"left out: {text}")
-    say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
+    examples = images_of(args, say)
     side = tokenizer.config.image_size
     objective = ImageReconstruction(examples, recipe, tokenizer.config, (side, side))
     code = train(args, DiscreteVae(tokenizer), objective, recipe, output, say)

@@ -8,10 +8,12 @@ from typing import Any
 
 from .terminal import UsageError, positive
 from .training import (
+    add_images_argument,
     add_output_arguments,
     add_recipe_arguments,
     add_run_arguments,
     check_output,
+    images_of,
     recipe_of,
     speaker,
     train,
@@ -36,7 +38,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..train.recipes import PRETRAINING, PRETRAINING_PRESETS
 
-    parser.add_argument("data", metavar="DATA", help="a folder of images, or a .csv or .jsonl list")
+    add_images_argument(parser)
     parser.add_argument(
         "--tokenizer", metavar="DIR|FILE", required=True, help="what makes the visual tokens, such as DALL-E's dVAE"
     )
@@ -51,16 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser, PRETRAINING, "own", without=("layer_decay", "smoothing", "mixup", "cutmix"))
     parser.add_argument("--masked", type=float, metavar="F", help="share of the patches to mask (default 75/196)")
     parser.add_argument("--image-size", type=positive, metavar="S", help="height and width in pixels")
-    parser.add_argument(
-        "--held-out", type=float, default=0.05, metavar="F", help="share held out where DATA has no split (default .05)"
-    )
     add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..tokenizer.tokenizer import DalleTokenizer
     from ..train import start
-    from ..train.examples import read_images
     from ..train.pretraining import MaskedModeling, processor_for
     from ..train.recipes import PRETRAINING
 
@@ -69,10 +67,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args, output)
     tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, backend=args.backend, num_threads=args.threads)
     model = _model(args, tokenizer, recipe)
-    examples = read_images(args.data, args.held_out, args.seed, args.workers)
-    for text in examples.unreadable:
-        say(f"left out: {text}")
-    say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
+    examples = images_of(args, say)
     if args.model is None:
         processor = processor_for(model.config, recipe)
     else:  # its weights know pixels of this mean and deviation

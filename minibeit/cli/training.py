@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .terminal import StatusLine, UsageError, note, out, positive, table
 
 if TYPE_CHECKING:
+    from ..train.examples import Examples
     from ..train.loop import Progress
     from ..train.objective import Objective
     from ..train.recipes import Recipe
@@ -34,6 +35,25 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str, str]] = {  # field of a rec
     "average": (float, "F", "decay of an average of the weights, which is what is kept, such as 0.999; 0 for none"),
 }
 OTHERS = ("masked", "divergence")  # fields of recipes that one command alone has an option for
+
+
+def add_images_argument(parser: argparse.ArgumentParser) -> None:
+    """DATA of images without labels, and --held-out."""
+    parser.add_argument("data", metavar="DATA", help="a folder of images, or a .csv or .jsonl list")
+    parser.add_argument(
+        "--held-out", type=float, default=0.05, metavar="F", help="share held out where DATA has no split (default .05)"
+    )
+
+
+def images_of(args: argparse.Namespace, say: Say) -> Examples:
+    """The images of DATA, those that cannot be read being named."""
+    from ..train.examples import read_images
+
+    examples = read_images(args.data, args.held_out, args.seed, args.workers)
+    for text in examples.unreadable:
+        say(f"left out: {text}")
+    say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
+    return examples
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

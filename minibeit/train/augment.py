@@ -36,6 +36,18 @@ def augmented(picture: Image.Image, shape: tuple[int, int], recipe: Recipe, rng:
     return color_jitter(picture, recipe.color, rng) if recipe.color else picture
 
 
+def random_view(
+    image: Image.Image, recipe: Recipe, rng: Random
+) -> tuple[Image.Image, tuple[int, int, int, int] | None]:
+    """An image with its colours changed and perhaps mirrored, and the box to crop from it (None: all of it): what
+    pre-training and tokenizers see, at whatever sizes."""
+    if recipe.color:
+        image = color_jitter(image, recipe.color, rng)
+    if rng.random() < recipe.flip:
+        image = ImageOps.mirror(image)
+    return image, None if recipe.crop is None else crop_box(image.size, recipe.crop, rng)
+
+
 def crop_box(
     size: tuple[int, int], area: tuple[float, float], rng: Random
 ) -> tuple[int, int, int, int]:  # (width, height) -> (left, top, right, bottom)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..image_processor import BeitImageProcessor
 from ..noise import Noise, as_noise
@@ -28,8 +28,8 @@ from ..tokenizer.params import shapes
 from ..tokenizer.preprocess import likeliest_pixels, map_pixels
 from ..tokenizer.tokenizer import DalleTokenizer
 from ..trace import SILENT, Scope, Trace
-from .augment import color_jitter, crop_box
-from .batches import read_image
+from .augment import random_view
+from .batches import normalised, read_image
 from .examples import Examples
 from .metrics import perplexity
 from .objective import Batch, Loss, Objective, Sample, Score
@@ -134,17 +134,15 @@ class ImageReconstruction(Objective):
         self.train, self.held_out, self.fingerprint = examples.train, examples.held_out, examples.fingerprint
 
     def read(self, example: Any, key: Sequence[int]) -> Sample:
-        rng = np.random.default_rng(list(key))
         image = read_image(example.path, self.processor)
-        if self.recipe.color:
-            image = color_jitter(image, self.recipe.color, rng)
-        if rng.random() < self.recipe.flip:
-            image = ImageOps.mirror(image)
-        box = None if self.recipe.crop is None else crop_box(image.size, self.recipe.crop, rng)
-        return (mapped_pixels(image.resize(self.shape[::-1], LANCZOS, box=box)),)
+        image, box = random_view(image, self.recipe, np.random.default_rng(list(key)))
+        return self._sample(image.resize(self.shape[::-1], LANCZOS, box=box))
 
     def read_judged(self, example: Any) -> Sample:
-        return (mapped_pixels(read_image(example.path, self.processor).resize(self.shape[::-1], LANCZOS)),)
+        return self._sample(read_image(example.path, self.processor).resize(self.shape[::-1], LANCZOS))
+
+    def _sample(self, image: Image.Image) -> Sample:
+        return (map_pixels(normalised(np.asarray(image), self.processor)),)
 
     def batch(self, samples: Sequence[Sample]) -> Batch:
         pixels = np.stack([sample[0] for sample in samples])
@@ -186,9 +184,3 @@ class _Reconstructions(Score):
             "token_perplexity": perplexity(self.counts),
             "tokens_used": float((self.counts > 0).mean()),
         }
-
-
-def mapped_pixels(image: Image.Image) -> np.ndarray:  # -> (C, height, width)
-    """The mapped pixels of an image that has its final size."""
-    x = np.asarray(image, np.float32) / np.float32(255)
-    return map_pixels(x.reshape(*x.shape[:2], -1).transpose(2, 0, 1))

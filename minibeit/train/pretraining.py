@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
@@ -18,7 +18,7 @@ from ..masking import block_mask
 from ..model.masked_modeling import IGNORE_INDEX
 from ..params import param_shapes
 from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
-from .augment import BICUBIC, Random, color_jitter, crop_box
+from .augment import BICUBIC, Random, random_view
 from .batches import normalised, read_image
 from .examples import Example, Examples
 from .metrics import perplexity
@@ -137,11 +137,7 @@ def two_views(
     image: Image.Image, shape: tuple[int, int], token_shape: tuple[int, int], recipe: PretrainingRecipe, rng: Random
 ) -> tuple[Image.Image, Image.Image]:
     """One random crop of an image, as the model sees it (bicubic, `shape`) and as the tokenizer does (Lanczos)."""
-    if recipe.color:
-        image = color_jitter(image, recipe.color, rng)
-    if rng.random() < recipe.flip:
-        image = ImageOps.mirror(image)
-    box = None if recipe.crop is None else crop_box(image.size, recipe.crop, rng)
+    image, box = random_view(image, recipe, rng)
     return image.resize(shape[::-1], BICUBIC, box=box), image.resize(token_shape[::-1], LANCZOS, box=box)
 
 
