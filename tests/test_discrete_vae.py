@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
+import functools
 
 import numpy as np
 import pytest
-from training_data import class_folders
+from training_data import class_folders, stopped_and_resumed
 
 from minibeit.noise import Noise
 from minibeit.ops import reference
@@ -19,7 +19,6 @@ from minibeit.train.examples import read_images
 from minibeit.train.gradients import value_and_grad
 from minibeit.train.loop import Trainer
 from minibeit.train.recipes import TOKENIZERS, TokenizerRecipe
-from minibeit.train.state import Stopped
 
 CONFIG = DalleTokenizerConfig(
     num_groups=2, num_blocks_per_group=1, hidden_size=16, vocab_size=12, n_init=8, image_size=16
@@ -118,12 +117,7 @@ def test_it_learns_to_draw_and_its_tokenizer_loads(data, tmp_path):
 def test_resumed_equals_undisturbed_bit_for_bit(data, tmp_path):
     whole = trainer(data, tmp_path / "a")
     whole.run()
-    stopped = trainer(data, tmp_path / "b", tell=lambda p: signal.raise_signal(signal.SIGTERM) if p.step == 3 else None)
-    with pytest.raises(Stopped):
-        stopped.run()
-    again = trainer(data, tmp_path / "b")
-    again.resume()
-    again.run()
+    again = stopped_and_resumed(functools.partial(trainer, data, tmp_path / "b"), 3)
     assert np.array_equal(again.optimizer.weights, whole.optimizer.weights)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import signal
 from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
-from training_data import class_folders, picture
+from training_data import class_folders, picture, stopped_and_resumed
 
 from minibeit import BeitConfig, BeitForMaskedImageModeling
 from minibeit.train.examples import read_images
@@ -20,7 +20,6 @@ from minibeit.train.loop import Trainer
 from minibeit.train.metrics import perplexity
 from minibeit.train.pretraining import MaskedModeling, initial_arrays, new_model, processor_for, two_views
 from minibeit.train.recipes import IMAGENET, PRETRAINING, PRETRAINING_PRESETS, PretrainingRecipe
-from minibeit.train.state import Stopped
 
 RNG = np.random.default_rng
 CONFIG = BeitConfig(
@@ -203,12 +202,7 @@ def test_it_learns_the_tokens_of_masked_patches(data, tmp_path):
 def test_resumed_equals_undisturbed_bit_for_bit(data, tmp_path):
     whole = trainer(data, tmp_path / "a")
     whole.run()
-    stopped = trainer(data, tmp_path / "b", tell=lambda p: signal.raise_signal(signal.SIGTERM) if p.step == 3 else None)
-    with pytest.raises(Stopped):
-        stopped.run()
-    again = trainer(data, tmp_path / "b")
-    again.resume()
-    again.run()
+    again = stopped_and_resumed(functools.partial(trainer, data, tmp_path / "b"), 3)
     assert np.array_equal(again.optimizer.weights, whole.optimizer.weights)
     assert again.state.history == whole.state.history
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import signal
 
 import numpy as np
 import pytest
-from training_data import QUICK, class_folders, trainer
+from training_data import QUICK, class_folders, stopped_and_resumed, trainer
 
 from minibeit import BeitForImageClassification
 from minibeit.train import loop, state
@@ -63,13 +64,9 @@ def test_log_curves_and_model_are_written(finished):
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_resumed_equals_undisturbed_bit_for_bit(finished, data, tmp_path, step):
-    stopped = stopping_at(step, data, tmp_path)
-    with pytest.raises(Stopped, match=f"stopped after step {step} of 4"):
-        stopped.run()
-    again = trainer(data, tmp_path, dataclasses.replace(QUICK, average=0.5))
-    again.resume()
-    assert again.state.step == step
-    again.run()
+    recipe = dataclasses.replace(QUICK, average=0.5)
+    again = stopped_and_resumed(functools.partial(trainer, data, tmp_path, recipe), step)
+    assert again.steps == 4
     assert same_weights(again, finished[0])
     assert again.state.history == finished[0].state.history
     assert (tmp_path / "model.safetensors").read_bytes() == (finished[1] / "model.safetensors").read_bytes()

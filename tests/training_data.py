@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from cli_helpers import config
 from PIL import Image
 
@@ -13,6 +16,7 @@ from minibeit.train.examples import read_examples
 from minibeit.train.loop import Trainer
 from minibeit.train.objective import Classification
 from minibeit.train.recipes import Recipe
+from minibeit.train.state import Stopped
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 QUICK = Recipe(
@@ -50,3 +54,15 @@ def trainer(data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, **o
     folder.mkdir(exist_ok=True)
     objective = Classification(examples, BeitImageProcessor(size=16, resample=2), recipe, model.config.image_shape)
     return Trainer(model, objective, recipe, folder, **options)
+
+
+def stopped_and_resumed(make: Callable[..., Trainer], step: int) -> Trainer:
+    """A trainer that went on after another was stopped by SIGTERM behind `step`; `make(**options)` makes both."""
+    stopped = make(tell=lambda progress: signal.raise_signal(signal.SIGTERM) if progress.step == step else None)
+    with pytest.raises(Stopped, match=f"stopped after step {step} of {stopped.steps}"):
+        stopped.run()
+    again = make()
+    again.resume()
+    assert again.state.step == step
+    again.run()
+    return again

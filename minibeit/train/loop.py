@@ -186,8 +186,7 @@ class Trainer:
         pieces = np.array_split(np.arange(len(batch)), self.pieces)
         if len(pieces) == 1:
             return self._learned_of(batch, 0)
-        terms = max(self.objective.terms(batch), 1)
-        total = Learned(0.0, None, 0.0, 0)
+        terms, loss, right, answers = max(self.objective.terms(batch), 1), 0.0, 0.0, 0
         sums: dict[str, np.ndarray] = {}
         for rows in pieces:
             piece = batch.rows(rows)
@@ -196,11 +195,8 @@ class Trainer:
             for name, g in flatten(found.grads).items():
                 scaled = g * g.dtype.type(share)
                 sums[name] = sums[name] + scaled if name in sums else scaled
-            grads = unflatten(found.grads, sums)
-            total = Learned(
-                total.loss + found.loss * share, grads, total.right + found.right, total.answers + found.answers
-            )
-        return total
+            loss, right, answers = loss + found.loss * share, right + found.right, answers + found.answers
+        return Learned(loss, unflatten(found.grads, sums), right, answers)
 
     def _learned_of(self, piece: Batch, first_sample: int) -> Learned:
         found = value_and_grad(
