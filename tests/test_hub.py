@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cli_helpers import run
 from conftest import random_weights, tiny_config
+from PIL import Image
 
 from minibeit import BeitForImageClassification, CheckpointError, hub
 from minibeit.checkpoint.formats import write_safetensors
@@ -161,6 +163,19 @@ def test_a_command_asks_for_each_file_once(server, checkpoint):
         assert load_processor(ID, config).size == {"height": 8, "width": 12}
         files = [path.rpartition("/")[2] for _, path, _ in server.requests]
         assert files and max(Counter(files).values()) == 1  # `load_model` checks again; what follows reads the cache
+
+
+def test_evaluate_asks_for_each_file_once(server, checkpoint, tmp_path, capsys):
+    server.files, config, _ = checkpoint
+    for i in range(config.num_labels):
+        folder = tmp_path / "data" / config.id2label[i]
+        folder.mkdir(parents=True)
+        Image.new("RGB", (12, 8), (40 * i, 9, 9)).save(folder / "0.png")
+    for _ in ("downloading", "from the cache"):
+        server.requests.clear()
+        run(capsys, "evaluate", tmp_path / "data", "-m", ID, "--backend", "numpy", "-q")
+        asked = Counter((method, path) for method, path, _ in server.requests)
+        assert asked and max(asked.values()) == 1
 
 
 def test_subfolder_variant_and_cache(server, checkpoint, tmp_path):

@@ -175,14 +175,14 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
     from ..evaluate.labelled import labelled_images
     from ..tasks.image_classification import BeitForImageClassification
 
-    config = config_of(args.model)
+    config = config_of(args.model, fetched=True)  # by `task_of`
     if args.crop_fraction is not None and config.image_shape[0] != config.image_shape[1]:
         height, width = config.image_shape
         raise UsageError(f"--crop-fraction: takes squares, but the model's images are {height} x {width} pixels")
     labelled = labelled_images(data, config, None if args.labels is None else Path(args.labels))
     truth = found_truth(data) if data.is_dir() else None
     check_outputs(_reports(args), [*(image.path for image in labelled.images), *([str(truth)] if truth else [])])
-    model = load_model(BeitForImageClassification, args)
+    model = load_model(BeitForImageClassification, args, fetched=True)
     processor = load_processor(args.model, model.config, args.quiet)
     read = pixels_of(processor, args.crop_fraction, min(model.config.image_shape))
     return evaluate_classification(
@@ -208,7 +208,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
 
     pairs = paired(data, None if args.maps is None else Path(args.maps))
     check_outputs(_reports(args), [file for pair in pairs for file in (pair.path, pair.map)])
-    model = load_model(BeitForSemanticSegmentation, args, **config_changes(args))
+    model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))
     config = model.config
     how = inference_of(args, config)
     processor = processor_of(args, load_processor(args.model, config, args.quiet))
@@ -267,7 +267,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
     paths = [image.path for image in images]
     check_outputs(_reports(args), paths)
     tokenizer = load_tokenizer(args)
-    model = load_model(BeitForMaskedImageModeling, args)
+    model = load_model(BeitForMaskedImageModeling, args, fetched=True)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     height, width = model.config.image_shape  # to which images are resized, whatever the processor says
     seen = _preparation(processor) | {"size": {"height": height, "width": width}, "filter": "bicubic"}

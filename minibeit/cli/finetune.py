@@ -265,7 +265,7 @@ def _own_classes(args: argparse.Namespace, task: str) -> list[str]:
     if args.model is None:
         raise UsageError("--keep-classes: expected --model, whose classes are kept")
     check_head(args.model, task)
-    config = config_of(args.model)
+    config = config_of(args.model, fetched=True)
     return [config.id2label[i] for i in range(config.num_labels)]
 
 

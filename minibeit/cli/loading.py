@@ -49,12 +49,12 @@ def shipped_checkpoint() -> Path:
     return weights_folder() / SHIPPED
 
 
-def load_model(model_class: Any, args: argparse.Namespace, **fields: Any) -> Any:
-    """The model that the options choose; `fields` of its config are replaced.
+def load_model(model_class: Any, args: argparse.Namespace, fetched: bool = False, **fields: Any) -> Any:
+    """The model that the options choose; `fields` of its config are replaced.  With `fetched` the Hub was asked before.
 
     Raises CheckpointError for a checkpoint without the head of the task: a random head would give random answers.
     """
-    check_head(args.model, model_class.task)  # which fetches it, if it is on the Hub
+    check_head(args.model, model_class.task, fetched)  # which fetches it, if it is on the Hub
     return model_class.from_pretrained(
         args.model, dtype=args.dtype, backend=args.backend, device=args.device, local_files_only=True, **fields
     )
@@ -78,25 +78,29 @@ def check_decoder(tokenizer: Any, name: str) -> None:
         )
 
 
-def config_of(model: str) -> BeitConfig:
+def config_of(model: str, fetched: bool = False) -> BeitConfig:
     """The config of a checkpoint or a prepared file."""
     from ..checkpoint.load import open_checkpoint
     from ..checkpoint.packed_file import prepared_file, read_prepared
+    from ..loading_options import Loading
 
     file = prepared_file(model)
-    return read_prepared(file).config if file else open_checkpoint(model).config
+    return (
+        read_prepared(file).config if file else open_checkpoint(model, loading=Loading(local_files_only=fetched)).config
+    )
 
 
-def check_head(model: str, task: str) -> None:
+def check_head(model: str, task: str, fetched: bool = False) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
     from ..checkpoint.load import listed, match_names, open_checkpoint
     from ..checkpoint.packed_file import prepared_file
     from ..errors import CheckpointError
+    from ..loading_options import Loading
     from ..task_table import in_words
 
     if prepared_file(model):
         return  # loading refuses missing tensors, so no weights are random
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, loading=Loading(local_files_only=fetched))
     missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
     if not missing:
         return

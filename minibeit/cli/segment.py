@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             f"{others[0]}: is the result of another model, {results.model_in(others[0])}; choose another --output, or "
             f"--overwrite removes its {len(others)} results"
         )
-    model = load_model(BeitForSemanticSegmentation, args, **config_changes(args))
+    model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))  # by `mark_of`
     how = inference_of(args, model.config)
     if args.scores and how.views > 1:
         raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
