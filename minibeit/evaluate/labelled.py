@@ -13,10 +13,9 @@ from ..labels import outputs_of_22k, source_of, synsets
 from ..strict_json import brief
 from ..train.examples import SINGLE, Example, class_folders, find_examples
 from ..train.splits import held_out_folders, subfolders
-from .imagenet import flat_folder, read_flat
+from .imagenet import SYNSET, flat_folder, read_flat
 from .split import held_out, without_split
 
-SYNSET = re.compile(r"n\d{8}")
 UNNAMED = re.compile(r"LABEL_\d+")
 IMAGENET = "imagenet-1k"
 

@@ -106,7 +106,7 @@ def _settings(file: Path) -> dict[str, Any]:
         return {}
     try:
         values = read_json(file)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file.name} cannot be read: {error}") from None
     return values if isinstance(values, dict) else {}
 

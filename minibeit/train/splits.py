@@ -57,7 +57,7 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: expected a folder, a .csv or a .jsonl file, found {path.suffix or 'no suffix'}")
     try:
         rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    except (csv.Error, UnicodeError, RecursionError) as error:
+    except (csv.Error, UnicodeError) as error:
         raise ValueError(f"{path}: expected UTF-8 text in lines, found something else ({error})") from None
     if not rows:
         raise ValueError(f"{path}: expected an image and its label in each line, found no line")

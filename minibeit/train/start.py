@@ -212,7 +212,7 @@ def check_memory(
     if there is None or total <= there:
         return f"the training will take about {total / 1e9:.1f} GB of memory"
     fits = (there - need.fixed) // need.per_picture
-    if fits >= (2 if task == "semantic_segmentation" else 1):  # batch norm takes statistics of at least two
+    if fits >= (2 if task == SEGMENTATION else 1):  # batch norm takes statistics of at least two
         advice = f"--accumulate {-(-batch_size // fits)} fits, which computes {fits} pictures at a time"
     elif not recompute:
         advice = "try --recompute, or a smaller model"
