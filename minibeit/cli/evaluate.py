@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--labels", metavar="FILE", help="true classes of ImageNet's validation images, if not found")
     group = parser.add_argument_group("masked image modelling")
-    group.add_argument("--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens, such as DALL-E's dVAE")
+    group.add_argument(
+        "-t", "--tokenizer", metavar="DIR|FILE", help="what makes the visual tokens, such as DALL-E's dVAE"
+    )
     group = parser.add_argument_group("segmentation")
     group.add_argument("--maps", metavar="DIR", help="the label maps of the images in DATA, by the same names")
     group.add_argument(

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_images_argument(parser)
     parser.add_argument(
-        "--tokenizer", metavar="DIR|FILE", required=True, help="what makes the visual tokens, such as DALL-E's dVAE"
+        "-t",
+        "--tokenizer",
+        metavar="DIR|FILE",
+        required=True,
+        help="what makes the visual tokens, such as DALL-E's dVAE",
     )
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument(
