@@ -231,3 +231,17 @@ def test_the_guide_names_what_exists():
         size = recipe.crop_size if name.startswith("ade-") else None
         assert found.pop(name) == (recipe.epochs, recipe.batch_size, recipe.lr, recipe.layer_decay, size)
     assert not found
+
+
+def test_advice_on_memory_is_taken(monkeypatch):
+    """A piece has two images at least, so that one that fits alone is no advice."""
+    from minibeit import BeitConfig
+    from minibeit.train import start
+    from minibeit.train.segmentation import Segmentation
+
+    config, task = BeitConfig(num_labels=3), "semantic_segmentation"
+    need = start.memory_needed(config, False, True, task)
+    for images, advice in ((1, "too large for this machine"), (2, "--accumulate 2 fits")):
+        monkeypatch.setattr(start, "available_memory", lambda images=images: need.total(images))
+        with pytest.raises(ValueError, match=advice):
+            start.check_memory(config, 4, 1, False, True, task, Segmentation.smallest_piece)

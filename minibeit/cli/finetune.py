@@ -178,7 +178,7 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     for text in pairs.left_out:
         say(f"left out: {text}")
     say(_summary_of_pairs(pairs))
-    _check_pieces(min(recipe.batch_size, len(pairs.train)), args.accumulate)
+    _check_pieces(min(recipe.batch_size, len(pairs.train)), args.accumulate, Segmentation.smallest_piece)
     options: dict[str, Any] = dict(
         drop_path=recipe.drop_path, seed=args.seed, backend=args.backend, num_threads=args.threads,
         image_size=args.crop_size or (recipe.crop_size if args.recipe.startswith(PUBLISHED) else None),
@@ -219,10 +219,10 @@ def _class_names(args: argparse.Namespace) -> list[str] | None:
     return found
 
 
-def _check_pieces(size: int, pieces: int) -> None:
-    if size // min(pieces, size) < 2:
+def _check_pieces(size: int, pieces: int, least: int) -> None:
+    if size // min(pieces, size) < least:
         raise UsageError(
-            f"--batch-size: batch norm takes its statistics of at least 2 images at a time, found {size} in "
+            f"--batch-size: batch norm takes its statistics of at least {least} images at a time, found {size} in "
             f"{min(pieces, size)} {'piece' if pieces == 1 else 'pieces'}; give more images, a larger batch or fewer "
             "--accumulate"
         )

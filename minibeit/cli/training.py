@@ -169,7 +169,8 @@ def train(
     size = min(recipe.batch_size, len(objective.train))
     if isinstance(model, BeitPreTrainedModel):
         pieces = min(args.accumulate, size)
-        say(check_memory(model.config, size, pieces, bool(recipe.average), args.recompute, model.task))
+        taken = bool(recipe.average), args.recompute, model.task, objective.smallest_piece
+        say(check_memory(model.config, size, pieces, *taken))
     learned = parameters_learned(model, frozen)
     if not learned:
         raise UsageError("--freeze: nothing is left to be learned")

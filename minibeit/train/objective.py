@@ -70,6 +70,7 @@ class Objective:
     identity: Mapping[str, str] = {}  # what else must be the same when a training goes on: a word for it, its digest
     best: tuple[str, int]  # the held-out metric that decides which epoch is kept; 1 if more is better, else -1
     batch_statistics = False  # whether batch norms use the statistics of the batch
+    smallest_piece = 1  # images that a piece of a batch must have
 
     def read(self, example: Any, key: Sequence[int]) -> Sample:
         """An example as it is trained on, changed at random by a generator that `key` alone seeds."""

@@ -37,6 +37,7 @@ class Segmentation(Objective):
 
     best = ("mean_iou", 1)
     batch_statistics = True
+    smallest_piece = 2
 
     def __init__(
         self, pairs: Pairs, processor: BeitImageProcessor, recipe: SegmentationRecipe, config: BeitConfig

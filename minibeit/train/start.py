@@ -200,9 +200,15 @@ def available_memory() -> int | None:
 
 
 def check_memory(
-    config: BeitConfig, batch_size: int, accumulate: int, average: bool, recompute: bool, task: str
+    config: BeitConfig,
+    batch_size: int,
+    accumulate: int,
+    average: bool,
+    recompute: bool,
+    task: str,
+    smallest_piece: int = 1,
 ) -> str:
-    """A sentence about the memory that training a model of `task` will take.
+    """A sentence about the memory that training a model of `task` will take, in pieces of some images at least.
 
     Raises ValueError, with what would fit, where it is more than there is.
     """
@@ -212,7 +218,7 @@ def check_memory(
     if there is None or total <= there:
         return f"the training will take about {total / 1e9:.1f} GB of memory"
     fits = (there - need.fixed) // need.per_picture
-    if fits >= (2 if task == SEGMENTATION else 1):  # batch norm takes statistics of at least two
+    if fits >= smallest_piece:
         advice = f"--accumulate {-(-batch_size // fits)} fits, which computes {fits} pictures at a time"
     elif not recompute:
         advice = "try --recompute, or a smaller model"
