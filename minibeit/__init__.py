@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ImageError
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .images.ahead import read_ahead
     from .noise import Noise
     from .outputs import (
         BackboneOutput,
@@ -73,6 +74,7 @@ _HOMES = {
     "DalleTokenizer": "tokenizer.tokenizer",
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
+    "read_ahead": "images.ahead",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -130,6 +132,7 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "read_ahead",
     "value_and_grad",
 ]
 

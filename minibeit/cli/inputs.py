@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 STDIN, STDIN_NAME = "-", "standard input"
+AHEAD = 2  # batches that are read before they are computed
 MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
 
 
@@ -137,12 +138,14 @@ def run_batches(
 ) -> Iterator[Result]:
     """The values of `compute` (from pixel values (B, C, H, W), one per image), for all files in order.
 
-    An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.  Images of
-    different shapes do not share a batch.
+    Threads read the images of the next batches while it computes.  An image that cannot be read or that the model
+    refuses is reported on stderr, and the rest continue.  Images of different shapes do not share a batch.
     """
+    from ..images.ahead import read_ahead
+
     pending: list[tuple[Found, np.ndarray | None]] = []
-    for entry in progress(found, quiet):
-        entry, pixels = _read(entry, processor)
+    results = read_ahead(found, lambda entry: _read(entry, processor), most=AHEAD * batch_size)
+    for entry, pixels in progress(results, len(found), quiet):
         shapes = {p.shape for _, p in pending if p is not None}
         if pixels is not None and shapes and pixels.shape not in shapes:
             yield from _compute(pending, compute)
