@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         MaskedLMOutput,
         SemanticSegmenterOutput,
     )
+    from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
@@ -75,6 +76,7 @@ _HOMES = {
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
     "read_ahead": "images.ahead",
+    "pipeline": "pipelines",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -132,6 +134,7 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "pipeline",
     "read_ahead",
     "value_and_grad",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .config import BeitConfig
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .file_names import PROCESSOR_NAME
 from .files import atomic_write
@@ -227,6 +228,13 @@ class BeitImageProcessor:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} {self.to_json_string().rstrip()}"
+
+
+def default_processor(config: BeitConfig) -> BeitImageProcessor:
+    """The processor of a checkpoint that says nothing of one: resized to the model's size, bilinear, means of 0.5."""
+    height, width = config.image_shape
+    half = [0.5] * config.num_channels
+    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
 
 
 class BeitFeatureExtractor(BeitImageProcessor):
