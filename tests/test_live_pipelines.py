@@ -1,4 +1,4 @@
-"""Pipelines beside those of transformers, on the same checkpoints and images: the same keys, order, labels and masks."""
+"""Pipelines beside those of transformers, on the same checkpoints and images: the same keys, order and labels."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_segmentation(models, paths):
     assert [one["label"] for one in pipe(np.asarray(Image.open(paths[0])), subtask="semantic", threshold=0.2)] == [
         one["label"] for one in result
     ]
-    with pytest.raises(ValueError, match="subtask: .* found 'panoptic'"):
+    with pytest.raises(ValueError, match=r"subtask: .* found 'panoptic'"):
         pipe(paths[0], subtask="panoptic")
 
 
@@ -185,7 +185,7 @@ def test_a_broken_image_is_named_in_its_place(models, paths, tmp_path):
     pipe = pipeline("image-classification", models["image-classification"])
     results = pipe(iter([paths[0], tmp_path / "broken.jpg", paths[1]]))
     next(results)
-    with pytest.raises(ImageError, match="broken.jpg: expected an image in a format"):
+    with pytest.raises(ImageError, match=r"broken.jpg: expected an image in a format"):
         next(results)
     with pytest.raises(ImageError, match=r"images\[1\]: expected an image in a format"):
         pipe([paths[0], b"no image"])
@@ -261,7 +261,7 @@ def test_what_cannot_be_is_said(models, words, error, message):
 
 def test_an_unknown_option_names_the_nearest(models, paths):
     pipe = pipeline(model=models["image-classification"])
-    with pytest.raises(TypeError, match="image-classification: unknown keyword 'topk' .did you mean top_k"):
+    with pytest.raises(TypeError, match=r"image-classification: unknown keyword 'topk' .did you mean top_k"):
         pipe(paths[0], topk=3)
     with pytest.raises(ValueError, match="function_to_apply: expected 'softmax', 'sigmoid' or 'none'"):
         pipe(paths[0], function_to_apply="relu")
