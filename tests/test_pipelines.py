@@ -13,7 +13,8 @@ from PIL import Image
 
 import minibeit
 from minibeit import BeitForImageClassification, BeitForMaskedImageModeling, BeitImageProcessor, ImageError, pipeline
-from minibeit.pipelines import PIPELINES, computed, scores_of
+from minibeit.images.ahead import computed
+from minibeit.pipelines import PIPELINES, scores_of
 
 KINDS = {
     "image-classification": "classify",
