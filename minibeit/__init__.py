@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ImageError
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .images.ahead import read_ahead
     from .noise import Noise
     from .outputs import (
         BackboneOutput,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         MaskedLMOutput,
         SemanticSegmenterOutput,
     )
+    from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
@@ -73,6 +75,8 @@ _HOMES = {
     "DalleTokenizer": "tokenizer.tokenizer",
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
+    "read_ahead": "images.ahead",
+    "pipeline": "pipelines",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -130,6 +134,8 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "pipeline",
+    "read_ahead",
     "value_and_grad",
 ]
 
