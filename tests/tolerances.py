@@ -95,3 +95,10 @@ WINOGRAD_BACKWARD32 = 20.0
 # values per channel, whose difference is all that counts.
 GOLDEN_GRADIENT64, GOLDEN_GRADIENT64_BATCH = 1e-14, 2e-13
 GOLDEN_GRADIENT32, GOLDEN_GRADIENT32_BATCH = 20.0, 600.0
+
+# Weights of several ranks beside those of one process with the same batches, in float64, the distance relative to the
+# length of the vector.  Only the order of sums differs.  This is the promise; measured: see below.
+RANKS64 = 1e-12
+
+# In float32, after twenty steps.  This is the promise.
+RANKS32 = 1e-6
