@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
     from .noise import Noise
@@ -87,6 +88,8 @@ _HOMES = {
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
+    "Exploration": "explorer.exploration",
+    "explore": "explorer.exploration",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -116,6 +119,7 @@ __all__ = [
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
+    "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",
@@ -130,6 +134,7 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "explore",
     "value_and_grad",
 ]
 

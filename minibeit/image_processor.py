@@ -228,6 +228,13 @@ class BeitImageProcessor:
         return f"{type(self).__name__} {self.to_json_string().rstrip()}"
 
 
+def plain_processor(config: Any) -> BeitImageProcessor:
+    """The processor of a model that comes without one: to its size (bilinear), mean and standard deviation 0.5."""
+    height, width = config.image_shape
+    half = [0.5] * config.num_channels
+    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+
+
 class BeitFeatureExtractor(BeitImageProcessor):
     """The name and calling convention of BeitImageProcessor before transformers 4.26.
 

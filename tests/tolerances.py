@@ -95,3 +95,7 @@ WINOGRAD_BACKWARD32 = 20.0
 # values per channel, whose difference is all that counts.
 GOLDEN_GRADIENT64, GOLDEN_GRADIENT64_BATCH = 1e-14, 2e-13
 GOLDEN_GRADIENT32, GOLDEN_GRADIENT32_BATCH = 20.0, 600.0
+
+# Probabilities of attention computed from the queries, keys and bias tables in the explorer's page beside the model's.
+# Measured over 12 images and three tiny models each, whose scores reach 30: 4.7e-5 with 16 bits, 0.0103 with 8.
+EXPLORER_16_BITS, EXPLORER_8_BITS = 1e-4, 2e-2

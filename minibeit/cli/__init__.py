@@ -27,6 +27,7 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "explore",
     "features",
     "mask",
     "tokenize",
