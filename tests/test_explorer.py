@@ -241,7 +241,7 @@ def test_regions_cover_every_patch_once_and_fit_the_work():
     base = 86_000_000
     assert regions_for((14, 14), 200_000).side == 1
     assert regions_for((14, 14), base).side == 2
-    assert regions_for((24, 24), base).side == 5
+    assert regions_for((24, 24), base).side == 6
     assert regions_for((14, 14), base, side=1).count == 196
     assert regions_for((14, 14), 10**12).count == 1
     with pytest.raises(ValueError, match="mask_side: expected 1 to 4 patches"):

@@ -146,7 +146,9 @@ def test_modes_overlays_opacity_and_cover(chromium, files):
         for mode in ("with", "without", "difference", "bias"):
             page.locator(f"input[name=mode][value={mode}]").check()
             drawn[mode] = canvas(page, "#heads canvas")
-        assert len({tuple(pixels) for pixels in drawn.values()}) == 4
+        page.locator("#roots").check()
+        drawn["roots"] = canvas(page, "#heads canvas")
+        assert len({tuple(pixels) for pixels in drawn.values()}) == 5
         assert len(drawn["with"]) == 4 * 4 * 4 and len(drawn["bias"]) == 7 * 7 * 4
         seen = set()
         for kind in ("attention", "mean", "rollout", "effect"):

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="side of the squares that are masked, in patches: 1 for every patch by itself (default: the least with "
-        "which all passes take about twelve seconds on two cores)",
+        "which all passes take about ten seconds on two cores)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
 

@@ -84,6 +84,7 @@ class App {
       this.byId("modes").append(make("label", {}, input, ` ${MODES[mode][0]}`));
     }
     this.byId("modes").hidden = modes.length === 1;
+    this.byId("roots").addEventListener("change", () => this.update());
     const kinds = [["attention", "the chosen head"], ["mean", "the mean of the block's heads"], ["rollout", "rollout to the last block"],
       ...this.outcome.overlays, ["none", "none"]];
     const select = this.byId("overlay-kind");
@@ -209,6 +210,10 @@ class App {
     return this.looks.get(key);
   }
 
+  power() {
+    return this.byId("roots").checked ? 0.5 : 1;
+  }
+
   paintHeads() {
     this.heads.rows.forEach((cells, place) => cells.forEach((element, head) => {
       this.paintMap(element.firstChild, place, head, this.state.mode);
@@ -216,13 +221,14 @@ class App {
   }
 
   paintMap(canvas, place, head, mode) {
+    const power = this.power();
     if (mode === "bias") {
-      paintSigned(canvas, this.attention.biasMap(place, head), this.attention.offsets.columns);
+      paintSigned(canvas, this.attention.biasMap(place, head), this.attention.offsets.columns, power);
     } else if (mode === "difference") {
       const without = this.look(place, head, false);
-      paintSigned(canvas, this.look(place, head, true).map((p, i) => p - without[i]).subarray(1), this.columns);
+      paintSigned(canvas, this.look(place, head, true).map((p, i) => p - without[i]).subarray(1), this.columns, power);
     } else {
-      paintShares(canvas, this.look(place, head, mode === "with").subarray(1), this.columns);
+      paintShares(canvas, this.look(place, head, mode === "with").subarray(1), this.columns, power);
     }
   }
 
@@ -264,7 +270,7 @@ class App {
     this.rollouts.forEach((canvas, place) => {
       const shares = this.attention.rollout(place, token).subarray(1);
       const others = token === 0 ? shares : shares.filter((_, i) => i !== token - 1);
-      paintShares(canvas, shares, this.columns, largest(others));
+      paintShares(canvas, shares, this.columns, this.power(), largest(others));
     });
   }
 

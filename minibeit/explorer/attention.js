@@ -9,6 +9,8 @@ class Attention {
     [, this.heads, this.tokens, this.size] = arrays.query.shape;
     this.hasBias = "table" in arrays;
     this.offsets = {rows: 2 * this.rows - 1, columns: 2 * this.columns - 1};
+    this.biasRows = new Map();
+    this.biasMaps = new Map();
   }
 
   /** softmax(q k^T / sqrt(d) + bias) of one query, or without the bias. */
@@ -17,15 +19,23 @@ class Attention {
     const {tokens, size} = this, first = (place * this.heads + head) * tokens;
     const q = query.values.subarray((first + token) * size, (first + token + 1) * size);
     const factor = query_scale.values[first + token] / Math.sqrt(size);
-    const biased = withBias && this.hasBias;
+    const rows = withBias && this.hasBias ? this.rowsOf(token) : null;
     const scores = new Float32Array(tokens);
     for (let j = 0, at = first * size; j < tokens; j++) {
       let sum = 0;
       for (let c = 0; c < size; c++, at++) sum += q[c] * key.values[at];
       scores[j] = sum * factor * key_scale.values[first + j];
-      if (biased) scores[j] += this.bias(place, head, this.row(token, j));
+      if (rows) scores[j] += this.bias(place, head, rows[j]);
     }
     return softmax(scores);
+  }
+
+  /** The rows of the bias table for a query and every key. */
+  rowsOf(query) {
+    if (!this.biasRows.has(query)) {
+      this.biasRows.set(query, Int32Array.from({length: this.tokens}, (_, key) => this.row(query, key)));
+    }
+    return this.biasRows.get(query);
   }
 
   /** The row of the bias table for a query and a key. */
@@ -45,8 +55,11 @@ class Attention {
 
   /** The bias as a map over offsets, key minus query: the middle is the patch itself, right of it what lies to its right. */
   biasMap(place, head) {
-    const count = this.offsets.rows * this.offsets.columns;
-    return Float32Array.from({length: count}, (_, i) => this.bias(place, head, count - 1 - i));
+    const count = this.offsets.rows * this.offsets.columns, name = `${place} ${head}`;
+    if (!this.biasMaps.has(name)) {
+      this.biasMaps.set(name, Float32Array.from({length: count}, (_, i) => this.bias(place, head, count - 1 - i)));
+    }
+    return this.biasMaps.get(name);
   }
 
   /** The bias of a patch looking at [CLS], of [CLS] looking at a patch, and of [CLS] looking at itself. */

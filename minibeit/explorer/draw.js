@@ -7,8 +7,8 @@ const HEAT = [[120, 10, 60], [230, 70, 20], [255, 180, 0], [255, 250, 170]];
 /** The colour of 0 ... 1 on a ramp of colours. */
 function onRamp(ramp, share) {
   const place = Math.min(Math.max(share, 0), 1) * (ramp.length - 1);
-  const low = Math.min(Math.floor(place), ramp.length - 2), rest = place - low;
-  return ramp[low].map((level, i) => level + (ramp[low + 1][i] - level) * rest);
+  const low = Math.min(Math.floor(place), ramp.length - 2), rest = place - low, first = ramp[low], next = ramp[low + 1];
+  return [0, 1, 2].map((i) => first[i] + (next[i] - first[i]) * rest);
 }
 
 /** Fills a canvas with one pixel for each value; `colour` gives red, green, blue and perhaps opacity, 0 ... 255. */
@@ -16,29 +16,38 @@ function paint(canvas, values, columns, colour) {
   const rows = values.length / columns;
   canvas.width = columns;
   canvas.height = rows;
-  const pixels = new ImageData(columns, rows);
-  values.forEach((value, i) => {
-    const [red, green, blue, opacity = 255] = colour(value, i);
-    pixels.data.set([red, green, blue, opacity], 4 * i);
-  });
+  const pixels = new ImageData(columns, rows), levels = pixels.data;
+  for (let i = 0, at = 0; i < values.length; i++) {
+    const [red, green, blue, opacity = 255] = colour(values[i]);
+    levels[at++] = red;
+    levels[at++] = green;
+    levels[at++] = blue;
+    levels[at++] = opacity;
+  }
   canvas.getContext("2d").putImageData(pixels, 0, 0);
 }
 
+/** How far along its ramp a value is; `power` 0.5 brings out what is small. */
+function shareOf(value, most, power = 1) {
+  return most > 0 ? Math.sign(value) * (Math.abs(value) / most) ** power : 0;
+}
+
 /** Values of at least 0, the largest brightest. */
-function paintShares(canvas, values, columns, most = largest(values)) {
-  paint(canvas, values, columns, (value) => onRamp(VIRIDIS, most > 0 ? value / most : 0));
+function paintShares(canvas, values, columns, power, most = largest(values)) {
+  paint(canvas, values, columns, (value) => onRamp(VIRIDIS, shareOf(value, most, power)));
 }
 
 /** Values around 0: blue below, red above. */
-function paintSigned(canvas, values, columns, most = largest(values)) {
-  paint(canvas, values, columns, (value) => onRamp(BLUE_TO_RED, most > 0 ? 0.5 + value / most / 2 : 0.5));
+function paintSigned(canvas, values, columns, power) {
+  const most = largest(values);
+  paint(canvas, values, columns, (value) => onRamp(BLUE_TO_RED, 0.5 + shareOf(value, most, power) / 2));
 }
 
 /** Values of at least 0 to lay over an image: the larger, the brighter and the less transparent. */
 function paintHeat(canvas, values, columns) {
   const most = largest(values);
   paint(canvas, values, columns, (value) => {
-    const share = most > 0 ? value / most : 0;
+    const share = shareOf(value, most);
     return [...onRamp(HEAT, share), 255 * Math.sqrt(share)];
   });
 }
@@ -47,7 +56,7 @@ function paintHeat(canvas, values, columns) {
 function paintSignedHeat(canvas, values, columns) {
   const most = largest(values);
   paint(canvas, values, columns, (value) => {
-    const share = most > 0 ? value / most : 0;
+    const share = shareOf(value, most);
     return [...(share < 0 ? BLUE_TO_RED[0] : BLUE_TO_RED[4]), 255 * Math.sqrt(Math.abs(share))];
   });
 }

@@ -63,7 +63,7 @@ def explore(
     `image` is anything that `processor` takes; without a processor images are resized to the model's size (bilinear)
     and normalised with mean and standard deviation 0.5.  `tokenizer`, for a model of masked image modelling, is the one
     whose visual tokens the model predicts.  `mask_side` is the side of the squares that are masked one after the other,
-    in patches: 1 for every patch, by default the least that takes about twelve seconds on two cores.  `names` are those
+    in patches: 1 for every patch, by default the least that takes about ten seconds on two cores.  `names` are those
     of image and model in the title.  `progress` is called with the masked passes done and their number.
     Raises ImageError for an image that cannot be read, ValueError for arguments that do not go together.
     """

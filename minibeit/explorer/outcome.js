@@ -69,12 +69,17 @@ class Classes {
   row(row, i) {
     const share = (value) => (this.regression ? null : value);
     const whole = this.value(0, i), masked = row === null ? null : this.value(row, i);
-    const change = masked === null ? 0 : masked - whole;
-    const sign = change > 0 ? "+" : "−";
-    const difference = this.regression ? Math.abs(change).toPrecision(3) : `${(100 * Math.abs(change)).toFixed(1)} pp`;
     return make("tr", {}, cell(this.names[i]), cell(this.shown(whole), "number", share(whole)),
       masked === null ? cell("–", "number") : cell(this.shown(masked), "number", share(masked)),
-      masked === null ? cell("–", "number") : cell(sign + difference, `number ${change < 0 ? "less" : "more"}`));
+      masked === null ? cell("–", "number") : this.change(masked - whole));
+  }
+
+  /** A difference of scores, in percentage points; of values as it is. */
+  change(difference) {
+    const text = this.regression ? Math.abs(difference).toPrecision(3) : (100 * Math.abs(difference)).toFixed(1);
+    const unit = this.regression ? "" : " pp";
+    if (Number(text) === 0) return cell(text + unit, "number");
+    return cell((difference > 0 ? "+" : "−") + text + unit, `number ${difference < 0 ? "less" : "more"}`);
   }
 
   said(token) {

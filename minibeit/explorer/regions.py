@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WORK = 2.6e12  # products of all passes together: some 12 seconds of two cores
+WORK = 2.2e12  # products of all passes together: some ten seconds of two cores
 BATCH = 8
 Compute = Callable[[np.ndarray], np.ndarray]
 
