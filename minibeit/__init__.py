@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
     from .images.ahead import read_ahead
@@ -91,6 +92,8 @@ _HOMES = {
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
+    "Exploration": "explorer.exploration",
+    "explore": "explorer.exploration",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -120,6 +123,7 @@ __all__ = [
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
+    "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",
@@ -134,6 +138,7 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "explore",
     "pipeline",
     "read_ahead",
     "value_and_grad",

@@ -107,3 +107,7 @@ RANKS64 = 1e-12
 
 # In float32, after twenty steps.  This is the promise.
 RANKS32 = 1e-6
+
+# Probabilities of attention computed from the queries, keys and bias tables in the explorer's page beside the model's.
+# Measured over 12 images and three tiny models each, whose scores reach 30: 4.7e-5 with 16 bits, 0.0103 with 8.
+EXPLORER_16_BITS, EXPLORER_8_BITS = 1e-4, 2e-2

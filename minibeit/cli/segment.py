@@ -18,8 +18,8 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..evaluate.colours import Colour
     from ..sliding import Inference
-    from .pictures import Colour
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
@@ -40,7 +40,6 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
-ADE20K_CLASSES = 150
 AHEAD = 2  # images that are read before they are computed
 
 
@@ -105,14 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 def palette(name: str, count: int) -> list[Colour]:
     """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
-    from ..labels import palette as known
-    from .pictures import distinct_colours
+    from ..evaluate.colours import ADE20K_CLASSES, class_colours
 
-    if name == "ade20k" and count > ADE20K_CLASSES:
+    if name == "auto" or count == ADE20K_CLASSES:
+        return class_colours(count)
+    if count > ADE20K_CLASSES:
         raise UsageError(f"--palette ade20k has {ADE20K_CLASSES} colours, the model has {count} classes; leave it out")
-    if name == "ade20k" or count == ADE20K_CLASSES:
-        return known("ade20k")[:count]
-    return distinct_colours(count)
+    return class_colours(ADE20K_CLASSES)[:count]
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
