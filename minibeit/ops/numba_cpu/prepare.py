@@ -24,7 +24,9 @@ from ...params import (
     UperHead,
 )  # fmt: skip
 from ..folding import fold
+from ..low_precision import LOW
 from .convs import pack_conv
+from .low_precision import PackedLow, pack_low
 from .maps import PackedConv, PackedDeconv
 from .memory import aligned, aligned_copy, release_pages
 from .norm import PackedNorm
@@ -39,7 +41,7 @@ from .winograd import PackedWinograd, pack_winograd
 class PackedAttention(Packed):
     """Query, key and value as one layer of 3 D outputs, beside the output projection."""
 
-    qkv: PackedLinear
+    qkv: PackedLinear | PackedLow
     output: Any
     source: Attention | None = None
 
@@ -55,6 +57,8 @@ def prepare(params: Any, keep_source: bool = False) -> Any:
         return _pack_attention(params, keep_source)
     if isinstance(params, Linear):
         return pack_linear([params], keep_source)
+    if isinstance(params, LOW):
+        return pack_low([params], keep_source)
     if isinstance(params, LayerNorm):
         return _pack_norm(params, keep_source)
     if isinstance(params, FeaturePyramid):
@@ -102,6 +106,8 @@ def pack_linear(layers: Sequence[Linear | Conv], keep_source: bool) -> Any:
 
 def _pack_attention(p: Attention, keep_source: bool) -> Any:
     parts = (p.query, p.key, p.value)
+    if all(isinstance(layer, LOW) for layer in parts):
+        return PackedAttention(pack_low(parts), prepare(p.output, keep_source), p if keep_source else None)
     if not is_float32(*(array for layer in parts for array in (layer.weight, layer.bias))):
         return p
     return PackedAttention(pack_linear(parts, False), pack_linear([p.output], keep_source), p if keep_source else None)
