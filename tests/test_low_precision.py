@@ -122,7 +122,14 @@ def test_which_layers_are_of_low_precision(task, dtype):
              if leaf.dtype in (np.int8, np.uint16)}  # fmt: skip
     block = ("attention.query", "attention.key", "attention.value", "attention.output", "fc1", "fc2")
     expected = {f"beit.encoder.{i}.{layer}" for i in range(model.config.num_hidden_layers) for layer in block}
-    assert names == expected | ({"lm_head"} if task == "masked_image_modeling" else set())
+    if task == "masked_image_modeling":
+        expected.add("lm_head")
+    if task == "semantic_segmentation":
+        expected |= {f"fpn.deconv{i}.corners.{corner}" for i in (1, 2, 3) for corner in range(4)}
+        expected |= {f"decode_head.lateral_convs.{i}" for i in range(3)}
+        expected |= {f"decode_head.psp_bottleneck.parts.{i}" for i in range(4)}
+        expected |= {f"decode_head.fpn_bottleneck.parts.{i}" for i in (1, 2, 3)}
+    assert names == expected
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("int8", INT8_MODEL), ("bfloat16", BFLOAT16_MODEL)])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("numba")
 
 from conftest import distance, random_weights, tiny_config
-from tolerances import BFLOAT16_SAME, INT8_SAME
+from tolerances import BFLOAT16_LINEAR, BFLOAT16_SAME, INT8_LINEAR, INT8_SAME
 
 import minibeit
 from minibeit.ops import get_ops, numba_cpu, reference
@@ -20,9 +20,19 @@ from minibeit.ops.low_precision import (
     MAKERS,
     Int8Linear,
     integer_products,
+    lowered,
     quantise_rows,
 )
-from minibeit.params import Attention, Linear
+from minibeit.params import (
+    Attention,
+    BatchNorm,
+    Conv,
+    ConvBatchNorm,
+    ConvTranspose,
+    FeaturePyramid,
+    Linear,
+    UperHead,
+)  # fmt: skip
 
 if not numba_cpu.COMPILED:
     pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
@@ -165,6 +175,65 @@ def test_a_packed_layer_can_be_unpacked(dtype):
     assert type(plain) is type(layer)
     for name in vars(layer):
         assert np.array_equal(getattr(plain, name), getattr(layer, name))
+
+
+# Maps ---------------------------------------------------------------------------------------------------------------
+
+C = 64
+
+
+def batch_norm(seed):
+    weight = 1 + normal(seed, C, scale=0.3)
+    weight[3] *= -1  # a batch norm may turn a channel round
+    return BatchNorm(weight, normal(seed + 1, C), normal(seed + 2, C), 0.5 + normal(seed, C) ** 2)
+
+
+def conv_bn(seed, channels, kernel):
+    weight = normal(seed, C, channels, kernel, kernel, scale=(channels * kernel * kernel) ** -0.5)
+    return ConvBatchNorm(Conv(weight, None), batch_norm(seed))
+
+
+def deconv(seed):
+    return ConvTranspose(normal(seed, C, C, 2, 2, scale=C**-0.5), normal(seed + 1, C))
+
+
+PYRAMID = FeaturePyramid(deconv(20), batch_norm(21), deconv(22), deconv(23))
+HEAD = UperHead(
+    psp_modules=tuple(conv_bn(30 + i, C, 1) for i in range(4)),
+    psp_bottleneck=conv_bn(40, 5 * C, 3),
+    lateral_convs=tuple(conv_bn(50 + i, C, 1) for i in range(3)),
+    fpn_convs=tuple(conv_bn(60 + i, C, 3) for i in range(3)),
+    fpn_bottleneck=conv_bn(70, 4 * C, 3),
+    classifier=Conv(normal(80, 150, C, 1, 1, scale=C**-0.5), normal(81, 150)),
+)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("B", "h", "w"), [(1, 1, 1), (2, 3, 5), (1, 8, 8)])
+def test_maps(dtype, B, h, w):
+    (pyramid, head), x = lowered((PYRAMID, HEAD), dtype), normal(90, B, C, h, w)
+    fast_pyramid, fast_head = OPS.prepare((pyramid, head))
+    maps = [normal(91, B, C, 4 * h, 4 * w), normal(92, B, C, 2 * h, 2 * w), x, normal(93, B, C, 1, 1)]
+    size = 4 * h, 4 * w
+    for name, slow, fast, plain in (
+        ("conv_transpose", (x, pyramid.deconv2), (x, fast_pyramid.deconv2), (x, PYRAMID.deconv2)),
+        (
+            "conv_transpose_bn_gelu",
+            (x, pyramid.deconv1, pyramid.bn),
+            (x, fast_pyramid.deconv1, fast_pyramid.bn),
+            (x, PYRAMID.deconv1, PYRAMID.bn),
+        ),
+        ("conv_bn_relu", (x, head.lateral_convs[0]), (x, fast_head.lateral_convs[0]), (x, HEAD.lateral_convs[0])),
+        (
+            "conv_bn_relu_resized",
+            (maps, head.fpn_bottleneck, size),
+            (maps, fast_head.fpn_bottleneck, size),
+            (maps, HEAD.fpn_bottleneck, size),
+        ),
+    ):
+        found, truth = getattr(OPS, name)(*fast), getattr(reference, name)(*slow)
+        assert distance(found, truth) <= 3 * same(dtype), name
+        assert distance(truth, getattr(reference, name)(*plain)) < (INT8_LINEAR if dtype == "int8" else BFLOAT16_LINEAR)
 
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ a zero point on times a factor of its token, found from the token itself.  Produ
 
 bfloat16: weights and inputs are rounded to the nearest bfloat16, to even ones of two; sums are float32.
 
-Which layers: those of the blocks and the head of masked modelling, 97 % of the products and more.  float32 stay
+Which layers: those of the blocks, the head of masked modelling, and in the segmentation head whatever is a product at
+the size of its map: transposed and 1x1 convolutions, and the parts of 3x3 ones that read maps to be enlarged (see
+`LowConv`).  float32 stay
 - layer norms, softmax, activations and the residual stream, whose errors would add up from block to block;
 - the products of attention, 4 % of all at 224 pixels: neither side is a weight that could be prepared, and softmax
   raises an error of the scores to a factor of the result;
-- the patch embedding and the classifier, less than 1 %: an error of the first goes through every block, one of the
-  last stands in the logits as it is.
+- the patch embedding and the layers that make the outputs, 1 %: an error of the first goes through every block, one of
+  the last stands in the result as it is (masked modelling's, with 8192 outputs, is 7 % and only picks the largest);
+- 3x3 convolutions of maps of full size: Winograd's algorithm saves the four products in five that int8 would, exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +28,19 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.formats.lazy_tensors import bfloat16_to_float32, float32_to_bfloat16
-from ..params import Attention, Block, LayerNorm, Linear, MaskedImageModeling
+from ..params import (
+    Attention,
+    BatchNorm,
+    Block,
+    ConvBatchNorm,
+    ConvTranspose,
+    FeaturePyramid,
+    LayerNorm,
+    Linear,
+    MaskedImageModeling,
+    UperHead,
+)  # fmt: skip
+from .folding import fold
 
 LOW_DTYPES = ("int8", "bfloat16")
 LARGEST_WEIGHT, LEVELS = 127, 255
@@ -49,6 +64,33 @@ class BFloat16Linear:
 
     weight: Any  # (out, in) uint16
     bias: Any | None  # (out,) float32
+
+
+@dataclass(frozen=True)
+class LowDeconv:
+    """A 2x2 transposed convolution, the batch norm behind it folded in: a layer for each corner of the squares."""
+
+    corners: tuple[Any, ...]  # upper left, upper right, lower left, lower right
+
+
+@dataclass(frozen=True)
+class FullPart:
+    """The part of a 3x3 convolution that reads a map of full size, in float32."""
+
+    weight: Any  # (out, in, 3, 3)
+    scale: Any  # (out,), of the batch norm
+
+
+@dataclass(frozen=True)
+class LowConv:
+    """A 3x3 convolution of maps of several sizes, the batch norm behind it folded in, and its ReLU.
+
+    A convolution is a sum over nine taps of shifted 1x1 products, and enlarging acts on each channel alone, so small
+    maps are multiplied at their own size: their part is one layer (9 * out, in), tap after tap.
+    """
+
+    parts: tuple[Any, ...]  # for each map: FullPart, or a layer of low precision
+    bias: Any  # (out,)
 
 
 LOW = (Int8Linear, BFloat16Linear)
@@ -111,20 +153,36 @@ def low_linear(x: np.ndarray, layer: Int8Linear | BFloat16Linear) -> np.ndarray:
     return y.reshape(*x.shape[:-1], -1).astype(x.dtype, copy=False)
 
 
-def make_int8(layer: Linear) -> Int8Linear:
-    """The layer in int8.  Raises ValueError for a sum so long that it could overflow."""
+def make_int8(layer: Linear, factor: np.ndarray | None = None) -> Int8Linear:
+    """The layer in int8, its outputs times `factor` (out,) before the bias.
+
+    Raises ValueError for a sum so long that it could overflow.
+    """
     if layer.weight.shape[1] > LONGEST_SUM:
         raise ValueError(f"int8: a sum of {layer.weight.shape[1]:,} products may overflow, at most {LONGEST_SUM:,} fit")
     weight, scale = quantise_weight(np.asarray(layer.weight, np.float32))
-    return Int8Linear(weight, scale, layer.bias)
+    return Int8Linear(weight, scale if factor is None else scale * factor, layer.bias)
 
 
-def make_bfloat16(layer: Linear) -> BFloat16Linear:
-    """The layer in bfloat16."""
-    return BFloat16Linear(float32_to_bfloat16(layer.weight), layer.bias)
+def make_bfloat16(layer: Linear, factor: np.ndarray | None = None) -> BFloat16Linear:
+    """The same in bfloat16."""
+    weight = layer.weight if factor is None else layer.weight * factor[:, None]
+    return BFloat16Linear(float32_to_bfloat16(weight), layer.bias)
 
 
-MAKERS: dict[str, Callable[[Linear], Any]] = {"int8": make_int8, "bfloat16": make_bfloat16}
+def hollow_int8(layer: Linear, factor: Any = None) -> Int8Linear:
+    """An `Int8Linear` that only stands for its shapes."""
+    return Int8Linear(layer.weight, layer.weight[:, 0], layer.bias)
+
+
+def hollow_bfloat16(layer: Linear, factor: Any = None) -> BFloat16Linear:
+    """The same for bfloat16."""
+    return BFloat16Linear(layer.weight, layer.bias)
+
+
+Maker = Callable[..., Any]  # (layer, factor) -> a layer of low precision
+MAKERS: dict[str, Maker] = {"int8": make_int8, "bfloat16": make_bfloat16}
+HOLLOW_MAKERS: dict[str, Maker] = {"int8": hollow_int8, "bfloat16": hollow_bfloat16}
 
 
 # A tree of parameters -----------------------------------------------------------------------------------------------
@@ -133,7 +191,7 @@ MAKERS: dict[str, Callable[[Linear], Any]] = {"int8": make_int8, "bfloat16": mak
 def lowered(
     params: Any,
     dtype: str,
-    maker: Callable[[Linear], Any] | None = None,
+    maker: Maker | None = None,
     spans: Sequence[Spans] | None = None,
 ) -> Any:
     """The tree of parameters with its layers of low precision (see above) made by `maker`, by default that of `dtype`.
@@ -155,6 +213,10 @@ def lowered(
             return dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
         if isinstance(node, MaskedImageModeling):
             return dataclasses.replace(node, beit=walk(node.beit), lm_head=low(node.lm_head))
+        if isinstance(node, FeaturePyramid):
+            return _low_pyramid(node, make)
+        if isinstance(node, UperHead):
+            return _low_head(node, make)
         if isinstance(node, tuple):
             return tuple(map(walk, node))
         if dataclasses.is_dataclass(node):
@@ -163,6 +225,48 @@ def lowered(
         return node
 
     return walk(params)
+
+
+def _low_pyramid(p: FeaturePyramid, make: Maker) -> FeaturePyramid:
+    def deconv(layer: Any, bn: BatchNorm | None = None) -> Any:
+        if not isinstance(layer, ConvTranspose):
+            return layer
+        scale, bias = (None, layer.bias) if bn is None else _folded(bn, layer.bias)
+        matrices = [layer.weight[:, :, corner // 2, corner % 2].T for corner in range(4)]
+        return LowDeconv(tuple(make(Linear(matrix, bias), scale) for matrix in matrices))
+
+    first = deconv(p.deconv1, p.bn)
+    return dataclasses.replace(p, deconv1=first, deconv2=deconv(p.deconv2), deconv3=deconv(p.deconv3))
+
+
+def _low_head(p: UperHead, make: Maker) -> UperHead:
+    def conv_1x1(layer: Any) -> Any:
+        if not isinstance(layer, ConvBatchNorm):
+            return layer
+        scale, bias = _folded(layer.bn, layer.conv.bias)
+        return make(Linear(layer.conv.weight[:, :, 0, 0], bias), scale)
+
+    def conv_3x3(layer: Any, full: int) -> Any:
+        if not isinstance(layer, ConvBatchNorm):
+            return layer
+        (scale, bias), weight = _folded(layer.bn, layer.conv.bias), layer.conv.weight
+        out, channels = weight.shape[:2]
+        shares = [weight[:, first : first + out] for first in range(0, channels, out)]
+        taps = [share.transpose(2, 3, 0, 1).reshape(9 * out, -1) for share in shares[full:]]
+        small = [make(Linear(matrix, None), np.tile(scale, 9)) for matrix in taps]
+        return LowConv((*(FullPart(share, scale) for share in shares[:full]), *small), bias)
+
+    return dataclasses.replace(
+        p,
+        psp_bottleneck=conv_3x3(p.psp_bottleneck, 0),
+        lateral_convs=tuple(map(conv_1x1, p.lateral_convs)),
+        fpn_bottleneck=conv_3x3(p.fpn_bottleneck, 1),
+    )
+
+
+def _folded(bn: BatchNorm, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    scale, shift = fold(bn, bias)
+    return scale.astype(np.float32), shift.astype(np.float32)
 
 
 # Outlier channels ---------------------------------------------------------------------------------------------------

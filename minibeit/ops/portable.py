@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..params import Linear, flatten, unflatten
-from .low_precision import LOW_DTYPES, BFloat16Linear, Int8Linear, Spans, lowered
+from ..params import flatten, unflatten
+from .low_precision import HOLLOW_MAKERS, LOW, LOW_DTYPES, Spans, lowered
 
 _LAYOUTS = {dtype: f"{dtype} 1, any CPU" for dtype in LOW_DTYPES}
 
@@ -32,18 +32,11 @@ def restore_portable(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray])
     Raises ValueError for a missing array, and one of another shape or dtype.
     """
     (dtype,) = (name for name, known in _LAYOUTS.items() if known == layout)
-    template = lowered(shapes, dtype, _int8_shapes if dtype == "int8" else _bfloat16_shapes)
-    for name, shape in flatten(template).items():
-        _check(name, shape, _dtype_of(name, dtype, template), arrays)
+    hollow = {name: np.broadcast_to(np.float32(0), shape) for name, shape in flatten(shapes).items()}
+    template = lowered(unflatten(shapes, hollow), dtype, HOLLOW_MAKERS[dtype])
+    for name, expected in flatten(template).items():
+        _check(name, expected.shape, _dtype_of(name, dtype, template), arrays)
     return unflatten(template, arrays)
-
-
-def _int8_shapes(layer: Linear) -> Int8Linear:
-    return Int8Linear(layer.weight, layer.weight[:1], layer.bias)
-
-
-def _bfloat16_shapes(layer: Linear) -> BFloat16Linear:
-    return BFloat16Linear(layer.weight, layer.bias)
 
 
 def _dtype_of(name: str, dtype: str, template: Any) -> str:
@@ -52,7 +45,7 @@ def _dtype_of(name: str, dtype: str, template: Any) -> str:
     node = template
     for part in path:
         node = node[int(part)] if isinstance(node, tuple) else getattr(node, part)
-    if last != "weight" or not isinstance(node, (Int8Linear, BFloat16Linear)):
+    if last != "weight" or not isinstance(node, LOW):
         return "float32"
     return "int8" if dtype == "int8" else "uint16"
 

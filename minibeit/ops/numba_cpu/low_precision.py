@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..low_precision import BFloat16Linear, Int8Linear
+from ..low_precision import BFloat16Linear, Int8Linear, LowDeconv
 from .arguments import PLAIN
 from .gemm import TILE_BYTES, row_layout
 from .low_arguments import (
@@ -112,6 +112,31 @@ def pack_low(layers: Sequence[Any], keep_source: bool = False) -> PackedLow:
     return PackedLow(panels, columns, out, width, source)
 
 
+def rows_of(layer: Any, rows: slice) -> Any:
+    """Some outputs of a layer of low precision as a layer."""
+    return type(layer)(**{f.name: None if (whole := getattr(layer, f.name)) is None else whole[rows]
+                          for f in fields(layer)})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PackedLowDeconv(Packed):
+    """A 2x2 transposed convolution: the panels of its four corners, one after another."""
+
+    corners: PackedLow  # `out` and `width` are those of one
+    source: Any = None
+
+
+def pack_low_deconv(layer: LowDeconv, keep_source: bool) -> PackedLowDeconv:
+    """The four corners, packed."""
+    parts = [pack_low([corner]) for corner in layer.corners]
+    panels, columns = (aligned((4 * len(a), *a.shape[1:]), a.dtype) for a in (parts[0].panels, parts[0].columns))
+    if not isinstance(layer.corners[0].weight, Hollow):
+        for i, part in enumerate(parts):
+            here = slice(i * len(part.panels), (i + 1) * len(part.panels))
+            panels[here], columns[here] = part.panels, part.columns
+    return PackedLowDeconv(PackedLow(panels, columns, parts[0].out, parts[0].width), layer if keep_source else None)
+
+
 def level_rows(x: np.ndarray, layer: PackedLow) -> tuple[Operand, int, int]:  # (..., in)
     """The rows of a float32 array as `layer` reads them: (the level rows, how many, bytes between them)."""
     x_rows, count, x_bytes = rows(x)
@@ -141,45 +166,67 @@ def low_product(
     mode: int = PLAIN,
     scale: np.ndarray | None = None,
     residual: np.ndarray | None = None,
-    into: np.ndarray | None = None,
 ) -> np.ndarray:  # (..., in) -> (..., out)
     """The same as `gemm.product`, of low precision."""
-    levels, count, level_bytes = level_rows(x, layer)
-    y, y_rows, y_bytes = result((*x.shape[:-1], layer.out)) if into is None else (into, *rows(into)[::2])
-    factors, addend, addend_bytes = NOTHING, NOTHING, 0
-    if scale is not None:
-        factors = operand(contiguous(scale))
+    shape = (*x.shape[:-1], layer.out)
+    return level_product(level_rows(x, layer), layer, shape, mode, scale, residual)
+
+
+def level_product(
+    levels: tuple[Operand, int, int],
+    layer: PackedLow,
+    shape: tuple[int, ...],
+    mode: int = PLAIN,
+    scale: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:  # (..., in) -> (..., out)
+    """The same for what `level_rows` made of x, with the result's shape."""
+    y, y_rows, y_bytes = result(shape)
+    layout = row_layout(levels[1], len(layer.panels), y_bytes, get_num_threads())
+    factors = NOTHING if scale is None else operand(contiguous(scale))
+    addend, addend_bytes = NOTHING, 0
     if residual is not None:
         addend, _, addend_bytes = rows(residual)
-    panels, columns = layer.operands
-    structure, kernel = (INT8_PRODUCT, _int8_product) if layer.is_int8 else (BFLOAT16_PRODUCT, _bfloat16_product)
-    tasks, numbers = _one_product(
-        count, layer.panels.shape[1:], layer.out, level_bytes, y_bytes, mode, addend_bytes, layer.panels.itemsize,
-        get_num_threads(),
+    run_low(
+        1, levels, layer, y_rows, factors, addend, y_bytes=y_bytes, mode=mode, residual_bytes=addend_bytes,
+        **{name: layout[name] for name in ("side", "blocks", "group", "unit", "y_unit_bytes")},
     )  # fmt: skip
-    operands = structure.operands(x=levels, panels=panels, columns=columns, y=y_rows, scale=factors, residual=addend)
-    run(kernel, tasks, operands, numbers, TILE_BYTES, small=count * layer.width * layer.out < _SMALL)
     return y
 
 
+def run_low(
+    products: int,
+    levels: tuple[Operand, int, int],
+    layer: PackedLow,
+    y: Operand,
+    scale: Operand = NOTHING,
+    residual: Operand = NOTHING,
+    **numbers: int,
+) -> None:
+    """Runs `products` products of the same rows, whose panels follow one another in `layer`."""
+    x, count, x_bytes = levels
+    panels, columns = layer.operands
+    structure, kernel = (INT8_PRODUCT, _int8_product) if layer.is_int8 else (BFLOAT16_PRODUCT, _bfloat16_product)
+    tasks, values = _work(products, count, x_bytes, layer.out, layer.panels.strides[0], layer.panels.shape[1],
+                          tuple(numbers.items()))  # fmt: skip
+    operands = structure.operands(x=x, panels=panels, columns=columns, y=y, scale=scale, residual=residual)
+    run(kernel, tasks, operands, values, TILE_BYTES, small=products * count * layer.width * layer.out < _SMALL)
+
+
 @lru_cache(maxsize=256)
-def _one_product(
+def _work(
+    products: int,
     count: int,
-    panel: tuple[int, int, int],
-    out: int,
     x_bytes: int,
-    y_bytes: int,
-    mode: int,
-    residual_bytes: int,
-    itemsize: int,
-    threads: int,
+    out: int,
+    panel_bytes: int,
+    steps: int,
+    numbers: tuple[tuple[str, int], ...],
 ) -> tuple[int, tuple[int, ...]]:
     """(tasks, the kernel's numbers), the same from block to block and image to image."""
-    steps, _, elements = panel
-    panels = -(-out // NR)
-    layout = row_layout(count, panels, y_bytes, threads)
-    numbers = INT8_PRODUCT.numbers(
-        x_bytes=x_bytes, count=count, steps=steps, out=out, y_bytes=y_bytes, mode=mode,
-        residual_bytes=residual_bytes, panel_bytes=steps * NR * elements * itemsize, **layout,
+    given = {"residual_bytes": 0, "x_product_bytes": 0, "y_pair_bytes": 0, "y_odd_bytes": 0, **dict(numbers)}
+    values = INT8_PRODUCT.numbers(
+        x_bytes=x_bytes, count=count, steps=steps, out=out, panel_bytes=panel_bytes, **given
     )  # fmt: skip
-    return layout["blocks"] * -(-panels // layout["group"]), numbers
+    panels = -(-out // NR)
+    return products * given["blocks"] * -(-panels // given["group"]), values

@@ -16,7 +16,7 @@ from . import gemm
 from .arguments import GELU, PLAIN, RELU, RESIDUAL
 from .attention import attend, can_fuse
 from .convs import PACKED, convolve_map
-from .low_precision import PackedLow, low_product
+from .low_precision import PackedLow, PackedLowDeconv, low_product
 from .maps import (
     PackedConv,
     PackedDeconv,
@@ -150,7 +150,7 @@ def conv2d_one_hot(ids: np.ndarray, conv: Any) -> np.ndarray:  # (B, h, w) -> (B
 @synchronous
 def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv_bn_relu`; the batch norm was folded into the weights."""
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, (PackedLinear, PackedLow)):
         return conv_1x1(x, layer, relu=True)
     if isinstance(layer, PackedConv):
         return conv_bn_relu_resized([x], layer, (x.shape[2], x.shape[3]))
@@ -175,7 +175,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
     """See `reference.conv_transpose`."""
     if isinstance(deconv, ConvTranspose) and is_float32(x) and x.size:
         deconv = pack_deconv(deconv, None, False)
-    if not isinstance(deconv, PackedDeconv):
+    if not isinstance(deconv, (PackedDeconv, PackedLowDeconv)):
         return reference.conv_transpose(x, deconv)
     return conv_transpose_2x2(x, deconv, PLAIN)
 
@@ -183,7 +183,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
 @synchronous
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
-    if not isinstance(deconv, PackedDeconv):
+    if not isinstance(deconv, (PackedDeconv, PackedLowDeconv)):
         return reference.conv_transpose_bn_gelu(x, deconv, bn)
     return conv_transpose_2x2(x, deconv, GELU)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...params import Linear, flatten, unflatten
-from ..low_precision import LOW_DTYPES, BFloat16Linear, Int8Linear, lowered
+from ...params import flatten, unflatten
+from ..low_precision import HOLLOW_MAKERS, LOW_DTYPES, lowered
 from .low_arguments import bfloat16_route, int8_route
 from .low_precision import PackedLow
 from .memory import aligned_copy, is_aligned
@@ -51,16 +51,8 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
     _check_size(named, arrays, _BYTES[dtype])
     params = unflatten(shapes, {name: hollow(shape) for name, shape in named.items()})
     if dtype in LOW_DTYPES:
-        params = lowered(params, dtype, _hollow_int8 if dtype == "int8" else _hollow_bfloat16)
+        params = lowered(params, dtype, HOLLOW_MAKERS[dtype])
     return _filled(prepare(params), "", arrays)
-
-
-def _hollow_int8(layer: Linear) -> Int8Linear:
-    return Int8Linear(layer.weight, layer.weight[:, 0], layer.bias)
-
-
-def _hollow_bfloat16(layer: Linear) -> BFloat16Linear:
-    return BFloat16Linear(layer.weight, layer.bias)
 
 
 def _low_layers(node: Any) -> Iterator[PackedLow]:
