@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
     from .images.ahead import read_ahead
@@ -101,6 +102,8 @@ _HOMES = {
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
+    "Exploration": "explorer.exploration",
+    "explore": "explorer.exploration",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -135,6 +138,7 @@ __all__ = [
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
     "Data2VecVisionPreTrainedModel",
+    "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",
@@ -149,6 +153,7 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "explore",
     "pipeline",
     "read_ahead",
     "value_and_grad",

@@ -147,7 +147,8 @@ class SemanticSegmenterOutput(ModelOutput):
         """For Jupyter: the classes of the first image in their colours, with a legend."""
         if self.logits is None:
             return None
-        from .drawing import class_colours, class_map, png  # and Pillow, which a model needs for nothing else
+        from .colours import class_colours
+        from .drawing import class_map, png  # and Pillow, which a model needs for nothing else
 
         labels = as_numpy(self.logits)[0].argmax(0)
         zoom = max(1, SHOWN // max(labels.shape))

@@ -13,8 +13,9 @@ from PIL import Image
 
 from .checkpoint.load import open_checkpoint
 from .checkpoint.packed_file import prepared_file, read_prepared
+from .colours import class_colours
 from .config import BeitConfig
-from .drawing import class_colours, class_map, png
+from .drawing import class_map, png
 from .errors import nearest, unknown_keywords
 from .image_processor import BeitImageProcessor, default_processor
 from .images.ahead import computed
@@ -22,11 +23,13 @@ from .images.loading import decoded, load_image
 from .images.opening import is_picture
 from .loading_options import LOADING, WHERE, Loading
 from .masking import block_mask
+from .scores import scores
 from .sliding import largest_logit
 from .tasks import task_class
 
 SHOWN = 640  # pixels of the longer side of an image in Jupyter
 ON_CPU = (None, -1, "cpu")
+PROBLEMS = {"softmax": "single_label_classification", "sigmoid": "multi_label_classification", "none": "regression"}
 
 
 class Pipeline:
@@ -144,9 +147,9 @@ class ImageClassificationPipeline(Pipeline):
     ) -> list[dict[str, Any]]:
         """The `top_k` labels with the highest scores."""
         config = self.model.config
-        scores = scores_of(output, function_to_apply or _function_of(config))
-        best = np.argsort(-scores, kind="stable")[: 5 if top_k is None else top_k]
-        return Classes({"label": config.id2label[i], "score": float(scores[i])} for i in best.tolist())
+        values = scores_of(output, function_to_apply or _function_of(config))
+        best = np.argsort(-values, kind="stable")[: 5 if top_k is None else top_k]
+        return Classes({"label": config.id2label[i], "score": float(values[i])} for i in best.tolist())
 
 
 class ImageSegmentationPipeline(Pipeline):
@@ -228,9 +231,9 @@ class FillMaskPipeline(Pipeline):
         mask, logits = output
         found = []
         for row, column in np.argwhere(mask).tolist():
-            scores = scores_of(logits[row * mask.shape[1] + column], "softmax")
-            best = np.argsort(-scores, kind="stable")[: 5 if top_k is None else top_k].tolist()
-            found.append([{"score": float(scores[i]), "token": i, "row": row, "column": column} for i in best])
+            shares = scores_of(logits[row * mask.shape[1] + column], "softmax")
+            best = np.argsort(-shares, kind="stable")[: 5 if top_k is None else top_k].tolist()
+            found.append([{"score": float(shares[i]), "token": i, "row": row, "column": column} for i in best])
         return found
 
 
@@ -283,15 +286,9 @@ def pipeline(
 
 def scores_of(logits: np.ndarray, function: str) -> np.ndarray:  # (K,) -> (K,) float64
     """Logits as they are ("none"), or their "softmax" or "sigmoid"."""
-    x = np.asarray(logits, np.float64)
-    if function == "sigmoid":
-        return 0.5 * (1 + np.tanh(0.5 * x))  # without overflow
-    if function == "softmax":
-        x = np.exp(x - x.max())
-        return x / x.sum()
-    if function != "none":
-        raise ValueError(f"function_to_apply: expected 'softmax', 'sigmoid' or 'none', found {function!r}")
-    return x
+    if function not in PROBLEMS:
+        raise ValueError(f"function_to_apply: expected one of {', '.join(map(repr, PROBLEMS))}, found {function!r}")
+    return scores(logits, PROBLEMS[function])
 
 
 def _function_of(config: BeitConfig) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.cli import segment
-from minibeit.drawing import OVERLAY, distinct_colours, indexed
+from minibeit.colours import distinct_colours
+from minibeit.drawing import OVERLAY, indexed
 from minibeit.sliding import Inference, largest_logit
 from minibeit.sliding import segment as segment_image
 

@@ -264,5 +264,5 @@ def test_an_unknown_option_names_the_nearest(models, paths):
     pipe = pipeline(model=models["image-classification"])
     with pytest.raises(TypeError, match=r"image-classification: unknown keyword 'topk' .did you mean top_k"):
         pipe(paths[0], topk=3)
-    with pytest.raises(ValueError, match="function_to_apply: expected 'softmax', 'sigmoid' or 'none'"):
+    with pytest.raises(ValueError, match="function_to_apply: expected one of 'softmax', 'sigmoid', 'none'"):
         pipe(paths[0], function_to_apply="relu")

@@ -106,7 +106,7 @@ def test_a_table_of_classes():
 def test_a_map_of_classes():
     output = segmenter()(np.random.default_rng(0).standard_normal((1, 3, SIZE, SIZE)))
     drawn = np.asarray(Image.open(io.BytesIO(output._repr_png_())))
-    from minibeit.drawing import class_colours
+    from minibeit.colours import class_colours
 
     labels, colours = output.logits[0].argmax(0), class_colours(len(NAMES))
     zoom = 448 // SIZE

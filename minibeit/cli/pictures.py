@@ -45,12 +45,6 @@ def zoom_of(photo: np.ndarray) -> int:
     return max(1, LEAST // max(photo.shape[:2]))
 
 
-def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8
-    """An image as bytes, one channel as gray; of more than three channels the first three."""
-    x = np.clip(np.rint(image.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
-    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]
-
-
 def _enlarged(image: np.ndarray, zoom: int) -> Image.Image:
     size = (image.shape[1] * zoom, image.shape[0] * zoom)
     return Image.fromarray(image).resize(size, Image.Resampling.NEAREST)

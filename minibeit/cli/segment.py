@@ -18,7 +18,7 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..drawing import Colour
+    from ..colours import Colour
     from ..sliding import Inference
 
 HELP = "find the class of every pixel, drawn as images"
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 def palette(name: str, count: int) -> list[Colour]:
     """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
-    from ..drawing import ADE20K_CLASSES, class_colours
+    from ..colours import ADE20K_CLASSES, class_colours
 
     if name != "ade20k":
         return class_colours(count)

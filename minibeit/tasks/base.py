@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -19,6 +19,8 @@ from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
 from ..model.encoder import encode
 from ..ops import dtype_of_file, get_ops, host_dtype
+from ..ops.low_precision import LOW_DTYPES, Spans, lowered
+from ..ops.portable import dump_portable, is_portable, restore_portable
 from ..outputs import ModelOutput
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
@@ -35,9 +37,9 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     Without `arrays` or `prepared` the weights are random, determined by `seed`.  `dtype` is "float32" or "float64", on
-    a GPU also "float16" or "bfloat16".  `backend` selects the ops (see `minibeit.ops.get_ops`), `only` a subset of its
-    fast ops.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
-    the number of a GPU, by default the first.
+    a GPU also "float16" or "bfloat16", on a CPU "int8" or "bfloat16" (see `ops.low_precision`).  `backend` selects the
+    ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ops.  `num_threads` is how many threads a call uses,
+    by default MINIBEIT_NUM_THREADS or all cores; `device` is the number of a GPU, by default the first.
     """
 
     task: ClassVar[str]
@@ -174,17 +176,27 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
         config = self.config.replace(architectures=(type(self).__name__,))
         save_checkpoint(folder, config, self.task, self.arrays, dtype)
 
-    def save_prepared(self, folder: str | os.PathLike[str]) -> None:
+    def save_prepared(
+        self, folder: str | os.PathLike[str], portable: bool = False, spans: Sequence[Spans] | None = None
+    ) -> None:
         """Writes `config.json` and `prepared.safetensors`: the weights as this backend packed them for this CPU.
 
-        `from_pretrained` maps such a file without packing again.  Raises ValueError for a backend that does not pack
-        weights, or weights that are not float32.
+        `from_pretrained` maps such a file without packing again.  With `portable`, for the dtypes int8 and bfloat16,
+        it holds the rounded weights for every CPU, to be packed when they are loaded.  `spans` are what
+        `calibration.channel_spans` measured, for int8.  Raises ValueError for a backend that does not pack weights, and
+        for a dtype without such a file.
         """
-        if self.dtype != "float32":
-            raise ValueError(f"a prepared file holds float32 weights, this model's are {self.dtype}")
-        layout, arrays = self.ops.dump(self.params)
+        if self.dtype not in ("float32", *LOW_DTYPES) or (portable and self.dtype not in LOW_DTYPES):
+            kinds = f"{'' if portable else 'float32 or '}low precision ({', '.join(LOW_DTYPES)})"
+            raise ValueError(f"a prepared file holds weights of {kinds}, this model's are {self.dtype}")
+        if portable:
+            layout, arrays = dump_portable(self.plain_params, self.dtype, spans)
+        elif spans is not None:
+            layout, arrays = self.ops.dump(self.ops.prepare(lowered(self.plain_params, self.dtype, spans=spans)))
+        else:
+            layout, arrays = self.ops.dump(self.params)
         config = self.config.replace(architectures=(type(self).__name__,))
-        write_prepared(folder, config, self.task, layout, arrays)
+        write_prepared(folder, config, self.task, layout, arrays, self.dtype)
 
     @property
     def arrays(self) -> Mapping[str, Array]:
@@ -202,7 +214,8 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
     @property
     def plain_params(self) -> Any:
         """The tree of parameters in plain arrays, whatever the backend has packed: what training learns."""
-        return self.params if self.ops.backend == "numpy" else unflatten(shapes(self.config, self.task), self.arrays)
+        plain = self.ops.backend == "numpy" and self.dtype not in LOW_DTYPES
+        return self.params if plain else unflatten(shapes(self.config, self.task), self.arrays)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
@@ -219,9 +232,14 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
 
     def _restored(self, prepared: Prepared) -> Any:
         """The parameters from a prepared file.  Raises CheckpointError if this model cannot use them."""
-        if self.dtype != "float32":
-            raise CheckpointError(f"{prepared.path}: holds float32 weights, but dtype {self.dtype} was asked for")
+        if self.dtype != prepared.dtype:
+            raise CheckpointError(
+                f"{prepared.path}: holds {prepared.dtype} weights, but dtype {self.dtype} was asked for"
+            )
         try:
+            if is_portable(prepared.layout):
+                tree = restore_portable(shapes(self.config, self.task), prepared.layout, prepared.arrays)
+                return self.ops.prepare(tree)
             return self.ops.restore(shapes(self.config, self.task), prepared.layout, prepared.arrays)
         except ValueError as error:
             raise CheckpointError(f"{prepared.path} (for {prepared.task.replace('_', ' ')}): {error}") from None
