@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from .checkpoint.heads import check_head
 from .checkpoint.load import open_checkpoint
 from .checkpoint.packed_file import prepared_file, read_prepared
 from .colours import class_colours
@@ -53,24 +54,28 @@ class Pipeline:
         **options: Any,
     ) -> None:
         self.model, self.image_processor = model, image_processor
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers = _positive("batch_size", batch_size), num_workers
         self._check(options)
         self.options = options
 
     def __call__(
-        self, images: Any, *, batch_size: int | None = None, num_workers: int | None = None, **options: Any
+        self, inputs: Any = None, *, batch_size: int | None = None, num_workers: int | None = None, **options: Any
     ) -> Any:
         """The result for one image; a list of results for a list of images or an array of one axis more.
 
         For a generator, or anything else that can be iterated over, an iterator that computes as it is asked.  Images
-        are read ahead by `num_workers` threads and computed `batch_size` at a time.  `options` are those of the task.
-        Raises ImageError, naming the image, in the place of its result.
+        are read ahead by `num_workers` threads and computed `batch_size` at a time.  `options` are those of the task;
+        the images may also be called `images=`.  Raises ImageError, naming the image, in the place of its result.
         """
+        images = options.pop("images", inputs)
         self._check(options)
         chosen = {**self.options, **options}
-        size, workers = batch_size or self.batch_size, self.num_workers if num_workers is None else num_workers
+        size = _positive("batch_size", self.batch_size if batch_size is None else batch_size)
+        workers = self.num_workers if num_workers is None else num_workers
         if _is_one(images):
             return next(self._results([images], chosen, 1, 1))
+        if isinstance(images, Mapping) or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+            raise TypeError(f"{self.task}: expected an image or several, found {type(images).__name__}")
         several = isinstance(images, (list, tuple)) or hasattr(images, "ndim")
         results = self._results(images, chosen, size, None if workers is None else max(workers, 1))
         return list(results) if several else results
@@ -277,7 +282,7 @@ def pipeline(
         loaded, source = model, getattr(model, "name_or_path", "")
     else:
         where = {} if device in ON_CPU else {"backend": "cupy", "device": _number(device)}
-        loaded, source = task_class(kind.model_task).from_pretrained(model, **where, **options), model
+        loaded, source = _loaded(kind, model, {**where, **options}), model
     if not isinstance(image_processor, BeitImageProcessor):
         words = {name: value for name, value in options.items() if name in WHERE}
         image_processor = _processor(image_processor or source, loaded.config, words, image_processor is None)
@@ -338,6 +343,26 @@ def _is_path(model: Any) -> bool:
     return isinstance(model, (str, os.PathLike))
 
 
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+    return value
+
+
+def _loaded(kind: type[Pipeline], model: Any, words: dict[str, Any]) -> Any:
+    """The model of a checkpoint, which must have the task's head."""
+    if kind.model_task != "model":
+        check_head(model, kind.model_task, _how(words))
+    with warnings.catch_warnings():
+        if kind.model_task == "model":
+            warnings.filterwarnings("ignore", "(?s).*another task's head are not used")  # features need none
+        return task_class(kind.model_task).from_pretrained(model, **words)
+
+
+def _how(words: dict[str, Any]) -> Loading:
+    return Loading(**{name: value for name, value in words.items() if name in LOADING and value is not None})
+
+
 def _kind(task: str | None, model: Any, options: dict[str, Any]) -> type[Pipeline]:
     if task is None:
         made_for = _task_of(model, options) if _is_path(model) else type(model).task
@@ -359,7 +384,7 @@ def _task_of(model: Any, options: dict[str, Any]) -> str | None:
     file = prepared_file(model)
     if file:
         return read_prepared(file).task
-    return open_checkpoint(model, loading=Loading(**{k: v for k, v in options.items() if k in LOADING})).task
+    return open_checkpoint(model, loading=_how(options)).task
 
 
 def _number(device: Any) -> int:

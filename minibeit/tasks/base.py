@@ -13,7 +13,7 @@ from ..checkpoint.load import load_checkpoint
 from ..checkpoint.packed_file import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
 from ..config import CONFIG_FIELDS, BeitConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, unknown_keywords
 from ..foreign import as_torch, dtype_name, is_torch
 from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
@@ -154,12 +154,16 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
             return
         whole = BeitPreTrainedModel.__call__
 
-        @functools.wraps(cls.forward)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return whole(self, *args, **kwargs)
-
         own, common = inspect.signature(cls.forward), inspect.signature(whole).parameters.values()
         added = [parameter for parameter in common if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        known = [*own.parameters, *(parameter.name for parameter in added)]
+
+        @functools.wraps(cls.forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if unknown := [name for name in kwargs if name not in known]:
+                raise unknown_keywords(type(self).__name__, unknown, known[1:])
+            return whole(self, *args, **kwargs)
+
         call.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
         call.__name__, call.__qualname__ = "__call__", f"{cls.__qualname__}.__call__"
         cls.__call__ = call  # type: ignore[method-assign]
