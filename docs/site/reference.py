@@ -13,6 +13,8 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "minibeit.BeitForMaskedImageModeling",
             "minibeit.BeitForSemanticSegmentation",
             "minibeit.BeitBackbone",
+            "minibeit.BeitPreTrainedModel",
+            "minibeit.Data2VecVisionPreTrainedModel",
             "minibeit.Data2VecVisionModel",
             "minibeit.Data2VecVisionForImageClassification",
             "minibeit.Data2VecVisionForSemanticSegmentation",
@@ -26,10 +28,22 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "minibeit.AutoFeatureExtractor",
         ),
     ),
+    "pipelines": (
+        "Pipelines",
+        "One call from images to results, and images that threads read ahead.",
+        ("minibeit.pipeline", "minibeit.read_ahead"),
+    ),
     "settings": (
         "Config and image processor",
         "What a checkpoint's `config.json` and `preprocessor_config.json` say.",
-        ("minibeit.BeitConfig", "minibeit.BeitImageProcessor", "minibeit.BeitFeatureExtractor"),
+        (
+            "minibeit.BeitConfig",
+            "minibeit.Data2VecVisionConfig",
+            "minibeit.BeitImageProcessor",
+            "minibeit.BeitImageProcessorPil",
+            "minibeit.BeitImageProcessorFast",
+            "minibeit.BeitFeatureExtractor",
+        ),
     ),
     "outputs": (
         "Outputs and errors",
