@@ -40,6 +40,7 @@ validation/ in it as ADE20K has them, or a .csv or .jsonl file with path, map an
 gray or palette images whose numbers are the classes, 255 being ignored, or colours, with --colours.
 
 Ctrl-C stops after the step at hand and saves; the same command with --resume goes on, with the same result in the end.
+`mpiexec -n 4 minibeit finetune ...` does the same with four processes, on one machine or several (extra mpi).
 """
 EXAMPLES = """\
   minibeit finetune flowers/ --model microsoft/beit-base-patch16-224-pt22k --output flowers-beit
