@@ -28,6 +28,7 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "explore",
     "features",
     "mask",
     "tokenize",
