@@ -88,6 +88,15 @@ def test_two_ranks_train_as_one_process_does(kind, dtype, data, tmp_path):
             np.testing.assert_array_equal(vectors[name], vector, err_msg=name)
 
 
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_the_fast_backend_trains_on_ranks_too(kind, data, tmp_path):
+    recipe = {**TWENTY_STEPS, "backend": "numba"}
+    one = trainer(kind, data[kind], tmp_path / "one", "float32", recipe)
+    one.run()
+    for vectors in train(2, kind, data[kind], tmp_path / "two", "float32", recipe):
+        assert distance(compared(vectors["weights"], one), compared(one.optimizer.weights, one)) <= RANKS32
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_as_many_ranks_give_the_same_bits_again(count, data, tmp_path):
     kind = "segmentation"

@@ -116,6 +116,18 @@ def test_ranks_train_as_one_process_does(kind, count, folders, single, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0"]  # the others write nothing
 
 
+def test_each_rank_reads_its_own_images_alone(folders, tmp_path):
+    def work(ranks):
+        made, read = trainer("classification", folders["classification"], tmp_path, "float64", {}, ranks=ranks), []
+        real = made.objective.read
+        made.objective.read = lambda example, key: read.append(example.path) or real(example, key)
+        assert len(list(made._batches())) == made.steps_per_epoch == 2
+        return read
+
+    reads = on_ranks(2, work)
+    assert [len(read) for read in reads] == [8, 8] and len({*reads[0], *reads[1]}) == 16
+
+
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
 def test_ranks_compute_pieces_as_one_process_does(kind, folders, tmp_path):
     one = trainer(kind, folders[kind], tmp_path / "one", "float64", {}, accumulate=2)
