@@ -51,7 +51,7 @@ def value_and_grad(
     `inputs` (labels, bool_masked_pos) go to the model, whose own loss is taken; or `loss(ops, output)` makes another
     of its output, by ops.  `rng` switches dropout and stochastic depth on: the noise of this step (`Noise`), or a
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
-    batch norms use those of the batch, True each worker's own.  With `recompute` each block keeps its input alone and
+    batch norms use those of the batch, True its own alone.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
     the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch.
     `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
