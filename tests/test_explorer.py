@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from cli_helpers import config, run, save, save_pictures
 from colour_tokenizer import colour_tokenizer
+from cuda_on_cpu import kernels
+from cuda_on_cpu.backend import cupy_backend
 from page_reader import arrays_in, facts_in, probabilities_in, rollout_in, whole
 from PIL import Image
 from tolerances import EXPLORER_8_BITS, EXPLORER_16_BITS
@@ -223,14 +225,25 @@ def test_an_encoder_without_a_head_shows_its_attention(image, model_class):
     np.testing.assert_allclose(probabilities_in(page), truth, atol=EXPLORER_16_BITS, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["numba"])
-def test_a_fast_backend_gives_nearly_the_same_page(image, backend):
-    pytest.importorskip("numba")
+def check_backend(image, backend):
+    """The page of a fast backend is nearly that of the reference."""
     slow = made()
     fast = BeitForImageClassification(slow.config, arrays=slow.arrays, backend=backend)
     pages = [minibeit.explore(model, image).html() for model in (slow, fast)]
     np.testing.assert_allclose(*map(probabilities_in, pages), atol=2 * EXPLORER_16_BITS)
-    np.testing.assert_allclose(*(arrays_in(page)["class_values"] for page in pages), atol=1e-4)
+    for name in ("class_values", "distance", "distance_without", "to_cls"):
+        np.testing.assert_allclose(*(arrays_in(page)[name] for page in pages), atol=1e-4)
+
+
+def test_numba_gives_nearly_the_same_page(image):
+    pytest.importorskip("numba")
+    check_backend(image, "numba")
+
+
+@pytest.mark.skipif(kernels.compiler() is None, reason="no g++ to compile CUDA C++ with")
+def test_a_gpu_gives_nearly_the_same_page(image):
+    with cupy_backend():
+        check_backend(image, "cupy")
 
 
 def test_regions_cover_every_patch_once_and_fit_the_work():

@@ -19,6 +19,7 @@ MODELS = {
     "classify": lambda: made(),
     "mask": lambda: made(BeitForMaskedImageModeling, use_mask_token=True, vocab_size=64),
     "segment": lambda: made(BeitForSemanticSegmentation, out_indices=[1, 2, 3, 4]),
+    "wide": lambda: made(image_size=[16, 24]),
     "bare": lambda: made(BeitModel, use_relative_position_bias=False),
 }
 
@@ -70,7 +71,7 @@ def computed(page, bias=True):
     )
 
 
-@pytest.mark.parametrize("kind", ["classify", "bare"])
+@pytest.mark.parametrize("kind", ["classify", "wide", "bare"])
 def test_the_script_computes_the_models_probabilities(chromium, files, image, kind):
     model = MODELS[kind]()
     truth = np.concatenate(model(pixels_of(model, image), output_attentions=True).attentions)
