@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .images.ahead import read_ahead
     from .noise import Noise
     from .outputs import (
         BackboneOutput,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         MaskedLMOutput,
         SemanticSegmenterOutput,
     )
+    from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
@@ -74,6 +76,8 @@ _HOMES = {
     "DalleTokenizer": "tokenizer.tokenizer",
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
+    "read_ahead": "images.ahead",
+    "pipeline": "pipelines",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -135,6 +139,8 @@ __all__ = [
     "Trace",
     "__version__",
     "explore",
+    "pipeline",
+    "read_ahead",
     "value_and_grad",
 ]
 

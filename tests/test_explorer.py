@@ -28,7 +28,7 @@ from minibeit import (
 )
 from minibeit.explorer import attention, pack
 from minibeit.explorer.regions import Regions, covered, regions_for
-from minibeit.image_processor import plain_processor
+from minibeit.image_processor import default_processor
 from minibeit.scores import scores
 
 BIASED = {"use_relative_position_bias": True}
@@ -51,7 +51,7 @@ def made(model_class=BeitForImageClassification, dtype="float32", **changes):
 
 
 def pixels_of(model, image):
-    return plain_processor(model.config)(image).pixel_values
+    return default_processor(model.config)(image).pixel_values
 
 
 def without_bias(model, pixels):  # -> (L, H, N, N)

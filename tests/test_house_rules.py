@@ -33,7 +33,7 @@ LAYERS = [
     {"tape"},
     {"model", "image_processor", "sliding", "scores"},
     {"tasks", "tokenizer"},
-    {"auto", "flax", "train"},
+    {"auto", "flax", "train", "pipelines"},
     {"evaluate"},
     {"explorer"},
     {"verify", "bench"},

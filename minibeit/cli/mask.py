@@ -120,7 +120,7 @@ def _tokenizer(args: argparse.Namespace, config: Any) -> Any:
     """The tokenizer, which has as many visual tokens as the model, and a decoder if it is to draw."""
     from ..errors import CheckpointError
 
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(args, beside_model=True)
     if tokenizer.config.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{args.tokenizer}: has {tokenizer.config.vocab_size} visual tokens, but {args.model} predicts "

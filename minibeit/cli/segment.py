@@ -40,6 +40,7 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
+AHEAD = 2  # images that are read before they are computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,25 +143,46 @@ def _segmented(
     quiet: bool,
     errors: list[str],
 ) -> Iterator[dict[str, Any]]:
-    for entry, paths in progress(work, quiet):
+    from ..images.ahead import read_ahead
+
+    pictures = read_ahead(work, lambda one: _read(one[0], processor), most=AHEAD)
+    for (entry, paths), picture in progress(zip(work, pictures), len(work), quiet):
         try:
-            if entry.error is not None:
-                raise ValueError(entry.error)
-            yield _segment(entry, paths, model, processor, how, colours, mark)
+            if isinstance(picture, ValueError):
+                raise picture
+            yield _segment(entry, picture, paths, model, processor, how, colours, mark)
         except ValueError as error:
             result = failed(entry.file, entry.named(str(error)))
             errors.append(str(result.error))
             yield {"file": result.file, "error": result.error}
 
 
+def _read(entry: Found, processor: Any) -> Any:
+    """The image of a file, or the ValueError that says why there is none."""
+    from ..images.opening import read_picture
+
+    try:
+        if entry.error is not None:
+            raise ValueError(entry.error)
+        return read_picture(entry.source, processor.apply_exif_orientation)
+    except ValueError as error:
+        return error
+
+
 def _segment(
-    entry: Found, paths: dict[str, Path], model: Any, processor: Any, how: Inference, colours: list[Colour], mark: str
+    entry: Found,
+    picture: Any,
+    paths: dict[str, Path],
+    model: Any,
+    processor: Any,
+    how: Inference,
+    colours: list[Colour],
+    mark: str,
 ) -> dict[str, Any]:
-    from ..images.loading import load_image, read_picture
+    from ..images.loading import load_image
     from ..sliding import largest_logit, largest_mean_probability, views_of
     from . import pictures
 
-    picture = read_picture(entry.source, processor.apply_exif_orientation)
     size = picture.height, picture.width
     views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
     if how.views == 1:

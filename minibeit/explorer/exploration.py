@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..evaluate.drawing import as_png, as_seen
 from ..files import atomic_write
-from ..image_processor import BeitImageProcessor, plain_processor
+from ..image_processor import BeitImageProcessor, default_processor
 from ..task_table import in_words
 from .attention import AttentionTrace
 from .outcome import OUTCOMES, Outcome, Progress, Seen
@@ -68,7 +68,7 @@ def explore(
     Raises ImageError for an image that cannot be read, ValueError for arguments that do not go together.
     """
     config = model.config
-    processor = plain_processor(config) if processor is None else processor
+    processor = default_processor(config) if processor is None else processor
     pixels = np.asarray(processor(image).pixel_values)
     if len(pixels) != 1:
         raise ValueError(f"image: expected one image, found {len(pixels)}")
