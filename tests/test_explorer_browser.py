@@ -196,6 +196,18 @@ def test_classes_of_pixels_and_their_shares_in_a_patch(chromium, files, found):
             assert name == one["name"] and share == (f"{100 * expected:.1f}%" if expected else "")
 
 
+def test_a_regression_shows_values(chromium, image, tmp_path):
+    found = minibeit.explore(made(id2label={0: "age"}), image)
+    found.save(tmp_path / "page.html")
+    whole, masked = found.arrays["class_values"][[0, 7], 0]
+    with opened(chromium, tmp_path / "page.html") as page:
+        patch(page, 1, 2).click()
+        cells = page.locator("#classes-rows td").all_inner_texts()
+    assert found.facts["classes"]["regression"] and cells[0] == "age" and "%" not in "".join(cells)
+    np.testing.assert_allclose([float(cells[1]), float(cells[2])], [whole, masked], rtol=1e-3)
+    np.testing.assert_allclose(float(cells[3].replace("−", "-")), masked - whole, rtol=1e-2)
+
+
 def test_a_page_of_few_blocks_shows_those(chromium, image, tmp_path, monkeypatch):
     model = made()
     monkeypatch.setattr(attention, "ROOM", 2 * 17 * model.config.hidden_size * 2 * pack.TEXT_PER_BYTE)
