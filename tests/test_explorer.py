@@ -27,7 +27,7 @@ from minibeit import (
     Trace,
 )
 from minibeit.explorer import attention, pack
-from minibeit.explorer.regions import Regions, covered, regions_for
+from minibeit.explorer.regions import WORK_IN_INT8, WORK_ON_GPU, Regions, covered, regions_for
 from minibeit.image_processor import default_processor
 from minibeit.scores import scores
 
@@ -256,6 +256,9 @@ def test_regions_cover_every_patch_once_and_fit_the_work():
     assert regions_for((14, 14), base).side == 2
     assert regions_for((24, 24), base).side == 6
     assert regions_for((14, 14), base, side=1).count == 196
+    assert regions_for((14, 14), base, most=WORK_IN_INT8).side == 1
+    assert regions_for((24, 24), base, most=WORK_IN_INT8).side == 3
+    assert regions_for((24, 24), base, most=WORK_ON_GPU).side == 1
     assert regions_for((14, 14), 10**12).count == 1
     with pytest.raises(ValueError, match="mask_side: expected 1 to 4 patches"):
         regions_for((4, 3), base, side=5)

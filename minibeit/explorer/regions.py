@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-WORK = 2.2e12  # products of all passes together: some ten seconds of two cores
+# Products of all passes together: some ten seconds of two cores, of one GPU.
+WORK, WORK_IN_INT8, WORK_ON_GPU = 2.2e12, 6.8e12, 2e14
 BATCH = 8
 Compute = Callable[[np.ndarray], np.ndarray]
 
@@ -47,6 +49,13 @@ def regions_for(grid: tuple[int, int], parameters: int, side: int | None = None,
     one_pass = 2 * parameters * (1 + grid[0] * grid[1])
     fitting = (Regions(grid, side) for side in range(1, max(grid)))
     return next((regions for regions in fitting if regions.count * one_pass <= most), Regions(grid, max(grid)))
+
+
+def work_of(model: Any) -> float:
+    """How many products all passes of a model may take together."""
+    if model.ops.backend == "cupy":
+        return WORK_ON_GPU
+    return WORK_IN_INT8 if model.dtype == "int8" else WORK
 
 
 def covered(pixels: np.ndarray, masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
