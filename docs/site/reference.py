@@ -4,6 +4,11 @@ from __future__ import annotations
 
 # page: (title, what it is about, names)
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "pipelines": (
+        "Pipelines",
+        "One call from images to results, images read ahead, and a page to look into a model with.",
+        ("minibeit.pipeline", "minibeit.read_ahead", "minibeit.explore", "minibeit.Exploration"),
+    ),
     "models": (
         "Models",
         "Arrays go in, a dataclass of arrays comes out. The Auto classes choose by the checkpoint.",
