@@ -18,6 +18,8 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "minibeit.BeitForMaskedImageModeling",
             "minibeit.BeitForSemanticSegmentation",
             "minibeit.BeitBackbone",
+            "minibeit.BeitPreTrainedModel",
+            "minibeit.Data2VecVisionPreTrainedModel",
             "minibeit.Data2VecVisionModel",
             "minibeit.Data2VecVisionForImageClassification",
             "minibeit.Data2VecVisionForSemanticSegmentation",
@@ -34,7 +36,14 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "settings": (
         "Config and image processor",
         "What a checkpoint's `config.json` and `preprocessor_config.json` say.",
-        ("minibeit.BeitConfig", "minibeit.BeitImageProcessor", "minibeit.BeitFeatureExtractor"),
+        (
+            "minibeit.BeitConfig",
+            "minibeit.Data2VecVisionConfig",
+            "minibeit.BeitImageProcessor",
+            "minibeit.BeitImageProcessorPil",
+            "minibeit.BeitImageProcessorFast",
+            "minibeit.BeitFeatureExtractor",
+        ),
     ),
     "outputs": (
         "Outputs and errors",

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..colours import class_colours
 from ..errors import CheckpointError
-from ..evaluate.colours import class_colours
 from ..evaluate.drawing import as_png, levels
 from ..ops.reference import softmax
 from ..scores import is_regression, scores
