@@ -27,6 +27,7 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "compare",
     "features",
     "mask",
     "tokenize",
