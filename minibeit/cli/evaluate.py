@@ -247,7 +247,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
     images = unlabelled_images(data)
     paths = [image.path for image in images]
     check_outputs(reports(args), paths)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(args, beside_model=True)
     model = load_model(BeitForMaskedImageModeling, args, fetched=True)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     height, width = model.config.image_shape  # to which images are resized, whatever the processor says

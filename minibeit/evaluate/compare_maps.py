@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images.loading import read_picture
+from ..images.opening import read_picture
 from ..images.transforms import resize_labels
 from ..metrics import areas, class_iou, confusion_matrix, mean_of_known, segmentation_intervals, segmentation_scores
 from .comparison import DEFAULT, Comparison, Distance, How, distances, divergence_of, rms_of
