@@ -82,14 +82,17 @@ def test_correct_engines_pass_with_a_large_feature():
 
 def test_the_worst_slice_by_hand():
     rng = np.random.default_rng(0)
-    exact = rng.standard_normal((2, 40, 50)) * np.linspace(1, 1000, 50)
+    exact = rng.standard_normal((2, 40, 50)) * np.where(np.arange(50) == 40, 1000, 1)
     noise = 1e-7 * rng.standard_normal(exact.shape) * np.abs(exact).mean((0, 1))
     single, found = exact + noise, exact + noise[:, ::-1]
-    assert worst_slice(found, single, exact).ratio < 2
+    assert worst_slice(found, single, exact).ratio < 3
     found[:, :, 3] += 50 * noise[:, :, 3].std()
     worst = worst_slice(found, single, exact)
     assert (worst.axis, worst.index) == (2, 3) and 40 < worst.ratio < 60
-    assert worst_slice(found, single, exact, activated=True).ratio < 10
+    assert worst_slice(found, single, exact, activated=True).ratio < 2  # beside the mean of all
+    alike = np.repeat(exact[:, :1], 40, 1)  # every token: the error of a feature is one draw
+    draws = 1e-7 * rng.standard_normal((2, 1, 1, 50))
+    assert worst_slice(alike + draws[0], alike + draws[1], alike).ratio < 6
     assert worst_slice(np.ones(9), np.ones(9), np.ones(9)) is None  # each of nine is too few
     assert worst_slice(exact[:, :5, :3], single[:, :5, :3], exact[:, :5, :3]) is None
 

@@ -13,9 +13,6 @@ import numpy as np
 from . import budget
 
 LEAST = 32  # elements of a slice; the rms of fewer scatters
-FAINT = 1e-3  # of the whole array's error: a slice that the yardstick has right by luck is held to this
-# Engines compute x (1 + erf(x)) / 2, which loses in proportion to x where the result is next to nothing.
-FAINT_ACTIVATION = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,11 @@ def worst_slice(found: np.ndarray, single: np.ndarray, exact: np.ndarray, activa
     truth = _sums(exact, None)
     worst = SliceError(0, 0, 0.0)
     for axis in axes:
-        share = (FAINT_ACTIVATION if activated else FAINT) ** 2 * float(yard[axis].sum()) / exact.shape[axis]
-        least = np.maximum((budget.FLOOR * budget.EPS32) ** 2 * truth[axis], share)
+        # Tokens can be alike, as masked ones are, and a slice of them is one draw, which the yardstick may have right
+        # by luck; so it counts as no less than the median slice, which a few large ones do not move.  Of
+        # x (1 + erf(x)) / 2 engines lose in proportion to x where the result is next to nothing.
+        usual = float(np.mean(yard[axis]) if activated else np.median(yard[axis]))
+        least = np.maximum((budget.FLOOR * budget.EPS32) ** 2 * truth[axis], usual)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.nan_to_num(np.sqrt(errors[axis] / np.maximum(yard[axis], least)), nan=0.0, posinf=np.inf)
         at = int(ratios.argmax())
