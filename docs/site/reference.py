@@ -33,11 +33,6 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "minibeit.AutoFeatureExtractor",
         ),
     ),
-    "pipelines": (
-        "Pipelines",
-        "One call from images to results, and images that threads read ahead.",
-        ("minibeit.pipeline", "minibeit.read_ahead"),
-    ),
     "settings": (
         "Config and image processor",
         "What a checkpoint's `config.json` and `preprocessor_config.json` say.",
