@@ -54,7 +54,7 @@ def as_seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (
     if not processor.do_rescale:
         x = x / 255
     x = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
-    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x[..., :3]
+    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]
 
 
 def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8
