@@ -41,6 +41,7 @@ COMMANDS = (
     "download",
     "bench",
     "warmup",
+    "completion",
 )
 
 INTERRUPTED = 130
@@ -116,8 +117,16 @@ class _Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser with `command` alone, or if that is no command, with the help of all of them."""
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with all commands and their arguments."""
+    return _parser(None, arguments=COMMANDS)
+
+
+def _parser(command: str | None, arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser with `command` alone, or if that is no command, with the help of all of them.
+
+    Of the commands in `arguments` it has the arguments as well.
+    """
     parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
@@ -138,7 +147,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == command:
+        if name == command or name in arguments:
             module.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
             sub.set_defaults(run=module.run)
