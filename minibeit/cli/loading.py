@@ -96,6 +96,15 @@ def config_of(model: str, fetched: bool = False) -> BeitConfig:
     )
 
 
+def made_for(model: str) -> str | None:
+    """The task of a checkpoint or a prepared file, as far as it says or shows one."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.packed_file import prepared_file, read_prepared
+
+    file = prepared_file(model)
+    return read_prepared(file).task if file else open_checkpoint(model).task
+
+
 def check_head(model: str, task: str, fetched: bool = False) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
     from ..checkpoint.heads import check_head
