@@ -83,7 +83,8 @@ def get_ops(
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
     if backend not in GPU_BACKENDS and dtype in LOW_DTYPES:
-        ops = _of_low_precision(ops, dtype)
+        release = None if module is None else getattr(fast, "release_pages", None)
+        ops = _of_low_precision(ops, dtype, release)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
@@ -110,7 +111,9 @@ def _beside_fast_ops(
     return ops
 
 
-def _of_low_precision(ops: dict[str, Callable[..., Any]], dtype: str) -> dict[str, Callable[..., Any]]:
+def _of_low_precision(
+    ops: dict[str, Callable[..., Any]], dtype: str, release: Callable[[Any], None] | None
+) -> dict[str, Callable[..., Any]]:
     """`ops` that prepare weights in `dtype`; all arrays are float32, whatever a model calls its dtype."""
     prepare, stage, asarray = (ops[name] for name in ("prepare", "stage", "asarray"))
 
@@ -119,7 +122,7 @@ def _of_low_precision(ops: dict[str, Callable[..., Any]], dtype: str) -> dict[st
 
     return {
         **ops,
-        "prepare": functools.wraps(prepare)(lambda params: prepare(lowered(params, dtype))),
+        "prepare": functools.wraps(prepare)(lambda params: prepare(lowered(params, dtype, done=release))),
         "stage": array_op(stage),
         "asarray": array_op(asarray),
     }

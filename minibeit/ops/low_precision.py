@@ -193,14 +193,22 @@ def lowered(
     dtype: str,
     maker: Maker | None = None,
     spans: Sequence[Spans] | None = None,
+    done: Callable[[np.ndarray], None] | None = None,
 ) -> Any:
     """The tree of parameters with its layers of low precision (see above) made by `maker`, by default that of `dtype`.
 
     For int8, scales are migrated first (`migrated`), by the `spans` of every block if they were measured.  What is of
-    low precision already stays.
+    low precision already stays.  `done` is called with every matrix that was rounded and is not needed again.
     """
-    make = MAKERS[dtype] if maker is None else maker
+    chosen = MAKERS[dtype] if maker is None else maker
     measured = iter(spans or ())
+
+    release = done or (lambda matrix: None)
+
+    def make(layer: Linear, factor: np.ndarray | None = None) -> Any:
+        made = chosen(layer, factor)
+        release(layer.weight)
+        return made
 
     def low(layer: Any) -> Any:
         return make(layer) if isinstance(layer, Linear) else layer
@@ -210,7 +218,11 @@ def lowered(
             block = migrated(node, next(measured, None)) if dtype == "int8" and maker is None else node
             a = block.attention
             attention = Attention(low(a.query), low(a.key), low(a.value), low(a.output))
-            return dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            made = dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            if block is not node:  # its matrices were copies
+                for layer in (node.attention.query, node.attention.key, node.attention.value, node.fc1):
+                    release(layer.weight)
+            return made
         if isinstance(node, MaskedImageModeling):
             return dataclasses.replace(node, beit=walk(node.beit), lm_head=low(node.lm_head))
         if isinstance(node, FeaturePyramid):
