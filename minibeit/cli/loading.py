@@ -125,18 +125,17 @@ def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     """The image processor of a checkpoint that was loaded; where it has none, a plain one, described on stderr."""
     from ..file_names import PROCESSOR_NAME, beside
     from ..hub import resolve
-    from ..image_processor import BeitImageProcessor
+    from ..image_processor import BeitImageProcessor, default_processor
     from ..loading_options import FETCHED
 
     place = resolve(model, FETCHED)
     file = beside(place, PROCESSOR_NAME)
     if file.is_file():
         return BeitImageProcessor.from_pretrained(file)
-    height, width = config.image_shape
     if not quiet:
+        height, width = config.image_shape
         note(
             f"{place} has no {PROCESSOR_NAME}: images are resized to {height}x{width} (bilinear) and "
             "normalised with mean 0.5 and standard deviation 0.5"
         )
-    half = [0.5] * config.num_channels
-    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+    return default_processor(config)

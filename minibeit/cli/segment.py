@@ -18,8 +18,8 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..evaluate.colours import Colour
     from ..sliding import Inference
-    from .pictures import Colour
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
@@ -40,7 +40,7 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
-ADE20K_CLASSES = 150
+AHEAD = 2  # images that are read before they are computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,14 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 def palette(name: str, count: int) -> list[Colour]:
     """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
-    from ..labels import palette as known
-    from .pictures import distinct_colours
+    from ..evaluate.colours import ADE20K_CLASSES, class_colours
 
-    if name == "ade20k" and count > ADE20K_CLASSES:
+    if name == "auto" or count == ADE20K_CLASSES:
+        return class_colours(count)
+    if count > ADE20K_CLASSES:
         raise UsageError(f"--palette ade20k has {ADE20K_CLASSES} colours, the model has {count} classes; leave it out")
-    if name == "ade20k" or count == ADE20K_CLASSES:
-        return known("ade20k")[:count]
-    return distinct_colours(count)
+    return class_colours(ADE20K_CLASSES)[:count]
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
@@ -144,25 +143,46 @@ def _segmented(
     quiet: bool,
     errors: list[str],
 ) -> Iterator[dict[str, Any]]:
-    for entry, paths in progress(work, quiet):
+    from ..images.ahead import read_ahead
+
+    pictures = read_ahead(work, lambda one: _read(one[0], processor), most=AHEAD)
+    for (entry, paths), picture in progress(zip(work, pictures), len(work), quiet):
         try:
-            if entry.error is not None:
-                raise ValueError(entry.error)
-            yield _segment(entry, paths, model, processor, how, colours, mark)
+            if isinstance(picture, ValueError):
+                raise picture
+            yield _segment(entry, picture, paths, model, processor, how, colours, mark)
         except ValueError as error:
             result = failed(entry.file, entry.named(str(error)))
             errors.append(str(result.error))
             yield {"file": result.file, "error": result.error}
 
 
+def _read(entry: Found, processor: Any) -> Any:
+    """The image of a file, or the ValueError that says why there is none."""
+    from ..images.opening import read_picture
+
+    try:
+        if entry.error is not None:
+            raise ValueError(entry.error)
+        return read_picture(entry.source, processor.apply_exif_orientation)
+    except ValueError as error:
+        return error
+
+
 def _segment(
-    entry: Found, paths: dict[str, Path], model: Any, processor: Any, how: Inference, colours: list[Colour], mark: str
+    entry: Found,
+    picture: Any,
+    paths: dict[str, Path],
+    model: Any,
+    processor: Any,
+    how: Inference,
+    colours: list[Colour],
+    mark: str,
 ) -> dict[str, Any]:
-    from ..images.loading import load_image, read_picture
+    from ..images.loading import load_image
     from ..sliding import largest_logit, largest_mean_probability, views_of
     from . import pictures
 
-    picture = read_picture(entry.source, processor.apply_exif_orientation)
     size = picture.height, picture.width
     views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
     if how.views == 1:

@@ -38,6 +38,7 @@ class BeitPreTrainedModel(EcosystemMethods):
     """
 
     task: ClassVar[str]
+    name_or_path = ""  # what `from_pretrained` was given
 
     def __init__(
         self,
@@ -97,10 +98,13 @@ class BeitPreTrainedModel(EcosystemMethods):
         file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
             prepared = read_prepared(file, fields)
-            return cls(prepared.config, **options, prepared=prepared)
-        get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
-        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
-        return cls(config, **options, arrays=arrays)
+            model = cls(prepared.config, **options, prepared=prepared)
+        else:
+            get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
+            config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
+            model = cls(config, **options, arrays=arrays)
+        model.name_or_path = str(path)
+        return model
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes get the original arrays and pack them again, since packed weights are for one CPU
@@ -109,7 +113,8 @@ class BeitPreTrainedModel(EcosystemMethods):
             dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads
         )
         made.update(device=self.device, arrays=self._arrays, prepared=self._prepared)
-        return _remade, (type(self), self.config, made)
+        kept = {name: value for name, value in vars(self).items() if name in ("name_or_path", "add_pooling_layer")}
+        return _remade, (type(self), self.config, made), kept
 
     def __call__(
         self,
