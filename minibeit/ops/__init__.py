@@ -71,18 +71,20 @@ def get_ops(
     backend = default_backend() if backend is None else backend
     check_choice(backend, dtype, device)
     only = None if only is None else tuple(only)
-    ops: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in TABLE}
+    low = backend not in GPU_BACKENDS and dtype in LOW_DTYPES
+    called = {"attention": "attention_of_low_precision"} if low else {}
+    ops: dict[str, Callable[..., Any]] = {name: getattr(reference, called.get(name, name)) for name in TABLE}
     origin = dict.fromkeys(TABLE, "numpy")
     module = BACKENDS[backend]
     if module is not None:
         fast = import_module(f".{module}", __package__)
         for name in _wanted(backend, only):
-            ops[name], origin[name] = getattr(fast, name), backend
+            ops[name], origin[name] = getattr(fast, called.get(name, name)), backend
         if backend in GPU_BACKENDS:
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
-    if backend not in GPU_BACKENDS and dtype in LOW_DTYPES:
+    if low:
         release = None if module is None else getattr(fast, "release_pages", None)
         ops = _of_low_precision(ops, dtype, release)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)

@@ -11,8 +11,8 @@ Which layers: those of the blocks, the head of masked modelling, and in the segm
 the size of its map: transposed and 1x1 convolutions, and the parts of 3x3 ones that read maps to be enlarged (see
 `LowConv`).  float32 stay
 - layer norms, softmax, activations and the residual stream, whose errors would add up from block to block;
-- the products of attention, 4 % of all at 224 pixels: neither side is a weight that could be prepared, and softmax
-  raises an error of the scores to a factor of the result;
+- in int8 the products of attention, 4 % of all at 224 pixels and 26 % at 640, are bfloat16: softmax raises an error of
+  the scores to a factor of the result, and a token's largest score would take the levels of all others;
 - the patch embedding and the layers that make the outputs, 1 %: an error of the first goes through every block, one of
   the last stands in the result as it is (masked modelling's, with 8192 outputs, is 7 % and only picks the largest);
 - 3x3 convolutions of maps of full size: Winograd's algorithm saves the four products in five that int8 would, exactly.
@@ -137,6 +137,11 @@ def integer_products(
     """sum_k (levels - zero) * weight, exactly; by way of float64, which holds such sums and multiplies faster."""
     centred = levels.astype(np.float64) - zero[:, None]
     return (centred @ weight.T.astype(np.float64)).astype(np.int32)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:  # (...) -> (...)
+    """The nearest numbers that are bfloat16, in the dtype of x."""
+    return bfloat16_to_float32(float32_to_bfloat16(x)).astype(x.dtype, copy=False)
 
 
 def low_linear(x: np.ndarray, layer: Int8Linear | BFloat16Linear) -> np.ndarray:  # (..., in) -> (..., out)
