@@ -140,7 +140,7 @@ def run_batches(
     Threads read the images of the next batches while it computes.  An image that cannot be read or that the model
     refuses is reported on stderr, and the rest continue.  Images of different shapes do not share a batch.
     """
-    from ..pipelines import computed
+    from ..images.ahead import computed
 
     def read(entry: Found) -> np.ndarray:
         if entry.error is not None:
