@@ -336,7 +336,8 @@ def test_a_prepared_model_gives_the_same_bits(name, dtype, tmp_path):
     model = made(name, dtype)
     for folder, portable in ((tmp_path / "packed", False), (tmp_path / "portable", True)):
         model.save_prepared(folder, portable=portable)
-        again = getattr(minibeit, name).from_pretrained(folder, backend="numba", dtype=dtype)
+        again = getattr(minibeit, name).from_pretrained(folder, backend="numba", dtype="auto")
+        assert again.dtype == dtype
         assert np.array_equal(getattr(again(PIXELS), CLASSES[name]), getattr(model(PIXELS), CLASSES[name]))
     with pytest.raises(minibeit.CheckpointError, match=f"holds {dtype} weights, but dtype float32 was asked for"):
         getattr(minibeit, name).from_pretrained(tmp_path / "packed", backend="numba")
