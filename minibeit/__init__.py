@@ -20,14 +20,20 @@ if TYPE_CHECKING:
         AutoModelForImageClassification,
         AutoModelForMaskedImageModeling,
         AutoModelForSemanticSegmentation,
+        BeitImageProcessorFast,
+        BeitImageProcessorPil,
+        Data2VecVisionConfig,
         Data2VecVisionForImageClassification,
         Data2VecVisionForSemanticSegmentation,
         Data2VecVisionModel,
+        Data2VecVisionPreTrainedModel,
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .images.ahead import read_ahead
     from .noise import Noise
     from .outputs import (
         BackboneOutput,
@@ -39,7 +45,9 @@ if TYPE_CHECKING:
         MaskedLMOutput,
         SemanticSegmenterOutput,
     )
+    from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
+    from .tasks.base import BeitPreTrainedModel
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
     from .tasks.model import BeitModel
@@ -73,6 +81,8 @@ _HOMES = {
     "DalleTokenizer": "tokenizer.tokenizer",
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
+    "read_ahead": "images.ahead",
+    "pipeline": "pipelines",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -84,9 +94,16 @@ _HOMES = {
     "Data2VecVisionForImageClassification": "auto",
     "Data2VecVisionForSemanticSegmentation": "auto",
     "Data2VecVisionModel": "auto",
+    "BeitImageProcessorFast": "auto",
+    "BeitImageProcessorPil": "auto",
+    "Data2VecVisionConfig": "auto",
+    "Data2VecVisionPreTrainedModel": "auto",
+    "BeitPreTrainedModel": "tasks.base",
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
+    "Exploration": "explorer.exploration",
+    "explore": "explorer.exploration",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -108,14 +125,20 @@ __all__ = [
     "BeitForMaskedImageModeling",
     "BeitForSemanticSegmentation",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
+    "BeitImageProcessorPil",
     "BeitModel",
     "BeitModelOutputWithPooling",
+    "BeitPreTrainedModel",
     "CheckpointError",
     "DalleTokenizer",
     "DalleTokenizerConfig",
+    "Data2VecVisionConfig",
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
+    "Data2VecVisionPreTrainedModel",
+    "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",
@@ -130,6 +153,9 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "explore",
+    "pipeline",
+    "read_ahead",
     "value_and_grad",
 ]
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .config import BeitConfig
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .file_names import PROCESSOR_NAME
 from .files import atomic_write
-from .foreign import as_numpy, as_torch
+from .foreign import as_numpy, as_torch, is_torch
 from .hub import resolve_settings
-from .images.loading import decoded, flatten_images, is_plain, load_label_map, pixels_of
+from .images.loading import as_bytes, convert_channels, decoded, flatten_images, load_label_map, pixels_of
 from .images.settings import SETTINGS, ImageSettings
 from .images.transforms import (
     IGNORED_LABEL,
@@ -30,6 +31,8 @@ from .images.transforms import (
     to_pixel_values,
 )
 from .images.types import defaults_of_type, width_first
+from .outputs import described
+from .signatures import show_fields
 from .strict_json import brief, read_json
 
 _RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
@@ -48,6 +51,9 @@ class BatchFeature(dict[str, Any]):
     def to(self, *_: Any, **__: Any) -> BatchFeature:
         """The batch itself: a model takes arrays to the device it is on."""
         return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={described(value)}' for name, value in self.items())})"
 
 
 class SemanticSegmentationPostProcessorOutput(BatchFeature):
@@ -101,9 +107,16 @@ class BeitImageProcessor:
             setattr(self, name, getattr(checked, name))
         self.extra: dict[str, Any] = copy.deepcopy(extra or {})
 
-    def __call__(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
         """The same as `preprocess`."""
-        return self.preprocess(images, segmentation_maps, **kwargs)
+        return self.preprocess(images, segmentation_maps, return_tensors, input_data_format, **overrides)
 
     def preprocess(
         self,
@@ -115,9 +128,10 @@ class BeitImageProcessor:
     ) -> BatchFeature:
         """`pixel_values` (B, C, H, W), float32, and if `segmentation_maps` are given, `labels` (B, H, W), int64.
 
-        An image is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
-        of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
-        settles arrays that can be read both ways.  `overrides` replace settings for this call.
+        An image is a path, a file:// URL, the bytes of a file, a file object, a PIL image, or an array (H, W),
+        (H, W, C) or (C, H, W), uint8 or floats; `images` is one of them, a list, or an array of one axis more.
+        `input_data_format`, "channels_first" or "channels_last", settles arrays that can be read both ways.
+        `overrides` replace settings for this call.
         The result is always one array per entry (the originals give lists unless `return_tensors` is set), of PyTorch
         with `return_tensors="pt"`, else of NumPy.
         Raises ImageError, naming file or argument, for images that cannot be read or do not fit together.
@@ -142,6 +156,8 @@ class BeitImageProcessor:
     ) -> list[Any]:
         """The class ids (height, width), int64, of each image: the argmax of `outputs.logits` (B, K, h, w).
 
+        They are NumPy arrays, or tensors of PyTorch where the logits are.
+
         `target_sizes`, B pairs (height, width), first resizes the logits bilinearly (align_corners False, no
         antialiasing).  With `return_segmentation_scores` each item has `segmentation` and `segmentation_scores`, the
         (resized) logits (K, height, width).  Raises ValueError for logits or sizes of another shape.
@@ -152,12 +168,23 @@ class BeitImageProcessor:
             raise ValueError(f"outputs: expected logits of shape (B, K, h, w), found {logits.shape} {logits.dtype}")
         scores = list(logits) if target_sizes is None else _resized_logits(logits, target_sizes)
         maps = [score.argmax(axis=0) for score in scores]
+        if is_torch(outputs.logits):
+            scores, maps = [as_torch(score) for score in scores], [as_torch(labels) for labels in maps]
         if not return_segmentation_scores:
             return maps
         return [
             SemanticSegmentationPostProcessorOutput(segmentation=segmentation, segmentation_scores=score)
             for segmentation, score in zip(maps, scores)
         ]
+
+    @property
+    def reduce_labels(self) -> bool:
+        """The old name of `do_reduce_labels`."""
+        return self.do_reduce_labels
+
+    @reduce_labels.setter
+    def reduce_labels(self, value: bool) -> None:
+        self.do_reduce_labels = value
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitImageProcessor:
@@ -228,6 +255,16 @@ class BeitImageProcessor:
         return f"{type(self).__name__} {self.to_json_string().rstrip()}"
 
 
+show_fields(BeitImageProcessor.__init__, ImageSettings)
+
+
+def default_processor(config: BeitConfig) -> BeitImageProcessor:
+    """The processor of a checkpoint that says nothing of one: resized to the model's size, bilinear, means of 0.5."""
+    height, width = config.image_shape
+    half = [0.5] * config.num_channels
+    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+
+
 class BeitFeatureExtractor(BeitImageProcessor):
     """The name and calling convention of BeitImageProcessor before transformers 4.26.
 
@@ -261,11 +298,6 @@ class BeitFeatureExtractor(BeitImageProcessor):
             **settings,
         )
 
-    @property
-    def reduce_labels(self) -> bool:
-        """The old name of `do_reduce_labels`."""
-        return self.do_reduce_labels
-
 
 def _settings(values: dict[str, Any], overrides: dict[str, Any]) -> ImageSettings:
     overrides = {_RENAMED.get(k, k): v for k, v in overrides.items()}
@@ -283,9 +315,10 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
     channels = (settings.channels or 3) if settings.do_convert_rgb else None
     orient, white = settings.apply_exif_orientation, settings.value_range
     name, item = decoded(item, name, orient)
-    fast = settings.do_resize and is_plain(item, channels)  # resized as it is, before it is copied into an array
-    if fast:
-        pixels = resize_image(item, settings.size, settings.resample, name)
+    image = as_bytes(item, channels, name) if settings.do_resize else None  # resized before it is copied into an array
+    if image is not None:
+        pixels = resize_image(image, settings.size, settings.resample, name)
+        pixels = convert_channels(pixels, channels or 3, name)
     else:
         pixels = pixels_of(item, name, channels, input_data_format, white)
     found = pixels.shape[-1]
@@ -298,7 +331,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
         warnings.warn(
             f"{name}: the floats are within 0..1 and will be rescaled once more; pass do_rescale=False", stacklevel=4
         )
-    if settings.do_resize and not fast:
+    if settings.do_resize and image is None:
         pixels = resize(pixels, settings.size, settings.resample, name)
     if settings.do_center_crop:
         pixels = center_crop(pixels, settings.crop_size)

@@ -16,7 +16,13 @@ RESIZE_METHODS = ("unilm", "timm", "transformers")  # see checkpoint/resize.py
 # Keywords of from_pretrained that are neither here nor fields of a config; named where one of them is misspelt.
 MODEL_WORDS = ("dtype", "backend", "only", "num_threads", "device", "seed")
 # Words of transformers that ask for what is always so here: no code of a checkpoint is run, weights are mapped.
-ALWAYS_SO = {"trust_remote_code": (False, None), "low_cpu_mem_usage": (True, False, None), "weights_only": (True, None)}
+ALWAYS_SO = {
+    "trust_remote_code": (False, None),
+    "low_cpu_mem_usage": (True, False, None),
+    "weights_only": (True, None),
+    "attn_implementation": ("eager", "sdpa", None),  # two ways to the same numbers
+    "device_map": ("auto", "cpu", None),  # there is no second device to share a model with
+}
 HINTS = {
     "output_hidden_states": "give it to the call: model(pixel_values, output_hidden_states=True)",
     "output_attentions": "give it to the call: model(pixel_values, output_attentions=True)",
@@ -24,7 +30,7 @@ HINTS = {
     "attn_implementation": "there is one way of computing attention here",
     "device_map": "backend and device say where a model computes",
     "quantization_config": "quantised weights are not read; save the model dequantised",
-    "load_in_8bit": "quantised weights are not computed with",
+    "load_in_8bit": "here it is dtype='int8'",
     "load_in_4bit": "quantised weights are not computed with",
     "use_auth_token": "here it is called token",
     "state_dict": "save the tensors to a file and give its path",

@@ -168,6 +168,11 @@ assert not caught[1e-7]
 # cannot guarantee: such a bug looks like noise, to the verifier as to anyone who looks at the outputs. To detect
 # smaller ones, run the port in float64 if it can: a float64 trace is held to float64 accuracy.
 #
+# The same holds for what is small beside the budget everywhere: an epsilon of 1e-12 for 1e-13, or in bfloat16 one of
+# 1e-3. And no verifier sees what the weights do not show: a bias that is 0, or a table of zeros, may as well be left
+# out. The verdict then says *as far as these weights can show*; `--test-weights` makes weights that show everything.
+# [The page on traces](../docs/verify.md) lists what stays invisible, with measured counts.
+#
 # ## 5. A trace from elsewhere
 #
 # The other implementation need not run here or be written in Python. It only has to write its arrays to a safetensors
@@ -208,3 +213,33 @@ folder.cleanup()
 #
 # If something is wrong: are all numbers finite? Are the pixels the same (`embeddings.patches` is the first array to
 # show it)? Are the weights the same (`--weights`)? Only then look into the first guilty array.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A port has lost the layer scale of one branch: its `lambda_1` in block 2 is all ones. Which array does the verifier
+#    name, and how many others only inherit the error?
+# 2. Somebody has stored the weights in float16 and computes in float32. Is the predicted class still right? Is the
+#    port?
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. The array that the factor is applied in, and nothing before it.
+changed = dict(weights)
+changed["beit.encoder.2.lambda_1"] = np.ones_like(weights["beit.encoder.2.lambda_1"])
+lost = BeitForImageClassification(config, arrays=changed, backend="numpy")
+report = check(job, model_source(job, lost, "no layer scale"))
+print(verdict(report))
+print(sum(row.status == "total" for row in report.rows), "arrays inherit the error")
+assert report.guilty is not None and report.guilty.name == "encoder.2.attention.residual"
+assert all(row.ok for row in report.rows[: report.rows.index(report.guilty)])
+
+# %% [solution]
+# 2. The class is right, and the port is not: each rounding of a weight is 8,000 times as large as one of float32.
+rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
+halves = BeitForImageClassification(config, arrays=rounded, backend="numpy")
+report = check(job, model_source(job, halves, "weights in float16"))
+print(verdict(report))
+assert halves(pixels).logits.argmax() == model()(pixels).logits.argmax()
+assert not report.ok and sum(row.status == "own" for row in report.rows) > 10

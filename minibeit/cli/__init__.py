@@ -1,7 +1,8 @@
 """The command line: one module per command, each with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args)`.
 
 A command module imports what it needs to compute inside its functions, so that `minibeit --help` is quick.
-Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted.  A command for which 1 is an
+answer, as a failed check, sets the default `unusable` of its arguments to another code for inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..text import one_line
+from . import ranks
 from .terminal import OutputError, UsageError, flush, give_up_output, note, out, show_traceback
 
 # The modules of this folder that are commands, in the order of the help.
@@ -27,6 +29,8 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "compare",
+    "explore",
     "features",
     "mask",
     "tokenize",
@@ -37,6 +41,7 @@ COMMANDS = (
     "download",
     "bench",
     "warmup",
+    "completion",
 )
 
 INTERRUPTED = 130
@@ -107,11 +112,21 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose error messages contain no control characters."""
 
     def error(self, message: str) -> NoReturn:
+        if ranks.rank():  # every rank was given these words, and the first says what is wrong with them
+            sys.exit(2)
         super().error(one_line(message))
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser with `command` alone, or if that is no command, with the help of all of them."""
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with all commands and their arguments."""
+    return _parser(None, arguments=COMMANDS)
+
+
+def _parser(command: str | None, arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser with `command` alone, or if that is no command, with the help of all of them.
+
+    Of the commands in `arguments` it has the arguments as well.
+    """
     parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
@@ -121,7 +136,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("--verbose", action="store_true", help="with --version: also CPU, libraries and folders")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
-    parser.set_defaults(run=_version)
+    parser.set_defaults(run=_version, unusable=1)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in (command,) if command in COMMANDS else COMMANDS:
         module = import_module(f".{name}", __name__)
@@ -132,7 +147,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == command:
+        if name == command or name in arguments:
             module.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
             sub.set_defaults(run=module.run)
@@ -181,13 +196,15 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, str(error), 2)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
-        return _failed(args, f"{error.filename}: {error.strerror}" if named else str(error), 1)
+        return _failed(args, f"{error.filename}: {error.strerror}" if named else str(error), args.unusable)
     except (ValueError, TypeError, ImportError) as error:
-        return _failed(args, str(error) or type(error).__name__, 1)
+        return _failed(args, str(error) or type(error).__name__, args.unusable)
     except MemoryError as error:
-        return _failed(args, f"not enough memory ({error}); try a smaller --batch-size or smaller images", 1)
+        message = f"not enough memory ({error}); try a smaller --batch-size or smaller images"
+        return _failed(args, message, args.unusable)
     except Exception as error:
-        return _failed(args, f"{type(error).__name__}: {error} (--debug shows where; this may be a bug of minibeit)", 1)
+        message = f"{type(error).__name__}: {error} (--debug shows where; this may be a bug of minibeit)"
+        return _failed(args, message, args.unusable)
 
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:
@@ -195,7 +212,9 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
         message, code = "interrupted", INTERRUPTED
     if args.debug:
         show_traceback()
-    note(f"error: {message}")
+    ranks.wait_for_the_first()
+    note(f"error: {message}" if ranks.rank() == 0 else f"error: rank {ranks.rank()}: {message}")
+    ranks.end_all(code)
     return code
 
 

@@ -17,7 +17,7 @@ SHIPPED = "digits"
 def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool = True) -> None:
     """--model, --backend, --device and --dtype; `what` describes the checkpoints that the command takes.
 
-    `half`: whether float16 and bfloat16 are offered.
+    `half`: whether float16, bfloat16 and int8 are offered.
     """
     parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
     add_backend_arguments(parser, half)
@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool =
 
 def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) -> None:
     """--backend, --device and --dtype."""
-    from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES
+    from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES, LOW_DTYPES
 
     parser.add_argument(
         "--backend",
@@ -36,9 +36,9 @@ def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) ->
     parser.add_argument("--device", type=int, metavar="N", help="number of the GPU, with --backend cupy (default 0)")
     parser.add_argument(
         "--dtype",
-        choices=[*DTYPES, *(HALF_DTYPES if half else ())],
+        choices=list(dict.fromkeys([*DTYPES, *((*LOW_DTYPES, *HALF_DTYPES) if half else ())])),
         default="float32",
-        help=f"precision (default float32{'; float16 and bfloat16 need a GPU' if half else ''})",
+        help=f"precision (default float32{'; int8 needs a CPU, float16 a GPU' if half else ''})",
     )
 
 
@@ -60,11 +60,17 @@ def load_model(model_class: Any, args: argparse.Namespace, fetched: bool = False
     )
 
 
-def load_tokenizer(args: argparse.Namespace) -> Any:
-    """The tokenizer of --tokenizer, on the backend that the options choose."""
+def load_tokenizer(args: argparse.Namespace, beside_model: bool = False) -> Any:
+    """The tokenizer of --tokenizer, on the backend that the options choose.
+
+    `beside_model`: --dtype is a model's, and a low precision that a tokenizer lacks becomes float32.
+    """
+    from ..ops import LOW_DTYPES
     from ..tokenizer.tokenizer import DalleTokenizer
 
-    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend, device=args.device)
+    on_cpu = args.backend != "cupy"
+    dtype = "float32" if beside_model and on_cpu and args.dtype in LOW_DTYPES else args.dtype
+    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=dtype, backend=args.backend, device=args.device)
 
 
 def check_decoder(tokenizer: Any, name: str) -> None:
@@ -90,47 +96,38 @@ def config_of(model: str, fetched: bool = False) -> BeitConfig:
     )
 
 
+def made_for(model: str) -> str | None:
+    """The task of a checkpoint or a prepared file, as far as it says or shows one."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.packed_file import prepared_file, read_prepared
+
+    file = prepared_file(model)
+    return read_prepared(file).task if file else open_checkpoint(model).task
+
+
 def check_head(model: str, task: str, fetched: bool = False) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
-    from ..checkpoint.load import listed, match_names, open_checkpoint
-    from ..checkpoint.packed_file import prepared_file
-    from ..errors import CheckpointError
+    from ..checkpoint.heads import check_head
     from ..loading_options import Loading
-    from ..task_table import in_words
 
-    if prepared_file(model):
-        return  # loading refuses missing tensors, so no weights are random
-    checkpoint = open_checkpoint(model, loading=Loading(local_files_only=fetched))
-    missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
-    if not missing:
-        return
-    if checkpoint.task not in (None, task):
-        raise CheckpointError(
-            f"{model}: this needs a checkpoint of {in_words(task)}, the given one was made for "
-            f"{in_words(str(checkpoint.task))}"
-        )
-    raise CheckpointError(
-        f"{model}: {len(missing)} tensors that {in_words(task)} needs are missing: {listed(missing.values())}; "
-        "`minibeit inspect` shows what is there"
-    )
+    check_head(model, task, Loading(local_files_only=fetched))
 
 
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     """The image processor of a checkpoint that was loaded; where it has none, a plain one, described on stderr."""
     from ..file_names import PROCESSOR_NAME, beside
     from ..hub import resolve
-    from ..image_processor import BeitImageProcessor
+    from ..image_processor import BeitImageProcessor, default_processor
     from ..loading_options import FETCHED
 
     place = resolve(model, FETCHED)
     file = beside(place, PROCESSOR_NAME)
     if file.is_file():
         return BeitImageProcessor.from_pretrained(file)
-    height, width = config.image_shape
     if not quiet:
+        height, width = config.image_shape
         note(
             f"{place} has no {PROCESSOR_NAME}: images are resized to {height}x{width} (bilinear) and "
             "normalised with mean 0.5 and standard deviation 0.5"
         )
-    half = [0.5] * config.num_channels
-    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+    return default_processor(config)

@@ -104,16 +104,17 @@ def _figures(
     if not len(counts):
         return tuple(Figure(name, float("nan")) for name in scores), ()
     intervals = segmentation_intervals(counts, seed=seed)
-    figures = tuple(_share(name, value, intervals[name]) for name, value in scores.items())
+    figures = tuple(share(name, value, intervals[name]) for name, value in scores.items())
     rows = []
     for i in np.flatnonzero(total[1] + total[2]).tolist():
-        iou = _share("iou", class_iou(total)[i], intervals["class_iou"][:, i])
-        accuracy = _share("accuracy", class_accuracy(total)[i], intervals["class_accuracy"][:, i])
+        iou = share("iou", class_iou(total)[i], intervals["class_iou"][:, i])
+        accuracy = share("accuracy", class_accuracy(total)[i], intervals["class_accuracy"][:, i])
         rows.append(ClassRow(i, names[i], int(total[1, i]), (iou, accuracy)))
     return figures, tuple(rows)
 
 
-def _share(name: str, value: Any, interval: np.ndarray) -> Figure:
+def share(name: str, value: Any, interval: np.ndarray) -> Figure:  # interval (2,)
+    """A share of pixels, and the interval around it."""
     return Figure(name, float(value), float(interval[0]), float(interval[1]))
 
 

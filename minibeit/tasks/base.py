@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.packed_file import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
 from ..config import CONFIG_FIELDS, BeitConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, unknown_keywords
+from ..foreign import as_torch, dtype_name, is_torch
 from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
 from ..model.encoder import encode
-from ..ops import get_ops, host_dtype
+from ..ops import dtype_of_file, get_ops, host_dtype
+from ..ops.low_precision import LOW_DTYPES, Spans, lowered
+from ..ops.portable import dump_portable, is_portable, restore_portable
+from ..outputs import ModelOutput
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 from .capture import Capture
@@ -25,18 +31,20 @@ from .memory import check_call, check_weights
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
+Output = TypeVar("Output", bound=ModelOutput)
 
 
-class BeitPreTrainedModel(EcosystemMethods):
+class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     Without `arrays` or `prepared` the weights are random, determined by `seed`.  `dtype` is "float32" or "float64", on
-    a GPU also "float16" or "bfloat16".  `backend` selects the ops (see `minibeit.ops.get_ops`), `only` a subset of its
-    fast ops.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
-    the number of a GPU, by default the first.
+    a GPU also "float16" or "bfloat16", on a CPU "int8" or "bfloat16" (see `ops.low_precision`).  `backend` selects the
+    ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ops.  `num_threads` is how many threads a call uses,
+    by default MINIBEIT_NUM_THREADS or all cores; `device` is the number of a GPU, by default the first.
     """
 
     task: ClassVar[str]
+    name_or_path = ""  # what `from_pretrained` was given
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class BeitPreTrainedModel(EcosystemMethods):
         cls: type[Self],
         path: str | os.PathLike[str],
         *,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         backend: str | None = None,
         only: Any | None = None,
         num_threads: int | None = None,
@@ -89,18 +97,25 @@ class BeitPreTrainedModel(EcosystemMethods):
         TypeError.  Tensors that the checkpoint lacks because it was made for another task are drawn at random from
         `seed`, with a warning that lists them.  Another `image_size` or `num_labels`, or a bias table per block in
         place of a shared one, adapts the trained tensors, with a warning (see `load_checkpoint`).  A folder written by
-        `save_prepared` is mapped into memory and used without repacking.  Raises FileNotFoundError or CheckpointError
+        `save_prepared` is mapped into memory and used without repacking.  `dtype` may also be a dtype of NumPy or
+        PyTorch, or "auto": the file's on a GPU, float32 elsewhere.  Raises FileNotFoundError or CheckpointError
         in one sentence that names the file and the tensor.
         """
+        dtype, auto = ("float32", True) if dtype == "auto" else (dtype_name(dtype), False)
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
         loading, fields = split_model_keywords(keywords, CONFIG_FIELDS)
         file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
             prepared = read_prepared(file, fields)
-            return cls(prepared.config, **options, prepared=prepared)
-        get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
-        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
-        return cls(config, **options, arrays=arrays)
+            model = cls(prepared.config, **options, prepared=prepared)
+        else:
+            get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
+            config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
+            if auto:
+                options["dtype"] = dtype_of_file(config.extra.get("dtype", config.extra.get("torch_dtype")), backend)
+            model = cls(config, **options, arrays=arrays)
+        model.name_or_path = str(path)
+        return model
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes get the original arrays and pack them again, since packed weights are for one CPU
@@ -109,7 +124,8 @@ class BeitPreTrainedModel(EcosystemMethods):
             dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads
         )
         made.update(device=self.device, arrays=self._arrays, prepared=self._prepared)
-        return _remade, (type(self), self.config, made)
+        kept = {name: value for name, value in vars(self).items() if name in ("name_or_path", "add_pooling_layer")}
+        return _remade, (type(self), self.config, made), kept
 
     def __call__(
         self,
@@ -119,18 +135,42 @@ class BeitPreTrainedModel(EcosystemMethods):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Output:
         """The output of `forward` for the same arguments, computed by `num_threads` threads.
 
         `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
         positions are always resized to the images at hand.  With
-        `return_dict=False` the output is a tuple of what is there.
+        `return_dict=False` the output is a tuple of what is there.  Its arrays are NumPy's, or tensors of PyTorch on
+        the CPU if `pixel_values` is such a tensor.
         """
         with self.ops.num_threads(self.num_threads if num_threads is None else num_threads):
-            output = self.forward(pixel_values, *args, **kwargs)
-        return output.to_tuple() if return_dict is False else output
+            output = self.forward(pixel_values, *args, **kwargs).named(self.config.id2label)
+        if is_torch(pixel_values):
+            output = output.converted(as_torch)
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
-    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """For help(): a task's `__call__` has the parameters of its `forward`, and those that every call has."""
+        super().__init_subclass__(**keywords)
+        if "forward" not in vars(cls):
+            return
+        whole = BeitPreTrainedModel.__call__
+
+        own, common = inspect.signature(cls.forward), inspect.signature(whole).parameters.values()
+        added = [parameter for parameter in common if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        known = [*own.parameters, *(parameter.name for parameter in added)]
+
+        @functools.wraps(cls.forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if unknown := [name for name in kwargs if name not in known]:
+                raise unknown_keywords(type(self).__name__, unknown, known[1:])
+            return whole(self, *args, **kwargs)
+
+        call.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+        call.__name__, call.__qualname__ = "__call__", f"{cls.__qualname__}.__call__"
+        cls.__call__ = call  # type: ignore[method-assign]
+
+    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Output:
         """Computes the output; defined by each task."""
         raise NotImplementedError
 
@@ -142,17 +182,27 @@ class BeitPreTrainedModel(EcosystemMethods):
         config = self.config.replace(architectures=(type(self).__name__,))
         save_checkpoint(folder, config, self.task, self.arrays, dtype)
 
-    def save_prepared(self, folder: str | os.PathLike[str]) -> None:
+    def save_prepared(
+        self, folder: str | os.PathLike[str], portable: bool = False, spans: Sequence[Spans] | None = None
+    ) -> None:
         """Writes `config.json` and `prepared.safetensors`: the weights as this backend packed them for this CPU.
 
-        `from_pretrained` maps such a file without packing again.  Raises ValueError for a backend that does not pack
-        weights, or weights that are not float32.
+        `from_pretrained` maps such a file without packing again.  With `portable`, for the dtypes int8 and bfloat16,
+        it holds the rounded weights for every CPU, to be packed when they are loaded.  `spans` are what
+        `calibration.channel_spans` measured, for int8.  Raises ValueError for a backend that does not pack weights, and
+        for a dtype without such a file.
         """
-        if self.dtype != "float32":
-            raise ValueError(f"a prepared file holds float32 weights, this model's are {self.dtype}")
-        layout, arrays = self.ops.dump(self.params)
+        if self.dtype not in ("float32", *LOW_DTYPES) or (portable and self.dtype not in LOW_DTYPES):
+            kinds = f"{'' if portable else 'float32 or '}low precision ({', '.join(LOW_DTYPES)})"
+            raise ValueError(f"a prepared file holds weights of {kinds}, this model's are {self.dtype}")
+        if portable:
+            layout, arrays = dump_portable(self.plain_params, self.dtype, spans)
+        elif spans is not None:
+            layout, arrays = self.ops.dump(self.ops.prepare(lowered(self.plain_params, self.dtype, spans=spans)))
+        else:
+            layout, arrays = self.ops.dump(self.params)
         config = self.config.replace(architectures=(type(self).__name__,))
-        write_prepared(folder, config, self.task, layout, arrays)
+        write_prepared(folder, config, self.task, layout, arrays, self.dtype)
 
     @property
     def arrays(self) -> Mapping[str, Array]:
@@ -170,7 +220,8 @@ class BeitPreTrainedModel(EcosystemMethods):
     @property
     def plain_params(self) -> Any:
         """The tree of parameters in plain arrays, whatever the backend has packed: what training learns."""
-        return self.params if self.ops.backend == "numpy" else unflatten(shapes(self.config, self.task), self.arrays)
+        plain = self.ops.backend == "numpy" and self.dtype not in LOW_DTYPES
+        return self.params if plain else unflatten(shapes(self.config, self.task), self.arrays)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
@@ -187,9 +238,14 @@ class BeitPreTrainedModel(EcosystemMethods):
 
     def _restored(self, prepared: Prepared) -> Any:
         """The parameters from a prepared file.  Raises CheckpointError if this model cannot use them."""
-        if self.dtype != "float32":
-            raise CheckpointError(f"{prepared.path}: holds float32 weights, but dtype {self.dtype} was asked for")
+        if self.dtype != prepared.dtype:
+            raise CheckpointError(
+                f"{prepared.path}: holds {prepared.dtype} weights, but dtype {self.dtype} was asked for"
+            )
         try:
+            if is_portable(prepared.layout):
+                tree = restore_portable(shapes(self.config, self.task), prepared.layout, prepared.arrays)
+                return self.ops.prepare(tree)
             return self.ops.restore(shapes(self.config, self.task), prepared.layout, prepared.arrays)
         except ValueError as error:
             raise CheckpointError(f"{prepared.path} (for {prepared.task.replace('_', ' ')}): {error}") from None
