@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from conftest import distance, random_weights, tiny_config
 from safetensors import safe_open
-from tolerances import BFLOAT16_LINEAR, BFLOAT16_MODEL, INT8_LINEAR, INT8_MODEL
+from segmentation_data import QUICK, pair_folder, scene, trainer
+from tolerances import BFLOAT16_LINEAR, BFLOAT16_MODEL, INT8_LINEAR, INT8_MODEL, SHORT
 
 import minibeit
 from minibeit.errors import CheckpointError
-from minibeit.ops import get_ops, low_precision, reference
+from minibeit.ops import get_ops, low_precision, reference, short_winograd
 from minibeit.ops.low_precision import (
     LONGEST_SUM,
     MAKERS,
@@ -24,7 +25,7 @@ from minibeit.ops.low_precision import (
     quantise_weight,
 )
 from minibeit.ops.portable import dump_portable, restore_portable
-from minibeit.params import Linear, flatten, shapes, unflatten
+from minibeit.params import Conv, Linear, flatten, shapes, unflatten
 from minibeit.tasks.calibration import channel_spans
 from minibeit.tokenizer.config import DalleTokenizerConfig
 
@@ -101,6 +102,15 @@ def test_a_layer_is_near_its_float32_self(dtype, limit):
     assert 0.3 * limit < distance(found, reference.linear(x, layer)) < limit
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 4, 4), (2, 3, 5, 7), (1, 1, 1, 1), (1, 64, 16, 16)])
+def test_short_winograd_is_the_convolution_but_for_its_rounding(shape, monkeypatch):
+    x, conv = normal(0, *shape), Conv(normal(1, 6, shape[1], 3, 3) / np.float32(3 * shape[1] ** 0.5), None)
+    truth = reference.conv2d(x, conv)
+    assert distance(short_winograd.short_conv(x, conv.weight), truth) < SHORT
+    monkeypatch.setattr(short_winograd, "rounded", lambda array: array)
+    assert distance(short_winograd.short_conv(x, conv.weight), truth) < 2e-6
+
+
 # Models -------------------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +159,28 @@ def test_the_model_says_what_it_is():
         get_ops("numpy", dtype="int4")
     with pytest.raises(ValueError, match="a tokenizer has no layers of low precision"):
         minibeit.DalleTokenizer(DalleTokenizerConfig(), dtype="int8", backend="numpy")
+
+
+def test_pixels_of_a_trained_segmenter_keep_their_class(tmp_path):
+    """What is promised is 99.5 %.  Measured: int8 99.94 %, bfloat16 99.98 %."""
+    recipe = dataclasses.replace(QUICK, epochs=12)
+    trained = trainer(pair_folder(tmp_path / "data", 24), tmp_path / "run", recipe, changes={"drop_path_rate": 0.0})
+    trained.run()
+    config, arrays = trained.model.config, dict(trained.model.arrays)
+    half = [0.5] * 3
+    processor = minibeit.BeitImageProcessor(
+        size={"height": 32, "width": 32}, resample=2, image_mean=half, image_std=half
+    )
+    x = processor([scene(100 + i)[0] for i in range(20)]).pixel_values
+    classes = {
+        dtype: minibeit.BeitForSemanticSegmentation(config, arrays=arrays, dtype=dtype, backend="numpy")(
+            x
+        ).logits.argmax(1)
+        for dtype in ("float32", "int8", "bfloat16")
+    }
+    assert np.bincount(classes["float32"].ravel()).min() > 100  # the head tells the classes apart
+    for dtype in ("int8", "bfloat16"):
+        assert np.mean(classes[dtype] == classes["float32"]) >= 0.995
 
 
 # Outliers -----------------------------------------------------------------------------------------------------------

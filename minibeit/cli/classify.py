@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..text import shown_name
 from .inputs import Found, Result, add_image_arguments, find_images, run_batches
-from .loading import add_model_arguments, load_model, load_processor, shipped_checkpoint
+from .loading import add_draft_argument, add_model_arguments, load_model, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out, positive, print_csv_line, print_json_line, print_json_list
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
+    add_draft_argument(parser)
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             f"found {len(names)}"
         )
     processor = load_processor(args.model, model.config, args.quiet)
+    processor.draft = processor.draft or args.draft
     results = run_batches(found, processor, lambda pixels: model(pixels).logits, args.batch_size, args.quiet)
     errors: list[str] = []
     rows = (_row(result, model.config, names, args.top_k, errors) for result in results)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .inputs import Result, add_image_arguments, check_output, failed, find_images, run_batches
-from .loading import add_model_arguments, config_of, load_processor
+from .loading import add_draft_argument, add_model_arguments, config_of, load_processor
 from .terminal import UsageError, note, out, positive
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
+    add_draft_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             reshape_hidden_states=False,
         )
     processor = load_processor(args.model, model.config, args.quiet)
+    processor.draft = processor.draft or args.draft
 
     def compute(pixels: np.ndarray) -> np.ndarray:
         return pooled(model(pixels).feature_maps[0], args.pool)

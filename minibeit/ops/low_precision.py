@@ -11,11 +11,12 @@ Which layers: those of the blocks, the head of masked modelling, and in the segm
 the size of its map: transposed and 1x1 convolutions, and the parts of 3x3 ones that read maps to be enlarged (see
 `LowConv`).  float32 stay
 - layer norms, softmax, activations and the residual stream, whose errors would add up from block to block;
-- the products of attention, 4 % of all at 224 pixels: neither side is a weight that could be prepared, and softmax
-  raises an error of the scores to a factor of the result;
+- in int8 the products of attention, 4 % of all at 224 pixels and 26 % at 640, are bfloat16: softmax raises an error of
+  the scores to a factor of the result, and a token's largest score would take the levels of all others;
 - the patch embedding and the layers that make the outputs, 1 %: an error of the first goes through every block, one of
   the last stands in the result as it is (masked modelling's, with 8192 outputs, is 7 % and only picks the largest);
-- 3x3 convolutions of maps of full size: Winograd's algorithm saves the four products in five that int8 would, exactly.
+- 3x3 convolutions of maps of full size go by Winograd's algorithm, which saves three products in four, as int8 would;
+  for int8 its products are bfloat16, whose error it raises to that of an int8 layer.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class FullPart:
 
 
 @dataclass(frozen=True)
+class ShortPart(FullPart):
+    """The same with products of bfloat16 in Winograd's algorithm (see `short_winograd`)."""
+
+
+@dataclass(frozen=True)
 class LowConv:
     """A 3x3 convolution of maps of several sizes, the batch norm behind it folded in, and its ReLU.
 
@@ -89,7 +95,7 @@ class LowConv:
     maps are multiplied at their own size: their part is one layer (9 * out, in), tap after tap.
     """
 
-    parts: tuple[Any, ...]  # for each map: FullPart, or a layer of low precision
+    parts: tuple[Any, ...]  # for each map: FullPart, ShortPart, or a layer of low precision
     bias: Any  # (out,)
 
 
@@ -137,6 +143,11 @@ def integer_products(
     """sum_k (levels - zero) * weight, exactly; by way of float64, which holds such sums and multiplies faster."""
     centred = levels.astype(np.float64) - zero[:, None]
     return (centred @ weight.T.astype(np.float64)).astype(np.int32)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:  # (...) -> (...)
+    """The nearest numbers that are bfloat16, in the dtype of x."""
+    return bfloat16_to_float32(float32_to_bfloat16(x)).astype(x.dtype, copy=False)
 
 
 def low_linear(x: np.ndarray, layer: Int8Linear | BFloat16Linear) -> np.ndarray:  # (..., in) -> (..., out)
@@ -193,14 +204,22 @@ def lowered(
     dtype: str,
     maker: Maker | None = None,
     spans: Sequence[Spans] | None = None,
+    done: Callable[[np.ndarray], None] | None = None,
 ) -> Any:
     """The tree of parameters with its layers of low precision (see above) made by `maker`, by default that of `dtype`.
 
     For int8, scales are migrated first (`migrated`), by the `spans` of every block if they were measured.  What is of
-    low precision already stays.
+    low precision already stays.  `done` is called with every matrix that was rounded and is not needed again.
     """
-    make = MAKERS[dtype] if maker is None else maker
+    chosen = MAKERS[dtype] if maker is None else maker
     measured = iter(spans or ())
+
+    release = done or (lambda matrix: None)
+
+    def make(layer: Linear, factor: np.ndarray | None = None) -> Any:
+        made = chosen(layer, factor)
+        release(layer.weight)
+        return made
 
     def low(layer: Any) -> Any:
         return make(layer) if isinstance(layer, Linear) else layer
@@ -210,13 +229,17 @@ def lowered(
             block = migrated(node, next(measured, None)) if dtype == "int8" and maker is None else node
             a = block.attention
             attention = Attention(low(a.query), low(a.key), low(a.value), low(a.output))
-            return dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            made = dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            if block is not node:  # its matrices were copies
+                for layer in (node.attention.query, node.attention.key, node.attention.value, node.fc1):
+                    release(layer.weight)
+            return made
         if isinstance(node, MaskedImageModeling):
             return dataclasses.replace(node, beit=walk(node.beit), lm_head=low(node.lm_head))
         if isinstance(node, FeaturePyramid):
             return _low_pyramid(node, make)
         if isinstance(node, UperHead):
-            return _low_head(node, make)
+            return _low_head(node, make, ShortPart if dtype == "int8" else FullPart)
         if isinstance(node, tuple):
             return tuple(map(walk, node))
         if dataclasses.is_dataclass(node):
@@ -239,7 +262,7 @@ def _low_pyramid(p: FeaturePyramid, make: Maker) -> FeaturePyramid:
     return dataclasses.replace(p, deconv1=first, deconv2=deconv(p.deconv2), deconv3=deconv(p.deconv3))
 
 
-def _low_head(p: UperHead, make: Maker) -> UperHead:
+def _low_head(p: UperHead, make: Maker, whole: type[FullPart]) -> UperHead:
     def conv_1x1(layer: Any) -> Any:
         if not isinstance(layer, ConvBatchNorm):
             return layer
@@ -254,12 +277,13 @@ def _low_head(p: UperHead, make: Maker) -> UperHead:
         shares = [weight[:, first : first + out] for first in range(0, channels, out)]
         taps = [share.transpose(2, 3, 0, 1).reshape(9 * out, -1) for share in shares[full:]]
         small = [make(Linear(matrix, None), np.tile(scale, 9)) for matrix in taps]
-        return LowConv((*(FullPart(share, scale) for share in shares[:full]), *small), bias)
+        return LowConv((*(whole(share, scale) for share in shares[:full]), *small), bias)
 
     return dataclasses.replace(
         p,
         psp_bottleneck=conv_3x3(p.psp_bottleneck, 0),
         lateral_convs=tuple(map(conv_1x1, p.lateral_convs)),
+        fpn_convs=tuple(conv_3x3(layer, 1) for layer in p.fpn_convs),
         fpn_bottleneck=conv_3x3(p.fpn_bottleneck, 1),
     )
 
