@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +23,10 @@ MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
 
 
 class Found:
-    """A file to read, or an argument that matches none and why.  `copy` is the path of an image from standard input."""
+    """A file to read, or an argument that matches none and why.
+
+    `copy` is the path of what came from elsewhere: standard input, or an address.
+    """
 
     def __init__(self, file: str, error: str | None = None, copy: str | None = None) -> None:
         self.file, self.error, self.copy = file, error, copy
@@ -35,7 +38,7 @@ class Found:
 
     def named(self, message: str) -> str:
         """A message about `source`, reworded with the name that the user gave."""
-        return message.replace(self.copy, STDIN_NAME) if self.copy else message
+        return message.replace(self.copy, STDIN_NAME if self.file == STDIN else self.file) if self.copy else message
 
 
 class Result(NamedTuple):
@@ -70,7 +73,7 @@ def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
         elif os.path.lexists(word) or not glob.has_magic(word):
             found += _expand(word, recursive)
         else:
-            matches = sorted(glob.glob(word, recursive=True), key=_natural)
+            matches = sorted(glob.glob(word, recursive=True), key=natural)
             found += [entry for match in matches for entry in _expand(match, recursive)]
             if not matches:
                 found.append(Found(word, f"{word}: no file matches this pattern"))
@@ -120,11 +123,11 @@ def _expand(word: str, recursive: bool) -> list[Found]:
     if not files:
         hint = "" if recursive else "; --recursive also searches the folders within"
         return [Found(word, f"{word}: there is no image (.png, .jpg, ...) in this folder{hint}")]
-    return [Found(file) for file in sorted(files, key=_natural)]
+    return [Found(file) for file in sorted(files, key=natural)]
 
 
-def _natural(name: str) -> list[tuple[int, Any]]:
-    """Sorts page2 before page10."""
+def natural(name: str) -> list[tuple[int, Any]]:
+    """A key that sorts page2 before page10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -137,11 +140,20 @@ def run_batches(
 ) -> Iterator[Result]:
     """The values of `compute` (from pixel values (B, C, H, W), one per image), for all files in order.
 
-    An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.  Images of
-    different shapes do not share a batch.
+    An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.
     """
+    for result in results_of(progress(found, quiet), processor, compute, batch_size):
+        if result.error is not None:
+            note(result.error)
+        yield result
+
+
+def results_of(
+    found: Iterable[Found], processor: Any, compute: Callable[[np.ndarray], np.ndarray], batch_size: int
+) -> Iterator[Result]:
+    """What `run_batches` yields, reported nowhere.  Images of different shapes do not share a batch."""
     pending: list[tuple[Found, np.ndarray | None]] = []
-    for entry in progress(found, quiet):
+    for entry in found:
         entry, pixels = _read(entry, processor)
         shapes = {p.shape for _, p in pending if p is not None}
         if pixels is not None and shapes and pixels.shape not in shapes:
@@ -156,10 +168,16 @@ def run_batches(
 
 def failed(file: str, error: Exception | str) -> Result:
     """Reports a file that could not be used on stderr, and returns its result."""
+    result = unusable(file, error)
+    note(str(result.error))
+    return result
+
+
+def unusable(file: str, error: Exception | str) -> Result:
+    """The result for a file that could not be used: one line, which names it."""
     message = one_line(error)
     if one_line(STDIN_NAME if file == STDIN else file) not in message:
         message = f"{one_line(file)}: {message}"
-    note(message)
     return Result(file, error=message)
 
 
@@ -187,7 +205,7 @@ def _compute(
             refused = str(error)
     for entry, pixels in pending:
         reason = refused if pixels is not None else entry.error
-        yield Result(entry.file, next(values)) if reason is None else failed(entry.file, reason)
+        yield Result(entry.file, next(values)) if reason is None else unusable(entry.file, reason)
 
 
 def check_finite(values: np.ndarray) -> np.ndarray:
