@@ -3,9 +3,10 @@
     python tests/measure_cluster.py --rounds 5
 
 Two local clusters of Dask stand side by side, one of a process and one of two, each process of one thread, with the
-same model (random weights, mapped from a file) loaded.  In turns, first one and then the other computes the features
-of the same images; then both are given empty shards.  Printed are minima, medians and the ratio of the medians.  The
-machine should do nothing else, and have a core for each worker and a little more for the scheduler.
+same model (random weights of BEiT base, mapped from a file) loaded.  In turns, first one and then the other computes
+the features of the same images; then both are given empty shards of one image.  Printed are minima, medians and the
+ratios, and the processor seconds of the workers for an image and of this process, which holds client and scheduler,
+for a shard: those do not depend on what else the machine does.  For the ratio it should do nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from distributed import Client, LocalCluster
@@ -48,38 +50,57 @@ class Nothing(Features):
         return self._table([{"file": image} for image in images], [])
 
 
-def seconds(client: Client, work: Features, images: list[str], size: int) -> float:
-    """Of one run into a new folder."""
+class Took(NamedTuple):
+    """Seconds of one run into a new folder: by the clock, of the workers' processors, and of this process's."""
+
+    clock: float
+    workers: float
+    here: float
+
+
+def took(client: Client, work: Features, images: list[str], size: int) -> Took:
+    """One run."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        before = sum(client.run(time.process_time).values())
+        start, here = time.perf_counter(), time.process_time()
         run_on_dask(images, work, folder, dask=client, shard_size=size)
-        return time.perf_counter() - start
+        clock, here = time.perf_counter() - start, time.process_time() - here
+        return Took(clock, sum(client.run(time.process_time).values()) - before, here)
+
+
+def report(what: str, runs: dict[int, list[Took]], count: int, shards: int) -> None:
+    """Prints the figures of one kind of run."""
+    for n, found in runs.items():
+        clock = [one.clock for one in found]
+        low, middle = min(clock), statistics.median(clock)
+        own = statistics.median(one.workers for one in found) / count
+        here = statistics.median(one.here for one in found) / shards
+        print(
+            f"{what}, {n} workers: {count} images in {middle:.2f} s (least {low:.2f}), {count / middle:.1f} images/s; "
+            f"processor: {1e3 * own:.2f} ms an image in workers, {1e3 * here:.2f} ms a shard in client and scheduler"
+        )
+    one, two = ([took.clock for took in runs[n]] for n in WORKERS)
+    ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(one, two))
+    gain = statistics.median(one) / statistics.median(two)
+    print(f"{what}, two workers over one: {gain:.2f} by medians, {min(one) / min(two):.2f} by minima; turns: {ratios}")
 
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
-    """Prints the figures."""
+    """Runs the rounds."""
     work, images = made(folder, args.width, args.blocks, args.images)
-    times: dict[tuple[str, int], list[float]] = {}
-    clusters = [LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=None) for n in WORKERS]
+    nothing, empty = Nothing(work.model, work.processor), images * args.empty
+    clusters = [LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0") for n in WORKERS]
     clients = [Client(cluster, set_as_default=False) for cluster in clusters]
-    nothing = Nothing(work.model, work.processor)
+    full: dict[int, list[Took]] = {n: [] for n in WORKERS}
+    none: dict[int, list[Took]] = {n: [] for n in WORKERS}
     for i in range(args.rounds + 1):
         for n, client in zip(WORKERS, clients):
-            for name, took in (
-                ("images", seconds(client, work, images, SHARD)),
-                ("empty shards", seconds(client, nothing, images * args.empty, 1)),
-            ):
-                if i:  # the first round loads the model and compiles
-                    times.setdefault((name, n), []).append(took)
-    for (name, n), found in sorted(times.items()):
-        count = len(images) if name == "images" else len(images) * args.empty
-        low, middle = min(found), statistics.median(found)
-        print(f"{name:12} {n} workers: min {low:.2f} s, median {middle:.2f} s, {count / middle:.1f} a second")
-    for name in ("images", "empty shards"):
-        one, two = (times[name, n] for n in WORKERS)
-        ratios = ", ".join(f"{a / b:.2f}" for a, b in zip(one, two))
-        gain = statistics.median(one) / statistics.median(two)
-        print(f"{name:12} two workers over one: {gain:.2f} (minima {min(one) / min(two):.2f}; in turns {ratios})")
+            runs = took(client, work, images, SHARD), took(client, nothing, empty, 1)
+            if i:  # the first round compiles kernels and reads the weights
+                full[n].append(runs[0])
+                none[n].append(runs[1])
+    report("features", full, len(images), -(-len(images) // SHARD))
+    report("empty shards", none, len(empty), len(empty))
     for thing in (*clients, *clusters):
         thing.close()
 

@@ -32,7 +32,7 @@ from minibeit.cluster.works import fingerprint
 @pytest.fixture(scope="module")
 def client():
     """A scheduler and a worker of two threads in this process, where memory:// is the same for all."""
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
         yield client
 
 

@@ -22,7 +22,7 @@ from distributed import Client
 @pytest.fixture(scope="module")
 def dask():
     """The words that name a scheduler with a worker of two threads, in this process."""
-    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=":0") as client:
         yield ["--dask", client.scheduler.address, "-q"]
 
 

@@ -30,7 +30,7 @@ COUNT, SHARD = 20_000, 250
 @pytest.fixture(scope="module")
 def cluster():
     """Two processes of one thread, each started anew when it dies."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
         yield cluster
 
 
@@ -86,7 +86,6 @@ def test_every_image_once_though_a_worker_and_the_client_die(cluster, tmp_path):
     assert Counter(table["file"].to_pylist()) == Counter(str(images / f"{i}.bmp") for i in range(COUNT))
     assert len(table) - table["error"].null_count == 1
     assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
-    print(out)
 
 
 def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_finished(tmp_path):
@@ -96,7 +95,7 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_finished(tmp
     images = [str(tmp_path / f"{i}.png") for i in range(6)]
     for path in images:
         Image.new("RGB", (16, 16)).save(path)
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
         summary = run_on_dask(images, work, tmp_path / "out", dask=cluster.scheduler_address, shard_size=2)
     assert summary.failed == ["shard 1 (images 3 to 4): 4 workers died of it, one after another"]
     assert [row["file"] for row in pq.read_table(tmp_path / "out").to_pylist()] == images[:2] + images[4:]

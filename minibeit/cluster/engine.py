@@ -234,6 +234,6 @@ def _local(distributed: Any, workers: int | None, threads: int) -> Any:
         n_workers=workers or max(1, (os.cpu_count() or 1) // threads),
         threads_per_worker=threads,
         processes=True,
-        dashboard_address=None,
+        dashboard_address=":0",
         silence_logs=logging.CRITICAL,
     )
