@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
+    from .explorer.exploration import Exploration, explore
     from .flax import FlaxBeitForImageClassification, FlaxBeitForMaskedImageModeling, FlaxBeitModel
     from .image_processor import BeitFeatureExtractor, BeitImageProcessor
+    from .images.ahead import read_ahead
     from .noise import Noise
     from .outputs import (
         BackboneOutput,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         MaskedLMOutput,
         SemanticSegmenterOutput,
     )
+    from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
@@ -73,6 +76,8 @@ _HOMES = {
     "DalleTokenizer": "tokenizer.tokenizer",
     "DalleTokenizerConfig": "tokenizer.config",
     "Trace": "trace",
+    "read_ahead": "images.ahead",
+    "pipeline": "pipelines",
     "AutoBackbone": "auto",
     "AutoConfig": "auto",
     "AutoFeatureExtractor": "auto",
@@ -87,6 +92,8 @@ _HOMES = {
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
+    "Exploration": "explorer.exploration",
+    "explore": "explorer.exploration",
     "CheckpointError": "errors",
     "ImageError": "errors",
 }
@@ -116,6 +123,7 @@ __all__ = [
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
+    "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",
     "FlaxBeitModel",
@@ -130,6 +138,9 @@ __all__ = [
     "SemanticSegmenterOutput",
     "Trace",
     "__version__",
+    "explore",
+    "pipeline",
+    "read_ahead",
     "value_and_grad",
 ]
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .config import BeitConfig
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .file_names import PROCESSOR_NAME
 from .files import atomic_write
 from .foreign import as_numpy, as_torch
 from .hub import resolve_settings
-from .images.loading import decoded, flatten_images, is_plain, load_label_map, pixels_of
+from .images.loading import as_bytes, convert_channels, decoded, flatten_images, load_label_map, pixels_of
 from .images.settings import SETTINGS, ImageSettings
 from .images.transforms import (
     IGNORED_LABEL,
@@ -115,9 +116,10 @@ class BeitImageProcessor:
     ) -> BatchFeature:
         """`pixel_values` (B, C, H, W), float32, and if `segmentation_maps` are given, `labels` (B, H, W), int64.
 
-        An image is a path, a PIL image, or an array (H, W), (H, W, C) or (C, H, W), uint8 or floats; `images` is one
-        of them, a list, or an array of one axis more.  `input_data_format`, "channels_first" or "channels_last",
-        settles arrays that can be read both ways.  `overrides` replace settings for this call.
+        An image is a path, a file:// URL, the bytes of a file, a file object, a PIL image, or an array (H, W),
+        (H, W, C) or (C, H, W), uint8 or floats; `images` is one of them, a list, or an array of one axis more.
+        `input_data_format`, "channels_first" or "channels_last", settles arrays that can be read both ways.
+        `overrides` replace settings for this call.
         The result is always one array per entry (the originals give lists unless `return_tensors` is set), of PyTorch
         with `return_tensors="pt"`, else of NumPy.
         Raises ImageError, naming file or argument, for images that cannot be read or do not fit together.
@@ -228,6 +230,13 @@ class BeitImageProcessor:
         return f"{type(self).__name__} {self.to_json_string().rstrip()}"
 
 
+def default_processor(config: BeitConfig) -> BeitImageProcessor:
+    """The processor of a checkpoint that says nothing of one: resized to the model's size, bilinear, means of 0.5."""
+    height, width = config.image_shape
+    half = [0.5] * config.num_channels
+    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+
+
 class BeitFeatureExtractor(BeitImageProcessor):
     """The name and calling convention of BeitImageProcessor before transformers 4.26.
 
@@ -283,9 +292,10 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
     channels = (settings.channels or 3) if settings.do_convert_rgb else None
     orient, white = settings.apply_exif_orientation, settings.value_range
     name, item = decoded(item, name, orient)
-    fast = settings.do_resize and is_plain(item, channels)  # resized as it is, before it is copied into an array
-    if fast:
-        pixels = resize_image(item, settings.size, settings.resample, name)
+    image = as_bytes(item, channels, name) if settings.do_resize else None  # resized before it is copied into an array
+    if image is not None:
+        pixels = resize_image(image, settings.size, settings.resample, name)
+        pixels = convert_channels(pixels, channels or 3, name)
     else:
         pixels = pixels_of(item, name, channels, input_data_format, white)
     found = pixels.shape[-1]
@@ -298,7 +308,7 @@ def _pixel_values(item: Any, name: str, settings: ImageSettings, input_data_form
         warnings.warn(
             f"{name}: the floats are within 0..1 and will be rescaled once more; pass do_rescale=False", stacklevel=4
         )
-    if settings.do_resize and not fast:
+    if settings.do_resize and image is None:
         pixels = resize(pixels, settings.size, settings.resample, name)
     if settings.do_center_crop:
         pixels = center_crop(pixels, settings.crop_size)

@@ -24,7 +24,7 @@ HINTS = {
     "attn_implementation": "there is one way of computing attention here",
     "device_map": "backend and device say where a model computes",
     "quantization_config": "quantised weights are not read; save the model dequantised",
-    "load_in_8bit": "quantised weights are not computed with",
+    "load_in_8bit": "here it is dtype='int8'",
     "load_in_4bit": "quantised weights are not computed with",
     "use_auth_token": "here it is called token",
     "state_dict": "save the tensors to a file and give its path",

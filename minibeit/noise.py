@@ -15,13 +15,14 @@ class Noise:
 
     Each block, each place in it and each sample of the batch has a stream of its own, that of a counter-based
     generator (Philox), so that the numbers are the same on any number of workers, and again when a block is computed a
-    second time.  `first_sample` is the number of this worker's first sample in the whole batch of the step.
+    second time.  `samples` are the numbers that the samples have in the whole batch of the step, where they are only
+    some of it; without them the first is sample 0, the next sample 1.
     Source: Salmon et al. 2011.
     """
 
     seed: int
     step: int = 0
-    first_sample: int = 0
+    samples: tuple[int, ...] = ()
     block: int = 0
     place: int = 0
 
@@ -32,9 +33,12 @@ class Noise:
     def random(self, shape: tuple[int, ...]) -> np.ndarray:  # -> shape, float32
         """Numbers in [0, 1), the first axis being the samples.  The same for every call."""
         out = np.empty(shape, np.float32)
-        for i in range(shape[0]):
+        samples = self.samples or range(shape[0])
+        if len(samples) != shape[0]:
+            raise ValueError(f"noise: expected {len(samples)} samples, which have numbers, found {shape[0]}")
+        for i, sample in enumerate(samples):
             key = np.array([self.seed % WORD, self.step % WORD], np.uint64)
-            counter = np.array([0, self.place, self.block, self.first_sample + i], np.uint64)
+            counter = np.array([0, self.place, self.block, sample], np.uint64)
             stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
             out[i] = stream.random(shape[1:], dtype=np.float32)
         return out

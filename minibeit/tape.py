@@ -7,7 +7,7 @@ that whatever comes before the first trained parameter costs nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,6 +100,7 @@ class Tape:
         self.statistics = statistics
         self.recomputing = recomputing
         self.calls: list[Call] = []
+        self.leaves: set[Node] = set()
         self.ops = self._recorded()
 
     def watch(self, params: Any, frozen: Collection[str] = ()) -> Any:
@@ -107,14 +108,12 @@ class Tape:
 
         Not learned are the running statistics of batch norms and the canonical names in `frozen`.
         """
-        named = flatten(params)
-        return unflatten(
-            params,
-            {
-                name: array if name in frozen or ".running_" in f".{name}" else Node(self, array)
-                for name, array in named.items()
-            },
-        )
+        named = {
+            name: array if name in frozen or ".running_" in f".{name}" else Node(self, array)
+            for name, array in flatten(params).items()
+        }
+        self.leaves.update(leaf for leaf in named.values() if isinstance(leaf, Node))
+        return unflatten(params, named)
 
     def call(self, name: str, *args: Any, **options: Any) -> Any:
         """The op of that name, noted if a node is among its arguments."""
@@ -143,19 +142,41 @@ class Tape:
 
         return self._note(backward, args, {}, None, made)
 
-    def backward(self, out: Node | tuple[Node, ...], cotangent: Any) -> None:
-        """Puts its gradient into every node that `out` depends on.  A tape is played once: it frees what it passes."""
+    def backward(
+        self, out: Node | tuple[Node, ...], cotangent: Any, final: Callable[[Node], None] = lambda node: None
+    ) -> None:
+        """Puts its gradient into every node that `out` depends on.  A tape is played once: it frees what it passes.
+
+        `final(node)` is called for every watched array that was used, once nothing more will be added to its gradient,
+        which is None if `out` does not depend on it.
+        """
+        uses = self._first_uses()
         accumulate(out, cotangent)
         while self.calls:
-            call = self.calls.pop()
-            g = gradients(call.out)
-            if g is None or (isinstance(g, tuple) and all(part is None for part in g)):
-                continue  # nothing that `out` depends on came of it
-            plain = map(values, call.args)
-            for arg, ct in zip(call.args, call.backward(g, call.saved, *plain, **call.options)):
-                accumulate(arg, ct)
-            for node in call.out if isinstance(call.out, tuple) else (call.out,):
-                node.gradient = None  # has been passed on
+            self._play(self.calls.pop())
+            for node in uses.get(len(self.calls), ()):
+                final(node)
+
+    def _play(self, call: Call) -> None:
+        g = gradients(call.out)
+        if g is None or (isinstance(g, tuple) and all(part is None for part in g)):
+            return  # nothing that `out` depends on came of it
+        plain = map(values, call.args)
+        for arg, ct in zip(call.args, call.backward(g, call.saved, *plain, **call.options)):
+            accumulate(arg, ct)
+        for node in call.out if isinstance(call.out, tuple) else (call.out,):
+            node.gradient = None  # has been passed on
+
+    def _first_uses(self) -> dict[int, list[Node]]:
+        """{number of a call: the watched arrays that no earlier call was given}."""
+        seen: set[Node] = set()
+        uses: dict[int, list[Node]] = {}
+        for number, call in enumerate(self.calls):
+            for node in nodes(call.args):
+                if node in self.leaves and node not in seen:
+                    seen.add(node)
+                    uses.setdefault(number, []).append(node)
+        return uses
 
     def _recorded(self) -> SimpleNamespace:
         """The seam, with every op that has a backward noting its calls."""
@@ -196,6 +217,18 @@ def mapped(x: Any, function: Callable[[Any], Any]) -> Any:
     if dataclasses.is_dataclass(x) and not isinstance(x, type) and watched(x):
         return dataclasses.replace(x, **{f.name: mapped(getattr(x, f.name), function) for f in dataclasses.fields(x)})
     return x
+
+
+def nodes(x: Any) -> Iterator[Node]:
+    """The nodes in `x`."""
+    if isinstance(x, Node):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for part in x:
+            yield from nodes(part)
+    elif dataclasses.is_dataclass(x):
+        for f in dataclasses.fields(x):
+            yield from nodes(getattr(x, f.name))
 
 
 def watched(x: Any) -> bool:

@@ -119,10 +119,39 @@ def test_outputs_are_compared_and_zeros_refused():
 
 @pytest.mark.parametrize("difference", [1e-3, float("nan")])
 def test_nothing_is_timed_when_outputs_disagree(monkeypatch, tmp_path, difference):
-    lines = [{"differences": {"numba": 0.0, "numpy": difference}}, {"times": {}, "roofs": []}]
-    monkeypatch.setattr(measure, "_lines", lambda *a: lines)
+    jobs = []
+
+    def lines(job, threads):  # in this process, so that the contestants can be made to disagree
+        jobs.append(job.copy())
+        return list(worker.JOBS[job.pop("job")](**job))
+
+    monkeypatch.setattr(measure, "_lines", lines)
+    monkeypatch.setattr(worker, "differences", lambda outputs: {"numba": 0.0, "numpy": difference})
+    monkeypatch.setattr(worker, "take_turns", lambda *a: pytest.fail("timed"))
     with pytest.raises(ValueError, match="the output of minibeit numpy differs from minibeit numba"):
         measure.measure(DIGITS, Plan(("numba", "numpy"), 1), tmp_path, lambda message: None)
+    assert [job["job"] for job in jobs] == ["interleaved"] and jobs[0]["agree"] == measure.AGREE
+
+
+def test_a_suite_that_fails_prints_what_it_has_measured(monkeypatch, capsys):
+    """The first workload's figures are printed though the second's contestants disagree."""
+    shapes = [
+        ("classification", "digits", None, 1, ("numpy",), 0),
+        ("classification", "digits", None, 2, ("numpy",), 0),
+    ]
+    monkeypatch.setitem(bench.SUITES, "readme", shapes)
+    answers = iter([table(), ValueError("they disagree")])
+
+    def answer(*args):
+        found = next(answers)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    monkeypatch.setattr(measure, "measure", answer)
+    with pytest.raises(ValueError, match="they disagree"):
+        bench.run(parse("--suite", "readme"))
+    assert DIGITS.name in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="getrusage of a child counts its parent's memory on Linux only")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from minibeit import BeitForImageClassification, BeitImageProcessor
 from minibeit.checkpoint.formats import read_tensors, write_safetensors
-from minibeit.cli.classify import scores
 from minibeit.cli.loading import shipped_checkpoint
+from minibeit.scores import scores
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from PIL import Image
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.cli import segment
-from minibeit.cli.pictures import distinct_colours, indexed
+from minibeit.cli.pictures import indexed
+from minibeit.evaluate.colours import distinct_colours
 from minibeit.evaluate.drawing import OVERLAY
 from minibeit.sliding import Inference, largest_logit
 from minibeit.sliding import segment as segment_image

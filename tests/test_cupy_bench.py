@@ -28,7 +28,9 @@ def checkpoint(tmp_path_factory):
 def test_contestants_take_turns(checkpoint):
     with pretend(fresh=FRESH):
         answers = list(
-            worker.run_interleaved(["cupy"], DIGITS.to_dict(), str(checkpoint), {"cupy": "unused"}, 1, 3, 1.0)
+            worker.run_interleaved(
+                ["cupy"], DIGITS.to_dict(), str(checkpoint), {"cupy": "unused"}, 1, 3, 1.0, agree=1e-4
+            )
         )
     assert answers[0] == {"differences": {"cupy": 0.0}}
     assert len(answers[1]["times"]["cupy"]) == 3

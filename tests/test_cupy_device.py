@@ -101,8 +101,10 @@ def test_device_numbers(device, devices, message):
 
 
 def test_dtypes_of_a_gpu():
-    expected = "dtype: expected 'float32' or 'float64' or 'float16' or 'bfloat16', found 'int8'"
+    expected = "dtype: expected 'float32' or 'float64' or 'float16' or 'bfloat16', found 'int4'"
     with pretend(fresh=FRESH), pytest.raises(ValueError, match=expected):
+        get_ops("cupy", dtype="int4")
+    with pretend(fresh=FRESH), pytest.raises(ValueError, match=r"dtype: int8 is for CPUs \(backend='numba'\)"):
         get_ops("cupy", dtype="int8")
 
 

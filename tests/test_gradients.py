@@ -185,7 +185,7 @@ def test_noise_is_the_same_for_the_same_seed_and_step():
     one, same = (value_and_grad(model, PIXELS, labels=LABELS, rng=Noise(3, 5)) for _ in range(2))
     assert one.loss == same.loss
     assert equal(one.grads, same.grads)
-    others = [Noise(3, 6), Noise(4, 5), Noise(3, 5, first_sample=4), None]
+    others = [Noise(3, 6), Noise(4, 5), Noise(3, 5, samples=(4, 5, 6, 7)), None]
     assert len({one.loss} | {value_and_grad(model, PIXELS, labels=LABELS, rng=rng).loss for rng in others}) == 5
 
 
@@ -221,9 +221,9 @@ def test_workers_see_the_noise_of_one(workers):
     model = classifier(**RATES)
     whole = value_and_grad(model, PIXELS, labels=LABELS, rng=Noise(1, 2))
     b = len(PIXELS) // workers
+    shares = [list(range(i, i + b)) for i in range(0, len(PIXELS), b)]
     parts = [
-        value_and_grad(model, PIXELS[i : i + b], labels=LABELS[i : i + b], rng=Noise(1, 2, first_sample=i))
-        for i in range(0, len(PIXELS), b)
+        value_and_grad(model, PIXELS[share], labels=LABELS[share], rng=Noise(1, 2, tuple(share))) for share in shares
     ]
     assert abs(np.mean([part.loss for part in parts]) - whole.loss) < 1e-14
     for name, array in flatten(whole.grads).items():

@@ -14,7 +14,8 @@ from PIL import Image
 
 from minibeit.errors import ImageError
 from minibeit.image_processor import BeitImageProcessor
-from minibeit.images.loading import load_image, read_picture
+from minibeit.images.loading import load_image
+from minibeit.images.opening import read_picture
 
 
 @pytest.fixture
@@ -45,6 +46,10 @@ def test_the_same_picture_in_every_form(rng, tmp_path):
         (pixels,),
         str(tmp_path / "a.png"),
         tmp_path / "a.png",
+        (tmp_path / "a.png").as_uri(),
+        (tmp_path / "a.png").read_bytes(),
+        bytearray((tmp_path / "a.png").read_bytes()),
+        io.BytesIO((tmp_path / "a.png").read_bytes()),
         SimpleNamespace(__array__=lambda: pixels),
         np.pad(pixels, ((0, 0), (0, 0), (0, 1)), constant_values=255),  # RGBA, opaque
         image.convert("RGBA"),
@@ -374,10 +379,32 @@ def test_bad_arrays(rng, name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("item", [3, 1.5, None, {"a": 1}, b"bytes", [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("item", [3, 1.5, None, {"a": 1}, [[1, 2], [3, 4]]])
 def test_wrong_types(item):
-    with pytest.raises(TypeError, match=r"images.*: expected a path, a PIL image or an array, found"):
+    with pytest.raises(TypeError, match=r"images.*: expected a path, a file, its bytes, .* or an array, found"):
         BeitImageProcessor()(item)
+
+
+def test_bytes_and_file_objects_that_are_no_image(rng, tmp_path):
+    processor, path = BeitImageProcessor(), tmp_path / "a b.png"
+    picture(rng).save(path)
+    for item, message in [
+        (b"text", r"^images: expected an image in a format that Pillow reads"),
+        (b"", r"^images: expected an image, found no bytes"),
+        (io.BytesIO(b"text"), r"^images: expected an image in a format"),
+        (io.StringIO("text"), r"^images: expected a file opened in binary mode"),
+        ((tmp_path / "gone.png").as_uri(), r"^file:.*gone.png: there is no such file"),
+        ("file://elsewhere/a.png", r"^file://elsewhere/a.png: expected an image on this machine"),
+    ]:
+        with pytest.raises(ImageError, match=message):
+            processor(item)
+    with open(path, "rb") as file:
+        file.read(7)
+        first = processor(file).pixel_values
+        np.testing.assert_array_equal(processor(file).pixel_values, first)
+        np.testing.assert_array_equal(processor(path.as_uri()).pixel_values, first)
+    with pytest.raises(ImageError, match=r"^images \(.*a b.png\): the image cannot be read.*closed file"):
+        processor(file)
 
 
 @pytest.mark.parametrize("images", [[], [[]], np.zeros((0, 5, 5, 3), np.uint8)])

@@ -15,14 +15,14 @@ from minibeit.ops import numba_cpu
 if not numba_cpu.COMPILED:
     pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
 
-from minibeit.ops.numba_cpu import arguments, halves, machine_code, map_arguments  # noqa: F401  (halves has kernels)
+from minibeit.ops.numba_cpu import arguments, halves, low_arguments, machine_code, map_arguments  # noqa: F401  (halves has kernels)
 from minibeit.ops.numba_cpu.arguments import Arguments
 
 FOLDER = Path(arguments.__file__).parent
 PACKAGE = FOLDER.parents[1]
 STRUCTURES = {
     name: value
-    for module in (arguments, map_arguments)
+    for module in (arguments, map_arguments, low_arguments)
     for name, value in vars(module).items()
     if isinstance(value, Arguments)
 }
@@ -109,7 +109,7 @@ def test_callers_use_the_arguments_of_the_kernel_that_they_run():
     assert found > 15
 
 
-BELOW = {"arguments", "map_arguments", "target"}
+BELOW = {"arguments": [], "target": [], "map_arguments": ["arguments"], "low_arguments": ["arguments", "target"]}
 
 
 def test_kernels_import_nothing_from_their_callers():
@@ -128,4 +128,4 @@ def test_kernels_import_nothing_from_their_callers():
 def test_what_lies_below_both_imports_nothing_of_the_backend(name):
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
     imports = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
-    assert imports == (["arguments"] if name == "map_arguments" else [])
+    assert imports == BELOW[name]

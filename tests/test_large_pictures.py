@@ -12,7 +12,8 @@ from PIL import Image
 
 from minibeit import BeitImageProcessor, ImageError
 from minibeit.images import loading
-from minibeit.images.loading import load_image, load_label_map, most_pixels
+from minibeit.images.loading import load_image, load_label_map
+from minibeit.images.opening import most_pixels
 
 STATUS = Path("/proc/self/status")
 
@@ -67,6 +68,22 @@ def test_strips_give_the_same_bytes(picture, channels, monkeypatch):
             assert parts == whole
         else:
             assert parts.dtype == whole.dtype and np.array_equal(parts, whole)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("picture", PICTURES)
+def test_images_are_resized_as_their_pixels_are(picture, channels, monkeypatch):
+    """The processor resizes most images without making an array of them first."""
+    processor = BeitImageProcessor(size=9, image_mean=[0.5] * channels, image_std=[0.5] * channels)
+    pixels = outcome(PICTURES[picture](), channels)
+    for strip in (50, loading.STRIP_PIXELS):
+        monkeypatch.setattr(loading, "STRIP_PIXELS", strip)
+        if isinstance(pixels, str):
+            with pytest.raises(ImageError):
+                processor(PICTURES[picture]())
+        else:
+            found = processor(PICTURES[picture]()).pixel_values
+            np.testing.assert_array_equal(found, processor(pixels, input_data_format="channels_last").pixel_values)
 
 
 def outcome(image, channels):

@@ -206,9 +206,11 @@ def test_impossible_heads_are_refused():
 def test_options_are_checked():
     with pytest.raises(TypeError, match=r"config: expected a BeitConfig, found dict; see BeitConfig\.from_dict"):
         BeitModel({})
-    with pytest.raises(ValueError, match="dtype: expected 'float32' or 'float64', found 'int8'"):
-        BeitModel(tiny_config(), dtype="int8")
-    with pytest.raises(ValueError, match=r"dtype: float16 is for GPUs .*, backend numpy has float32 and float64"):
+    with pytest.raises(ValueError, match=r"dtype: expected 'float32' or 'float64' or .*, found 'int4'"):
+        BeitModel(tiny_config(), dtype="int4")
+    with pytest.raises(
+        ValueError, match=r"dtype: float16 is for GPUs .*, backend numpy has float32, float64, int8, bfloat16"
+    ):
         BeitModel(tiny_config(), dtype="float16")
     with pytest.raises(ValueError, match="device: backend numpy runs on the CPU and has no devices, found 0"):
         BeitModel(tiny_config(), device=0)

@@ -84,8 +84,10 @@ def run_interleaved(
     seconds: float,
     dtype: str = "float32",
     device: int | None = None,
+    *,
+    agree: float,
 ) -> Iterator[dict[str, Any]]:
-    """Times all contestants in turns, after one run of each whose outputs must agree."""
+    """Times all contestants in turns, after one run of each; outputs that differ by `agree` or more end it there."""
     shape = Workload(**workload)
     x = pixels(shape)
     contestants = {name: load(name, shape, Path(folder), Path(exports[name]), threads, dtype, device) for name in names}
@@ -94,7 +96,10 @@ def run_interleaved(
         start = time.perf_counter()
         outputs[name] = forward(x)
         warm[name] = time.perf_counter() - start
-    yield {"differences": differences(outputs)}
+    found = differences(outputs)
+    yield {"differences": found}
+    if not all(difference < agree for difference in found.values()):
+        return
     outputs.clear()
     for name, forward in contestants.items():
         if warm[name] < ONE_RUN:  # the first run also allocated memory and chose algorithms

@@ -1,4 +1,5 @@
-"""Prepared files: a model's weights as one backend packed them for one kind of CPU, ready to be mapped and used.
+"""Prepared files: a model's weights as one backend packed them for one kind of CPU, ready to be mapped and used, or
+weights of low precision for every CPU.
 
 No other program can read them, so keep the checkpoint that they were made from.
 """
@@ -31,6 +32,7 @@ class Prepared:
     config: BeitConfig
     task: str
     layout: str
+    dtype: str  # of the weights of layers
     arrays: dict[str, np.ndarray]  # views of the file
     origin: Origin
 
@@ -39,12 +41,17 @@ class Prepared:
 
 
 def write_prepared(
-    folder: str | os.PathLike[str], config: BeitConfig, task: str, layout: str, arrays: Mapping[str, np.ndarray]
+    folder: str | os.PathLike[str],
+    config: BeitConfig,
+    task: str,
+    layout: str,
+    arrays: Mapping[str, np.ndarray],
+    dtype: str = "float32",
 ) -> None:
     """Writes `config.json` and `prepared.safetensors` into `folder`; each appears only when complete."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": FORMAT, "layout": layout, "task": task}
+    metadata = {"format": FORMAT, "layout": layout, "task": task, "dtype": dtype}
     write_safetensors(folder / PREPARED_NAME, arrays, metadata, alignment=_CACHE_LINE)
     config.save_pretrained(folder)
 
@@ -72,7 +79,8 @@ def read_prepared(file: Path, overrides: Mapping[str, Any] | None = None) -> Pre
     source = origin(
         [file, file.parent / CONFIG_NAME], read_prepared, Path(os.path.abspath(file)), dict(overrides or {})
     )
-    return Prepared(file, config, metadata["task"], metadata["layout"], arrays, source)
+    dtype = metadata.get("dtype", "float32")
+    return Prepared(file, config, metadata["task"], metadata["layout"], dtype, arrays, source)
 
 
 def is_prepared(loaded: Loaded) -> bool:

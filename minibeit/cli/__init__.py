@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..text import one_line
+from . import ranks
 from .terminal import OutputError, UsageError, flush, give_up_output, note, out, show_traceback
 
 # The modules of this folder that are commands, in the order of the help.
@@ -27,6 +28,7 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "explore",
     "features",
     "mask",
     "tokenize",
@@ -107,6 +109,8 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose error messages contain no control characters."""
 
     def error(self, message: str) -> NoReturn:
+        if ranks.rank():  # every rank was given these words, and the first says what is wrong with them
+            sys.exit(2)
         super().error(one_line(message))
 
 
@@ -195,7 +199,9 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
         message, code = "interrupted", INTERRUPTED
     if args.debug:
         show_traceback()
-    note(f"error: {message}")
+    ranks.wait_for_the_first()
+    note(f"error: {message}" if ranks.rank() == 0 else f"error: rank {ranks.rank()}: {message}")
+    ranks.end_all(code)
     return code
 
 

@@ -116,7 +116,12 @@ def run(args: argparse.Namespace) -> int:
     for _, group in itertools.groupby(races, lambda race: race[0].model):
         with _folder(args.folder) as folder:  # of one model: all of a suite together would be many gigabytes
             for workload, plan in group:
-                tables.append(measure(workload, plan, folder, note))
+                try:
+                    tables.append(measure(workload, plan, folder, note))
+                except ValueError:
+                    if args.suite and tables:  # minutes of measuring are not lost to the workload that failed
+                        out(report.markdown(facts, tables))
+                    raise
                 if not args.suite:
                     _print(tables[-1])
                 if args.profile:

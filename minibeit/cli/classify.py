@@ -103,23 +103,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def scores(logits: np.ndarray, problem: str | None) -> np.ndarray:  # (K,) -> (K,) float64
-    """Probabilities for the logits; for regression the logits themselves.
-
-    Without a `problem_type` one output means regression, as in the model's loss, and several single-label.
-    """
-    import numpy as np
-
-    from ..ops.reference import softmax
-
-    x = np.asarray(logits, np.float64)
-    if problem == "regression" or (problem is None and len(x) == 1):
-        return x
-    if problem == "multi_label_classification":
-        return 0.5 * (1 + np.tanh(0.5 * x))  # the sigmoid, without overflow
-    return softmax(x)
-
-
 def given_names(path: Path) -> list[str]:
     """The class names in a file, in the order of the outputs.  Raises UsageError for a file of another format."""
     try:
@@ -145,6 +128,8 @@ def predictions(
     """Label, index, score and logit of the `top_k` classes with the highest scores, the highest first."""
     import numpy as np
 
+    from ..scores import scores
+
     values = scores(logits, problem)
     best = np.argsort(-values, kind="stable")[:top_k]
     return [
@@ -167,8 +152,10 @@ def _print_csv(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _print_table(rows: Iterable[dict[str, Any]], found: list[Found], config: BeitConfig) -> None:
+    from ..scores import is_regression
+
     width = max(len("image"), *(len(shown_name(entry.file)) for entry in found if entry.error is None), 0)
-    regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    regression = is_regression(config.problem_type, config.num_labels)
     heading = f"{'image':{width}}  {'value' if regression else 'probability':>11}  label"
     for row in rows:
         if heading and "error" not in row:

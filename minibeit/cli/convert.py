@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from ..files import check_writable, identity
 from ..text import one_line
-from .terminal import UsageError, out
+from .terminal import UsageError, out, progress
 
+MOST_IMAGES = 64  # for calibration; channels hardly grow with more
 HELP = "turn a checkpoint of any origin into a folder with config.json and model.safetensors"
 EXAMPLES = """\
   minibeit convert beit_base_patch16_224_pt22k_ft22k.pth DIR
   minibeit convert DIR LARGER --image-size 384
   minibeit convert DIR START --task image_classification --num-labels 10
   minibeit convert DIR FAST --prepared
+  minibeit convert DIR SMALL --dtype int8 --calibrate photos
 """
 
 
@@ -44,7 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-labels", type=int, metavar="K", help="number of classes of a head with random weights")
     parser.add_argument(
-        "--dtype", choices=FILE_DTYPES, default="float32", help="dtype of the file (default: %(default)s)"
+        "--dtype",
+        choices=[*FILE_DTYPES, "int8"],
+        default="float32",
+        help="dtype of the file (default: %(default)s); int8 is for minibeit alone, on any CPU",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="FOLDER",
+        help="images (up to 64) that tell, for int8, which channels are large; without them the norms' weights do",
     )
     parser.add_argument(
         "--prepared",
@@ -63,8 +74,12 @@ def run(args: argparse.Namespace) -> int:
     image_size = args.image_size if args.image_size is None else args.image_size[0]
     if args.image_size is not None and len(args.image_size) == 2:
         image_size = tuple(args.image_size)
-    if args.prepared and args.dtype != "float32":
-        raise UsageError(f"--prepared: packed weights are float32, so --dtype {args.dtype} is not possible")
+    if args.prepared and args.dtype == "float16":
+        raise UsageError("--prepared: packed weights are float32, bfloat16 or int8, so --dtype float16 is not possible")
+    if args.calibrate and args.dtype != "int8":
+        raise UsageError(f"--calibrate is for --dtype int8, found {args.dtype}")
+    images = _calibration_images(args.calibrate) if args.calibrate else []
+    packs = args.prepared or args.dtype == "int8"
     _check_destination(args)
     done = convert(
         args.source,
@@ -73,14 +88,16 @@ def run(args: argparse.Namespace) -> int:
         dialect=args.dialect,
         image_size=image_size,
         resize_method=args.resize_method,
-        dtype=args.dtype,
+        dtype="float32" if packs else args.dtype,
         force=args.force,
-        finish=_prepare if args.prepared else None,
+        finish=partial(_prepare, args.dtype, not args.prepared, images) if packs else None,
         **({} if args.num_labels is None else {"num_labels": args.num_labels}),
     )
     for sentence in done.notes:
         out(one_line(sentence))
-    if args.prepared and (done.folder / WEIGHTS_NAME).exists():
+    if args.dtype == "int8":
+        out("the weights of the blocks are int8: load them with --dtype int8 (dtype='int8' in Python)")
+    if packs and (done.folder / WEIGHTS_NAME).exists():
         out(f"{done.folder} also holds {WEIGHTS_NAME}, which comes first; name {PREPARED_NAME} to use that")
     out(f"{done.folder}: {done.config.architectures[0] if done.config.architectures else done.task}")
     return 0
@@ -91,17 +108,38 @@ def _check_destination(args: argparse.Namespace) -> None:
     source, destination = Path(args.source), Path(args.destination)
     same = identity(destination) in {identity(source), identity(source.parent) if source.is_file() else None}
     changed = args.image_size or args.task or args.num_labels
-    if same and args.force and (changed or not args.prepared):
+    if same and args.force and (changed or not (args.prepared or args.dtype == "int8")):
         raise UsageError(
             f"{destination}: holds the checkpoint that is read, which would be lost; choose another folder"
         )
     check_writable(destination / "config.json" if destination.is_dir() else destination)
 
 
-def _prepare(folder: Path, task: str) -> None:
-    """Replaces the weights in `folder` by prepared ones."""
+def _calibration_images(folder: str) -> list[str]:
+    """Images of the folder, spread evenly over it.  Raises ValueError if there are none."""
+    from .inputs import find_images
+
+    found = [entry.source for entry in find_images([folder], recursive=True) if entry.error is None]
+    if not found:
+        raise ValueError(f"--calibrate {folder}: expected a folder of images, found none in it")
+    return [found[i * len(found) // MOST_IMAGES] for i in range(MOST_IMAGES)] if len(found) > MOST_IMAGES else found
+
+
+def _prepare(dtype: str, portable: bool, images: list[str], folder: Path, task: str) -> None:
+    """Replaces the weights in `folder` by prepared ones, or by portable ones of low precision."""
     from ..file_names import WEIGHTS_NAME
     from ..tasks import task_class
 
-    task_class(task).from_pretrained(folder, backend="numba").save_prepared(folder)
+    model_class = task_class(task)
+    spans = None
+    if images:
+        from ..tasks.calibration import channel_spans
+        from .loading import load_processor
+
+        model = model_class.from_pretrained(folder, backend="numba")
+        processor = load_processor(str(folder), model.config)
+        spans = channel_spans(model, (processor(path).pixel_values for path in progress(images, len(images), quiet=False)))
+        del model
+    model = model_class.from_pretrained(folder, backend="numba", dtype=dtype)
+    model.save_prepared(folder, portable=portable, spans=spans)
     (folder / WEIGHTS_NAME).unlink()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .ranks import join
 from .terminal import UsageError, positive
 from .training import (
     add_images_argument,
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.discrete_vae import DiscreteVae, ImageReconstruction
     from ..train.recipes import TOKENIZERS
 
+    join(args)
     output, say = Path(args.output), speaker(args)
     recipe: Any = recipe_of(args, TOKENIZERS)
     check_output(args, output)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..text import one_line
+from .ranks import join
 from .terminal import UsageError, out, positive, table
 from .training import (
     Say,
@@ -105,18 +106,21 @@ def run(args: argparse.Namespace) -> int:
     from ..train.examples import read_examples
     from ..train.recipes import RECIPES
 
-    output, say = Path(args.output), speaker(args)
     _check_words(args)
+    join(args)
+    output, say = Path(args.output), speaker(args)
     if args.task == "segmentation":
         return _segmentation(args, output, say)
     recipe = recipe_of(args, RECIPES)
     check_output(args, output)
     names = _own_classes(args, TASKS[args.task]) if args.keep_classes else None
-    examples = read_examples(args.data, args.held_out, args.seed, names, args.workers)
+    examples = args.ranks.from_first(lambda: read_examples(args.data, args.held_out, args.seed, names, args.workers))
     for text in examples.unreadable:
         say(f"left out: {text}")
     say(_summary(examples))
     if args.linear_probe:
+        if args.ranks.count > 1:
+            raise UsageError("--linear-probe: is computed by one process; start it without mpiexec")
         return _probe(args, examples, output, say)
     return _train(args, examples, recipe, output, say)
 
@@ -174,7 +178,10 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     assert isinstance(recipe, SegmentationRecipe)
     check_output(args, output)
     read_map = MapReader(None if args.colours is None else read_colours(args.colours), args.reduce_labels)
-    pairs = read_pairs(args.data, args.held_out, args.seed, _class_names(args), read_map, args.workers)
+    names = _class_names(args)
+    pairs = args.ranks.from_first(
+        lambda: read_pairs(args.data, args.held_out, args.seed, names, read_map, args.workers)
+    )
     for text in pairs.left_out:
         say(f"left out: {text}")
     say(_summary_of_pairs(pairs))

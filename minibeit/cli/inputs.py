@@ -142,28 +142,36 @@ def run_batches(
 
     An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.
     """
-    for result in results_of(progress(found, quiet), processor, compute, batch_size):
+    for result in progress(results_of(found, processor, compute, batch_size), len(found), quiet):
         if result.error is not None:
             note(result.error)
         yield result
 
 
 def results_of(
-    found: Iterable[Found], processor: Any, compute: Callable[[np.ndarray], np.ndarray], batch_size: int
+    found: Iterable[Found],
+    processor: Any,
+    compute: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    workers: int | None = None,
 ) -> Iterator[Result]:
-    """What `run_batches` yields, reported nowhere.  Images of different shapes do not share a batch."""
-    pending: list[tuple[Found, np.ndarray | None]] = []
-    for entry in found:
-        entry, pixels = _read(entry, processor)
-        shapes = {p.shape for _, p in pending if p is not None}
-        if pixels is not None and shapes and pixels.shape not in shapes:
-            yield from _compute(pending, compute)
-            pending = []
-        pending.append((entry, pixels))
-        if sum(p is not None for _, p in pending) == batch_size:
-            yield from _compute(pending, compute)
-            pending = []
-    yield from _compute(pending, compute)
+    """What `run_batches` yields, reported nowhere.
+
+    `workers` threads read the images of the next batches while it computes.  Images of different shapes do not share a
+    batch.
+    """
+    from ..pipelines import computed
+
+    def read(entry: Found) -> np.ndarray:
+        if entry.error is not None:
+            raise ValueError(entry.error)
+        try:
+            return processor(entry.source).pixel_values[0]
+        except ValueError as error:
+            raise ValueError(entry.named(str(error))) from None
+
+    for entry, value in computed(found, read, lambda pixels: check_finite(compute(pixels)), batch_size, workers):
+        yield unusable(entry.file, value) if isinstance(value, ValueError) else Result(entry.file, value)
 
 
 def failed(file: str, error: Exception | str) -> Result:
@@ -179,33 +187,6 @@ def unusable(file: str, error: Exception | str) -> Result:
     if one_line(STDIN_NAME if file == STDIN else file) not in message:
         message = f"{one_line(file)}: {message}"
     return Result(file, error=message)
-
-
-def _read(entry: Found, processor: Any) -> tuple[Found, np.ndarray | None]:
-    if entry.error is not None:
-        return entry, None
-    try:
-        return entry, processor(entry.source).pixel_values
-    except ValueError as error:
-        return Found(entry.file, entry.named(str(error))), None
-
-
-def _compute(
-    pending: list[tuple[Found, np.ndarray | None]], compute: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[Result]:
-    import numpy as np
-
-    good = [pixels for _, pixels in pending if pixels is not None]
-    refused = None
-    values: Iterator[Any] = iter(())
-    if good:
-        try:
-            values = iter(check_finite(compute(np.concatenate(good))))
-        except ValueError as error:
-            refused = str(error)
-    for entry, pixels in pending:
-        reason = refused if pixels is not None else entry.error
-        yield Result(entry.file, next(values)) if reason is None else unusable(entry.file, reason)
 
 
 def check_finite(values: np.ndarray) -> np.ndarray:

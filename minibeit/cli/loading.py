@@ -17,7 +17,7 @@ SHIPPED = "digits"
 def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool = True) -> None:
     """--model, --backend, --device and --dtype; `what` describes the checkpoints that the command takes.
 
-    `half`: whether float16 and bfloat16 are offered.
+    `half`: whether float16, bfloat16 and int8 are offered.
     """
     parser.add_argument("-m", "--model", metavar="DIR|FILE", help=what)
     add_backend_arguments(parser, half)
@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, what: str, half: bool =
 
 def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) -> None:
     """--backend, --device and --dtype."""
-    from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES
+    from ..ops import BACKENDS, DEFAULT_BACKEND, DTYPES, HALF_DTYPES, LOW_DTYPES
 
     parser.add_argument(
         "--backend",
@@ -36,9 +36,9 @@ def add_backend_arguments(parser: argparse.ArgumentParser, half: bool = True) ->
     parser.add_argument("--device", type=int, metavar="N", help="number of the GPU, with --backend cupy (default 0)")
     parser.add_argument(
         "--dtype",
-        choices=[*DTYPES, *(HALF_DTYPES if half else ())],
+        choices=list(dict.fromkeys([*DTYPES, *((*LOW_DTYPES, *HALF_DTYPES) if half else ())])),
         default="float32",
-        help=f"precision (default float32{'; float16 and bfloat16 need a GPU' if half else ''})",
+        help=f"precision (default float32{'; int8 needs a CPU, float16 a GPU' if half else ''})",
     )
 
 
@@ -60,11 +60,17 @@ def load_model(model_class: Any, args: argparse.Namespace, fetched: bool = False
     )
 
 
-def load_tokenizer(args: argparse.Namespace) -> Any:
-    """The tokenizer of --tokenizer, on the backend that the options choose."""
+def load_tokenizer(args: argparse.Namespace, beside_model: bool = False) -> Any:
+    """The tokenizer of --tokenizer, on the backend that the options choose.
+
+    `beside_model`: --dtype is a model's, and a low precision that a tokenizer lacks becomes float32.
+    """
+    from ..ops import LOW_DTYPES
     from ..tokenizer.tokenizer import DalleTokenizer
 
-    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=args.dtype, backend=args.backend, device=args.device)
+    on_cpu = args.backend != "cupy"
+    dtype = "float32" if beside_model and on_cpu and args.dtype in LOW_DTYPES else args.dtype
+    return DalleTokenizer.from_pretrained(args.tokenizer, dtype=dtype, backend=args.backend, device=args.device)
 
 
 def check_decoder(tokenizer: Any, name: str) -> None:
@@ -119,18 +125,17 @@ def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     """The image processor of a checkpoint that was loaded; where it has none, a plain one, described on stderr."""
     from ..file_names import PROCESSOR_NAME, beside
     from ..hub import resolve
-    from ..image_processor import BeitImageProcessor
+    from ..image_processor import BeitImageProcessor, default_processor
     from ..loading_options import FETCHED
 
     place = resolve(model, FETCHED)
     file = beside(place, PROCESSOR_NAME)
     if file.is_file():
         return BeitImageProcessor.from_pretrained(file)
-    height, width = config.image_shape
     if not quiet:
+        height, width = config.image_shape
         note(
             f"{place} has no {PROCESSOR_NAME}: images are resized to {height}x{width} (bilinear) and "
             "normalised with mean 0.5 and standard deviation 0.5"
         )
-    half = [0.5] * config.num_channels
-    return BeitImageProcessor(size={"height": height, "width": width}, resample=2, image_mean=half, image_std=half)
+    return default_processor(config)

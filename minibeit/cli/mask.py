@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from ..errors import CheckpointError, ImageError
+    from ..evaluate.drawing import as_seen
     from ..masking import block_mask
     from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     mask = block_mask(grid, count, np.random.default_rng(args.seed))
     logits = check_finite(model(pixels, bool_masked_pos=mask.reshape(1, -1)).logits[0])  # (P, V)
     hidden = [_prediction(logits[r * grid[1] + c], int(r), int(c)) for r, c in np.argwhere(mask)]
-    seen = _seen(pixels[0], processor)
+    seen = as_seen(pixels[0], processor)
     own = None if tokenizer is None else _own_tokens(tokenizer, seen, grid)
     if own is not None:
         for place in hidden:
@@ -119,7 +120,7 @@ def _tokenizer(args: argparse.Namespace, config: Any) -> Any:
     """The tokenizer, which has as many visual tokens as the model, and a decoder if it is to draw."""
     from ..errors import CheckpointError
 
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(args, beside_model=True)
     if tokenizer.config.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{args.tokenizer}: has {tokenizer.config.vocab_size} visual tokens, but {args.model} predicts "
@@ -138,25 +139,12 @@ def _own_tokens(tokenizer: Any, seen: np.ndarray, grid: tuple[int, int]) -> np.n
 
 def _guessed(tokenizer: Any, own: np.ndarray, hidden: list[dict[str, Any]]) -> np.ndarray:  # -> (H, W, 3) uint8
     """The image of the predicted tokens at the hidden places and of its own elsewhere."""
-    from .pictures import levels
+    from ..evaluate.drawing import levels
 
     ids = own.copy()
     for place in hidden:
         ids[place["row"], place["column"]] = place["token"]
     return levels(tokenizer.decode(ids[None])[0])
-
-
-def _seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (H, W, 3) uint8
-    """The model's pixel values converted back to an image."""
-    import numpy as np
-
-    x = pixels.transpose(1, 2, 0).astype(np.float64)
-    if processor.do_normalize:
-        x = x * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
-    if not processor.do_rescale:
-        x = x / 255
-    x = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
-    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x[..., :3]
 
 
 def _print_grid(args: argparse.Namespace, mask: np.ndarray, hidden: list[dict[str, Any]]) -> None:

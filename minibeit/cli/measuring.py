@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cluster.works import READERS
 from .cluster import measured_on_dask
 from .inputs import check_finite, check_outputs
 from .loading import config_of, load_model, load_processor, load_tokenizer
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ..evaluate.evaluation import Evaluation
 
 CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
-READERS = 1  # threads that read images ahead in a worker of Dask
 
 
 def reports(args: argparse.Namespace) -> list[Path]:
@@ -162,7 +162,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
     images = unlabelled_images(data)
     paths = [image.path for image in images]
     check_outputs(reports(args), paths)
-    tokenizer = load_tokenizer(args)
+    tokenizer = load_tokenizer(args, beside_model=True)
     model = load_model(BeitForMaskedImageModeling, args, fetched=True)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     height, width = model.config.image_shape  # to which images are resized, whatever the processor says

@@ -1,4 +1,4 @@
-"""The images that commands draw: colours for classes, overlays, legends, masks."""
+"""The images that commands draw: overlays, legends, masks."""
 
 from __future__ import annotations
 
@@ -9,49 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..evaluate.colours import Colour
 from ..evaluate.drawing import tinted
 from ..files import atomic_write
 
-Colour = tuple[int, int, int]
 PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
-DARKEST, PALEST = 0.35, 0.95  # lightness in Oklab, 0 to 1
 ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
 LEAST = 448  # pixels of the longer side that small photos are enlarged towards
-
-
-def distinct_colours(count: int) -> list[Colour]:
-    """`count` colours, always the same, neither dark nor pale, each as far as possible from those before it.
-
-    Chosen by farthest points in the Oklab space (Ottosson 2020), whose distances approximate perceived differences.
-    """
-    levels = np.linspace(0, 255, 14).round()
-    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    places = _oklab(grid)
-    clear = (places[:, 0] > DARKEST) & (places[:, 0] < PALEST)
-    grid, places = grid[clear], places[clear]
-    nearest = np.full(len(grid), np.inf)
-    for taken in _oklab(np.array([[0.0, 0, 0], [255, 255, 255]])):
-        nearest = np.minimum(nearest, np.sum((places - taken) ** 2, axis=1))
-    colours = []
-    for _ in range(count):
-        best = int(nearest.argmax())
-        colours.append((int(grid[best, 0]), int(grid[best, 1]), int(grid[best, 2])))
-        nearest = np.minimum(nearest, np.sum((places - places[best]) ** 2, axis=1))
-    return colours
-
-
-def _oklab(rgb: np.ndarray) -> np.ndarray:  # (n, 3) 0..255 -> (n, 3)
-    x = rgb / 255
-    linear = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
-    cones = np.array(
-        [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
-         [0.0883024619, 0.2817188376, 0.6299787005]]
-    )  # fmt: skip
-    mixed = np.array(
-        [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
-         [0.0259040371, 0.7827717662, -0.8086757660]]
-    )  # fmt: skip
-    return np.cbrt(linear @ cones.T) @ mixed.T
 
 
 def indexed(labels: np.ndarray, colours: list[Colour]) -> Image.Image:
@@ -113,12 +77,6 @@ def beside(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
 def zoom_of(photo: np.ndarray) -> int:
     """The integer factor that brings small photos to nearly LEAST pixels."""
     return max(1, LEAST // max(photo.shape[:2]))
-
-
-def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8
-    """An image as bytes, one channel as gray; of more than three channels the first three."""
-    x = np.clip(np.rint(image.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
-    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]
 
 
 def _enlarged(image: np.ndarray, zoom: int) -> Image.Image:

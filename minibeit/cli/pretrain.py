@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .ranks import join
 from .terminal import UsageError, positive
 from .training import (
     add_images_argument,
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.pretraining import MaskedModeling, processor_for
     from ..train.recipes import PRETRAINING
 
+    join(args)
     output, say = Path(args.output), speaker(args)
     recipe: Any = recipe_of(args, PRETRAINING)
     check_output(args, output)

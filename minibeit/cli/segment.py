@@ -19,8 +19,8 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..evaluate.colours import Colour
     from ..sliding import Inference
-    from .pictures import Colour
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
@@ -42,8 +42,8 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
-ADE20K_CLASSES = 150
 SHARDS = "shards"  # with --dask, the folder of tables in that of the maps
+AHEAD = 2  # images that are read before they are computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
         images = list(zip((entry.file for entry in found), names))
         return run_command(args, Segment(model, processor, how.batch_size, how, colours, mark), images, SHARDS)
     errors: list[str] = []
-    work = progress(list(zip(found, outputs)), args.quiet)
-    rows = _noted(segmented(work, model, processor, how, colours, mark), errors)
+    rows = segmented(zip(found, outputs), model, processor, how, colours, mark)
+    rows = _noted(progress(rows, len(found), args.quiet), errors)
     if args.json:
         print_json_list(rows)
     else:
@@ -119,14 +119,13 @@ def run(args: argparse.Namespace) -> int:
 
 def palette(name: str, count: int) -> list[Colour]:
     """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
-    from ..labels import palette as known
-    from .pictures import distinct_colours
+    from ..evaluate.colours import ADE20K_CLASSES, class_colours
 
-    if name == "ade20k" and count > ADE20K_CLASSES:
+    if name == "auto" or count == ADE20K_CLASSES:
+        return class_colours(count)
+    if count > ADE20K_CLASSES:
         raise UsageError(f"--palette ade20k has {ADE20K_CLASSES} colours, the model has {count} classes; leave it out")
-    if name == "ade20k" or count == ADE20K_CLASSES:
-        return known("ade20k")[:count]
-    return distinct_colours(count)
+    return class_colours(ADE20K_CLASSES)[:count]
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
@@ -136,15 +135,16 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
         kinds["overlay"] = ".png"
     if args.scores:
         kinds["scores"] = ".npz"
-    taken: set[str] = set()
+    taken: dict[str, int] = {}  # a name and the last number that was given to it
     outputs = []
     for entry in found:
-        stem, number = "stdin" if entry.file == STDIN else Path(entry.file).stem, 1
-        name = stem
+        stem = "stdin" if entry.file == STDIN else Path(entry.file).stem
+        name, number = stem, taken.get(stem.lower(), 1)
         while name.lower() in taken:
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.lower())
+        taken[stem.lower()] = number
+        taken.setdefault(name.lower(), 1)
         outputs.append({kind: Path(args.output) / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
     return outputs
 
@@ -165,26 +165,51 @@ def segmented(
     how: Inference,
     colours: list[Colour],
     mark: str,
+    workers: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Writes the results of each image to its files; yields what they show, or why there are none."""
-    for entry, paths in work:
+    """Writes the results of each image to its files; yields what they show, or why there are none.
+
+    Images are read ahead by `workers` threads.
+    """
+    from ..images.ahead import read_ahead
+
+    read = read_ahead(work, lambda one: (*one, _read(one[0], processor)), workers, most=AHEAD)
+    for entry, paths, picture in read:
         try:
-            if entry.error is not None:
-                raise ValueError(entry.error)
-            yield _segment(entry, paths, model, processor, how, colours, mark)
+            if isinstance(picture, ValueError):
+                raise picture
+            yield _segment(entry, picture, paths, model, processor, how, colours, mark)
         except ValueError as error:
             result = unusable(entry.file, entry.named(str(error)))
             yield {"file": result.file, "error": result.error}
 
 
+def _read(entry: Found, processor: Any) -> Any:
+    """The image of a file, or the ValueError that says why there is none."""
+    from ..images.opening import read_picture
+
+    try:
+        if entry.error is not None:
+            raise ValueError(entry.error)
+        return read_picture(entry.source, processor.apply_exif_orientation)
+    except ValueError as error:
+        return error
+
+
 def _segment(
-    entry: Found, paths: dict[str, Path], model: Any, processor: Any, how: Inference, colours: list[Colour], mark: str
+    entry: Found,
+    picture: Any,
+    paths: dict[str, Path],
+    model: Any,
+    processor: Any,
+    how: Inference,
+    colours: list[Colour],
+    mark: str,
 ) -> dict[str, Any]:
-    from ..images.loading import load_image, read_picture
+    from ..images.loading import load_image
     from ..sliding import largest_logit, largest_mean_probability, views_of
     from . import pictures
 
-    picture = read_picture(entry.source, processor.apply_exif_orientation)
     size = picture.height, picture.width
     views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
     if how.views == 1:

@@ -81,17 +81,17 @@ def _print(text: str, stream: Any) -> None:
         print(text, file=stream)
 
 
-def progress(items: list[Item], quiet: bool) -> Iterator[Item]:
-    """The items, with a progress bar on stderr if there are many."""
-    if quiet or len(items) < MANY or sys.stderr is None:
+def progress(items: Iterable[Item], count: int, quiet: bool) -> Iterator[Item]:
+    """The items, `count` of them, with a progress bar on stderr if there are many."""
+    if quiet or count < MANY or sys.stderr is None:
         yield from items
         return
     from tqdm import tqdm
 
     if sys.stderr.isatty():
-        yield from tqdm(items, file=sys.stderr, unit="file", leave=False)
+        yield from tqdm(items, total=count, file=sys.stderr, unit="file", leave=False)
     else:
-        yield from tqdm(items, file=_Lines(), unit="file", mininterval=10.0)
+        yield from tqdm(items, total=count, file=_Lines(), unit="file", mininterval=10.0)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def _print_grids(results: Iterable[Result], pooling: int) -> None:
 
 def _pair(tokenizer: Any, pixels: np.ndarray, ids: np.ndarray) -> list[np.ndarray]:  # -> two of (H, W, 3) uint8
     """What the tokenizer saw of an image, and what it makes of the tokens."""
+    from ..evaluate.drawing import levels
     from ..tokenizer.preprocess import unmap_pixels
-    from .pictures import levels
 
     return [levels(unmap_pixels(pixels[0])), levels(tokenizer.decode(ids[None])[0])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from ..train.examples import Examples
     from ..train.loop import Progress
     from ..train.objective import Objective
+    from ..train.ranks import Ranks
     from ..train.recipes import Recipe
 
 INTERRUPTED = 130
@@ -49,7 +49,7 @@ def images_of(args: argparse.Namespace, say: Say) -> Examples:
     """The images of DATA, those that cannot be read being named."""
     from ..train.examples import read_images
 
-    examples = read_images(args.data, args.held_out, args.seed, args.workers)
+    examples = args.ranks.from_first(lambda: read_images(args.data, args.held_out, args.seed, args.workers))
     for text in examples.unreadable:
         say(f"left out: {text}")
     say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")
@@ -87,9 +87,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=["numpy", "numba"], help="what computes (default numba, or $MINIBEIT_BACKEND)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads that compute (default: all cores)")
-    parser.add_argument("--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
-                        help="threads that decode images (default: one a core, at most 8)")  # fmt: skip
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads that compute (default: all cores; of ranks, a share)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="threads that decode images (default: one a core, at most 8)"
+    )
     parser.add_argument(
         "--tensorboard", metavar="FOLDER", help="also write events for TensorBoard (needs the extra tensorboard)"
     )
@@ -116,7 +119,11 @@ def recipe_of(args: argparse.Namespace, recipes: Mapping[str, Recipe]) -> Recipe
 
 
 def check_output(args: argparse.Namespace, output: Path) -> None:
-    """Raises UsageError if `output` cannot be written or must not be replaced."""
+    """Raises UsageError if `output` cannot be written or must not be replaced; of several ranks, in the first."""
+    args.ranks.from_first(lambda: _check_output(args, output))
+
+
+def _check_output(args: argparse.Namespace, output: Path) -> None:
     from ..files import check_writable, identity
 
     if output.exists() and not output.is_dir():
@@ -166,17 +173,18 @@ def train(
     from ..train.start import check_memory, parameters_learned
     from ..train.state import Stopped
 
-    size = min(recipe.batch_size, len(objective.train))
+    ranks: Ranks = args.ranks
+    size = max(map(len, ranks.shares(min(recipe.batch_size, len(objective.train)))))
     if isinstance(model, BeitPreTrainedModel):
         pieces = min(args.accumulate, size)
-        taken = bool(recipe.average), args.recompute, model.task, objective.smallest_piece
+        taken = bool(recipe.average), args.recompute, model.task, objective.smallest_piece, ranks.on_host
         say(check_memory(model.config, size, pieces, *taken))
     learned = parameters_learned(model, frozen)
     if not learned:
         raise UsageError("--freeze: nothing is left to be learned")
     with ExitStack() as stack:
         options = {}
-        if args.tensorboard:
+        if args.tensorboard and ranks.first:
             from ..train.tensorboard import events
 
             options["record"] = stack.enter_context(events(args.tensorboard))
@@ -184,20 +192,25 @@ def train(
         trainer = Trainer(
             model, objective, recipe, output,
             seed=args.seed, frozen=frozen, accumulate=args.accumulate, recompute=args.recompute, workers=args.workers,
-            tell=lambda progress: line.show(_shown(progress)), **options,
+            tell=lambda progress: line.show(_shown(progress)), ranks=ranks, **options,
         )  # fmt: skip
         if args.resume:
             trainer.resume()
             say(f"goes on after step {trainer.state.step} of {trainer.steps}")
-        make_output(args, output)
-        say(f"{trainer.steps} steps of {trainer.batch_size} images, {learned:,} numbers learned")
+        if ranks.first:
+            make_output(args, output)
+        together = f" on {ranks.count} ranks" if ranks.count > 1 else ""
+        together += f" of {args.threads} threads" if together and args.threads else ""
+        say(f"{trainer.steps} steps of {trainer.batch_size} images{together}, {learned:,} numbers learned")
         try:
             history = trainer.run()
         except Stopped as stopped:
             line.close()
-            note(f"{stopped}; the same command with --resume goes on")
+            if ranks.first:
+                note(f"{stopped}; the same command with --resume goes on")
             return INTERRUPTED
-    _report(history)
+    if ranks.first:
+        _report(history)
     return 0
 
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from ..cli.inputs import MOST_STDIN, STDIN, Found, find_images, natural
 from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
+from ..images.ahead import read_ahead
 from ..text import one_line
-from ..train.batches import ahead
 from .extra import needed
 
 Result = TypeVar("Result")
@@ -136,7 +136,7 @@ def copies(places: Sequence[str]) -> Iterator[Found]:
     """
     if not any(map(is_address, places)):
         return map(Found, places)
-    return ahead(places, _copy, FETCHERS, 2 * FETCHERS)
+    return read_ahead(places, _copy, FETCHERS, 2 * FETCHERS)
 
 
 def with_copy(read: Callable[[str], Result], place: str) -> Result:

@@ -42,3 +42,27 @@ def as_data(pixels: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def as_png(pixels: np.ndarray) -> str:
+    """A PNG, which keeps every pixel, as the address of an image within a page."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def as_seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (H, W, 3) uint8
+    """A model's pixel values converted back to an image, as `processor` made them."""
+    x = pixels.transpose(1, 2, 0).astype(np.float64)
+    if processor.do_normalize:
+        x = x * np.asarray(processor.image_std) + np.asarray(processor.image_mean)
+    if not processor.do_rescale:
+        x = x / 255
+    x = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
+    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x[..., :3]
+
+
+def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8
+    """An image as bytes, one channel as gray; of more than three channels the first three."""
+    x = np.clip(np.rint(image.transpose(1, 2, 0) * 255), 0, 255).astype(np.uint8)
+    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images.loading import read_picture
+from ..images.opening import read_picture
 from ..images.transforms import IGNORED_LABEL
 from ..train.label_maps import MapReader, Pair, check_sizes, find_pairs, matched
 from .split import held_out

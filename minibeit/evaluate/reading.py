@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..errors import ImageError
-from ..train.batches import ahead
+from ..images.ahead import read_ahead
 
 Item = TypeVar("Item")
 Record = TypeVar("Record")
@@ -38,7 +38,7 @@ class Reader(Generic[Item]):
 
     def each(self, most: int = AHEAD) -> Iterator[tuple[Item, Any]]:
         """(item, what `read` makes of it), `most` of them before they are asked for."""
-        results = ahead(self.items, self._tried, self.workers, most)
+        results = read_ahead(self.items, self._tried, self.workers, most)
         for item, result in zip(self.items, results):
             if isinstance(result, _Refused):
                 self.lost.append(getattr(item, "path", str(item)))

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import ImageError
 from ..foreign import as_numpy
-from ..strict_json import brief
+from .opening import is_picture, opened, reading
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
-MOST_PIXELS = 1 << 27
 STRIP_PIXELS = 1 << 20  # pixels converted at a time
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 
 
 def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any]]:
@@ -35,7 +30,7 @@ def flatten_images(images: Any, argument: str, ndim: int) -> list[tuple[str, Any
         if isinstance(item, (list, tuple)):
             for index, inner in enumerate(item):
                 visit(inner, f"{name}[{index}]")
-        elif isinstance(item, (str, os.PathLike, Image.Image)):
+        elif is_picture(item):
             found.append((name, item))
         else:
             array = _as_array(item, name)
@@ -75,9 +70,7 @@ def load_image(
 
 def decoded(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[str, Any]:
     """(name for messages, PIL image with its pixels in memory, upright) of a path or PIL image; arrays as they are."""
-    if isinstance(item, (str, os.PathLike)):
-        return str(item), read_picture(item, apply_exif_orientation)
-    return _loaded(item, name, apply_exif_orientation) if isinstance(item, Image.Image) else (name, item)
+    return opened(item, name, apply_exif_orientation) if is_picture(item) else (name, item)
 
 
 def pixels_of(
@@ -89,8 +82,8 @@ def pixels_of(
 ) -> np.ndarray:
     """What `load_image` returns, of an array or an image that `decoded` has read."""
     if isinstance(item, Image.Image):
-        with _reading(name):
-            if value_range is not None and (item.mode == "F" or item.mode.startswith("I")):
+        with reading(name):
+            if value_range is not None and _is_deep(item):
                 item = Image.fromarray(_within_range(np.asarray(item), value_range, name))
             item = _pixels_of(item, channels, name)
         input_data_format = CHANNELS_LAST
@@ -99,7 +92,7 @@ def pixels_of(
         pixels = _within_range(pixels, value_range, name)
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * np.uint8(255)  # as PIL's mode "1" is converted
-    return pixels if channels is None else _convert_channels(pixels, channels, name)
+    return pixels if channels is None else convert_channels(pixels, channels, name)
 
 
 def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orientation: bool = True) -> np.ndarray:
@@ -107,10 +100,7 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
 
     Raises ImageError for anything that is not one whole number per pixel.
     """
-    if isinstance(item, (str, os.PathLike)):
-        name, item = str(item), read_picture(item, apply_exif_orientation)
-    elif isinstance(item, Image.Image):
-        name, item = _loaded(item, name, apply_exif_orientation)
+    name, item = decoded(item, name, apply_exif_orientation)
     if isinstance(item, Image.Image):
         if item.mode not in _LABEL_MODES:
             raise ImageError(
@@ -126,98 +116,30 @@ def load_label_map(item: Any, name: str = "segmentation map", apply_exif_orienta
     return labels.astype(np.int64)
 
 
-def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = True) -> Image.Image:
-    """The decoded image of a file (of an animation the first frame), rotated upright according to its EXIF data.
+def as_bytes(image: Any, channels: int | None, name: str) -> Image.Image | None:
+    """A PIL image in `channels` (1 or 3) of bytes, converted in strips if need be, or gray for three equal channels.
 
-    Raises ImageError, naming the file, if it is missing, empty, truncated, no image, or a decompression bomb: more
-    pixels than `most_pixels()`, or than Pillow allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, rotating
-    and converting take at most 8 bytes per pixel, for WebP 16 (its decoder keeps two frames).
+    None for arrays, images of more than 8 bits, and other numbers of channels.
     """
-    name, file = str(path), Path(path)
-    if name.startswith(("http://", "https://")):
-        raise ImageError(f"{name}: expected an image on this machine, found an address; download it first")
-    with _reading(name):
-        if not file.exists():
-            raise ImageError(f"{name}: there is no such file")
-        if not file.is_file():
-            kind = "a folder" if file.is_dir() else "something that is not a regular file"
-            raise ImageError(f"{name}: expected an image, found {kind}")
-        if file.stat().st_size == 0:
-            raise ImageError(f"{name}: expected an image, found an empty file")
-        with Image.open(file) as image:
-            _check_pixels(image, name)
-            image.load()
-            vars(image).pop("_decoder", None)  # a WebP decoder holds two more frames
-            return _upright(image) if apply_exif_orientation else image
+    if not isinstance(image, Image.Image) or channels not in (1, 3) or _is_deep(image):
+        return None
+    if image.mode in ("L", MODES[channels]) and image.info.get("transparency") is None:
+        return image
+    with reading(name):
+        strips = _strips(image)
+        _, first = next(strips)
+        first = _convert_picture(first, channels, name)
+        if first.size == image.size:
+            return first
+        whole = Image.new(first.mode, image.size)
+        whole.paste(first, (0, 0))
+        for top, strip in strips:
+            whole.paste(_convert_picture(strip, channels, name), (0, top))
+        return whole
 
 
-def most_pixels() -> int:
-    """How many pixels an image may have: MINIBEIT_MAX_PIXELS if set, else 2^27, a third more than 100 megapixels.
-
-    Raises ValueError if the variable is not a positive integer.
-    """
-    text = os.environ.get("MINIBEIT_MAX_PIXELS")
-    if not text:
-        return MOST_PIXELS
-    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) == 0:
-        raise ValueError(f"MINIBEIT_MAX_PIXELS: expected a positive whole number, found {brief(text)}")
-    return int(text)
-
-
-def _check_pixels(image: Image.Image, name: str) -> None:
-    limit = most_pixels()
-    if image.width * image.height > limit:
-        raise ImageError(
-            f"{name}: expected at most {limit} pixels, found {image.width} x {image.height}; "
-            "set MINIBEIT_MAX_PIXELS to a larger number if you trust it"
-        )
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is raised at half the limit
-            yield
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise ImageError(
-            f"{name}: expected at most {limit} pixels, found more, which looks like a decompression bomb; "
-            "raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from error
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: expected an image in a format that Pillow reads, found something else") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
-        if isinstance(error, OSError) and error.errno:  # an error of the file system, not of Pillow
-            raise ImageError(f"{name}: the file cannot be read ({error.strerror})") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{name}: the image cannot be read, it seems damaged or unsupported ({reason})") from error
-
-
-def _loaded(image: Image.Image, name: str, apply_exif_orientation: bool) -> tuple[str, Image.Image]:
-    if getattr(image, "filename", ""):
-        name = f"{name} ({image.filename})"  # type: ignore[attr-defined]
-    if not (image.width and image.height):
-        raise ImageError(f"{name}: expected at least one pixel, found an image of {image.width} x {image.height}")
-    with _reading(name):
-        _check_pixels(image, name)
-        image.load()
-        return name, _upright(image) if apply_exif_orientation else image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    with suppress(Exception):  # the pixels may be fine without readable EXIF data
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            return ImageOps.exif_transpose(image)
-    return image
-
-
-def is_plain(image: Any, channels: int | None) -> bool:
-    """Whether an image's pixels need no conversion to that many channels: bytes, and no transparency."""
-    plain = isinstance(image, Image.Image) and image.mode == MODES.get(channels or 0) and channels in (1, 3)
-    return plain and image.info.get("transparency") is None
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "F" or image.mode.startswith("I")
 
 
 def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarray:  # -> (H, W) or (H, W, C)
@@ -225,8 +147,7 @@ def _pixels_of(image: Image.Image, channels: int | None, name: str) -> np.ndarra
 
     A conversion needs up to twenty bytes per pixel beside the image and the result; in strips, next to nothing.
     """
-    deep = image.mode == "F" or image.mode.startswith("I")
-    to_bytes = _byte_conversion(image, name) if deep and channels is not None else None
+    to_bytes = _byte_conversion(image, name) if _is_deep(image) and channels is not None else None
     pixels = np.empty(0)
     for top, strip in _strips(image):
         if to_bytes is not None:
@@ -305,7 +226,8 @@ def _extremes(image: Image.Image, name: str) -> tuple[Any, Any]:
 
 def _as_array(item: Any, name: str) -> np.ndarray:
     if not (hasattr(item, "__array__") or hasattr(item, "__dlpack__")):
-        raise TypeError(f"{name}: expected a path, a PIL image or an array, found {type(item).__name__}")
+        kinds = "a path, a file, its bytes, a PIL image or an array"
+        raise TypeError(f"{name}: expected {kinds}, found {type(item).__name__}")
     try:
         return as_numpy(item)
     except Exception as error:  # from an array library that is not known here
@@ -353,7 +275,8 @@ def _channel_axis(shape: tuple[int, ...], channels: int | None, name: str) -> in
     return candidates[0]
 
 
-def _convert_channels(pixels: np.ndarray, channels: int, name: str) -> np.ndarray:
+def convert_channels(pixels: np.ndarray, channels: int, name: str) -> np.ndarray:  # (H, W, C) -> (H, W, channels)
+    """Gray repeated, RGBA composited on white, colours to gray.  Raises ImageError where that cannot be."""
     found = pixels.shape[-1]
     if found == channels:
         return pixels

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError
-from .loading import most_pixels
+from .opening import most_pixels
 
 IGNORED_LABEL = 255  # of label maps: a class that losses leave out, as configs of the Hub have it
 LARGEST_RESULT = 1 << 26  # pixels of a resized or cropped image: 8192 x 8192, 800 MB as float32 with three channels

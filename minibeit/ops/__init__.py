@@ -13,15 +13,16 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+from .low_precision import LOW_DTYPES, lowered
 from .table import ARITHMETIC, ARRAYS, TABLE, Ops, PositionBias, fast_backwards, names_of, served_by
 
-__all__ = ["BACKENDS", "Ops", "PositionBias", "default_backend", "get_ops", "host_dtype"]
+__all__ = ["BACKENDS", "LOW_DTYPES", "Ops", "PositionBias", "default_backend", "get_ops", "host_dtype"]
 
 BACKENDS = {"numpy": None, "numba": "numba_cpu", "cupy": "cupy_gpu"}
 DEFAULT_BACKEND = "numba"
 GPU_BACKENDS = ("cupy",)
 DTYPES = ("float32", "float64")
-HALF_DTYPES = ("float16", "bfloat16")  # on GPUs only
+HALF_DTYPES = ("float16", "bfloat16")  # on GPUs; bfloat16 also on CPUs
 
 
 def default_backend() -> str:
@@ -81,6 +82,8 @@ def get_ops(
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
+    if backend not in GPU_BACKENDS and dtype in LOW_DTYPES:
+        ops = _of_low_precision(ops, dtype)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
@@ -107,23 +110,39 @@ def _beside_fast_ops(
     return ops
 
 
+def _of_low_precision(ops: dict[str, Callable[..., Any]], dtype: str) -> dict[str, Callable[..., Any]]:
+    """`ops` that prepare weights in `dtype`; all arrays are float32, whatever a model calls its dtype."""
+    prepare, stage, asarray = (ops[name] for name in ("prepare", "stage", "asarray"))
+
+    def array_op(op: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.wraps(op)(lambda x, wanted: op(x, "float32" if wanted in LOW_DTYPES else wanted))
+
+    return {
+        **ops,
+        "prepare": functools.wraps(prepare)(lambda params: prepare(lowered(params, dtype))),
+        "stage": array_op(stage),
+        "asarray": array_op(asarray),
+    }
+
+
 def check_choice(backend: str, dtype: str, device: int | None) -> None:
     """Raises ValueError for an unknown backend, or one without this dtype or without devices."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
     on_gpu = backend in GPU_BACKENDS
-    if not on_gpu and dtype in HALF_DTYPES:
-        raise ValueError(f"dtype: {dtype} is for GPUs (backend='cupy'), backend {backend} has {' and '.join(DTYPES)}")
-    if dtype not in (*DTYPES, *HALF_DTYPES):
-        names = " or ".join(map(repr, (*DTYPES, *HALF_DTYPES) if on_gpu else DTYPES))
-        raise ValueError(f"dtype: expected {names}, found {dtype!r}")
+    known = (*DTYPES, *(HALF_DTYPES if on_gpu else LOW_DTYPES))
+    if dtype not in known and dtype in (*HALF_DTYPES, *LOW_DTYPES):
+        place = "GPUs (backend='cupy')" if dtype in HALF_DTYPES else "CPUs (backend='numba')"
+        raise ValueError(f"dtype: {dtype} is for {place}, backend {backend} has {', '.join(known)}")
+    if dtype not in known:
+        raise ValueError(f"dtype: expected {' or '.join(map(repr, known))}, found {dtype!r}")
     if not on_gpu and device is not None:
         raise ValueError(f"device: backend {backend} runs on the CPU and has no devices, found {device!r}")
 
 
 def host_dtype(dtype: str) -> str:
-    """The NumPy dtype of a model's weights as read and of its outputs: float32 for half precision."""
-    return "float32" if dtype in HALF_DTYPES else dtype
+    """The NumPy dtype of a model's weights as read and of its outputs: float32 for half and low precision."""
+    return "float32" if dtype in (*HALF_DTYPES, *LOW_DTYPES) else dtype
 
 
 def tf32_allowed() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,8 @@ from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
 from ..model.encoder import encode
 from ..ops import get_ops, host_dtype
+from ..ops.low_precision import LOW_DTYPES, Spans, lowered
+from ..ops.portable import dump_portable, is_portable, restore_portable
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 from .capture import Capture
@@ -30,12 +32,13 @@ class BeitPreTrainedModel(EcosystemMethods):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     Without `arrays` or `prepared` the weights are random, determined by `seed`.  `dtype` is "float32" or "float64", on
-    a GPU also "float16" or "bfloat16".  `backend` selects the ops (see `minibeit.ops.get_ops`), `only` a subset of its
-    fast ops.  `num_threads` is how many threads a call uses, by default MINIBEIT_NUM_THREADS or all cores; `device` is
-    the number of a GPU, by default the first.
+    a GPU also "float16" or "bfloat16", on a CPU "int8" or "bfloat16" (see `ops.low_precision`).  `backend` selects the
+    ops (see `minibeit.ops.get_ops`), `only` a subset of its fast ops.  `num_threads` is how many threads a call uses,
+    by default MINIBEIT_NUM_THREADS or all cores; `device` is the number of a GPU, by default the first.
     """
 
     task: ClassVar[str]
+    name_or_path = ""  # what `from_pretrained` was given
 
     def __init__(
         self,
@@ -95,10 +98,13 @@ class BeitPreTrainedModel(EcosystemMethods):
         file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
             prepared = read_prepared(file, fields)
-            return cls(prepared.config, **options, prepared=prepared)
-        get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
-        config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
-        return cls(config, **options, arrays=arrays)
+            model = cls(prepared.config, **options, prepared=prepared)
+        else:
+            get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
+            config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
+            model = cls(config, **options, arrays=arrays)
+        model.name_or_path = str(path)
+        return model
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes get the original arrays and pack them again, since packed weights are for one CPU
@@ -107,7 +113,8 @@ class BeitPreTrainedModel(EcosystemMethods):
             dtype=self.dtype, backend=self.ops.backend, only=self._only, num_threads=self.num_threads
         )
         made.update(device=self.device, arrays=self._arrays, prepared=self._prepared)
-        return _remade, (type(self), self.config, made)
+        kept = {name: value for name, value in vars(self).items() if name in ("name_or_path", "add_pooling_layer")}
+        return _remade, (type(self), self.config, made), kept
 
     def __call__(
         self,
@@ -140,17 +147,27 @@ class BeitPreTrainedModel(EcosystemMethods):
         config = self.config.replace(architectures=(type(self).__name__,))
         save_checkpoint(folder, config, self.task, self.arrays, dtype)
 
-    def save_prepared(self, folder: str | os.PathLike[str]) -> None:
+    def save_prepared(
+        self, folder: str | os.PathLike[str], portable: bool = False, spans: Sequence[Spans] | None = None
+    ) -> None:
         """Writes `config.json` and `prepared.safetensors`: the weights as this backend packed them for this CPU.
 
-        `from_pretrained` maps such a file without packing again.  Raises ValueError for a backend that does not pack
-        weights, or weights that are not float32.
+        `from_pretrained` maps such a file without packing again.  With `portable`, for the dtypes int8 and bfloat16,
+        it holds the rounded weights for every CPU, to be packed when they are loaded.  `spans` are what
+        `calibration.channel_spans` measured, for int8.  Raises ValueError for a backend that does not pack weights, and
+        for a dtype without such a file.
         """
-        if self.dtype != "float32":
-            raise ValueError(f"a prepared file holds float32 weights, this model's are {self.dtype}")
-        layout, arrays = self.ops.dump(self.params)
+        if self.dtype not in ("float32", *LOW_DTYPES) or (portable and self.dtype not in LOW_DTYPES):
+            kinds = f"{'' if portable else 'float32 or '}low precision ({', '.join(LOW_DTYPES)})"
+            raise ValueError(f"a prepared file holds weights of {kinds}, this model's are {self.dtype}")
+        if portable:
+            layout, arrays = dump_portable(self.plain_params, self.dtype, spans)
+        elif spans is not None:
+            layout, arrays = self.ops.dump(self.ops.prepare(lowered(self.plain_params, self.dtype, spans=spans)))
+        else:
+            layout, arrays = self.ops.dump(self.params)
         config = self.config.replace(architectures=(type(self).__name__,))
-        write_prepared(folder, config, self.task, layout, arrays)
+        write_prepared(folder, config, self.task, layout, arrays, self.dtype)
 
     @property
     def arrays(self) -> Mapping[str, Array]:
@@ -168,7 +185,8 @@ class BeitPreTrainedModel(EcosystemMethods):
     @property
     def plain_params(self) -> Any:
         """The tree of parameters in plain arrays, whatever the backend has packed: what training learns."""
-        return self.params if self.ops.backend == "numpy" else unflatten(shapes(self.config, self.task), self.arrays)
+        plain = self.ops.backend == "numpy" and self.dtype not in LOW_DTYPES
+        return self.params if plain else unflatten(shapes(self.config, self.task), self.arrays)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """How many numbers the model has learned; running statistics of batch norms are not learned."""
@@ -185,9 +203,14 @@ class BeitPreTrainedModel(EcosystemMethods):
 
     def _restored(self, prepared: Prepared) -> Any:
         """The parameters from a prepared file.  Raises CheckpointError if this model cannot use them."""
-        if self.dtype != "float32":
-            raise CheckpointError(f"{prepared.path}: holds float32 weights, but dtype {self.dtype} was asked for")
+        if self.dtype != prepared.dtype:
+            raise CheckpointError(
+                f"{prepared.path}: holds {prepared.dtype} weights, but dtype {self.dtype} was asked for"
+            )
         try:
+            if is_portable(prepared.layout):
+                tree = restore_portable(shapes(self.config, self.task), prepared.layout, prepared.arrays)
+                return self.ops.prepare(tree)
             return self.ops.restore(shapes(self.config, self.task), prepared.layout, prepared.arrays)
         except ValueError as error:
             raise CheckpointError(f"{prepared.path} (for {prepared.task.replace('_', ' ')}): {error}") from None

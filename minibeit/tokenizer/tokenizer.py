@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..foreign import as_numpy
 from ..loading_options import split_model_keywords
-from ..ops import get_ops, host_dtype
+from ..ops import LOW_DTYPES, get_ops, host_dtype
 from ..params import unflatten
 from ..trace import SILENT, Scope, Trace
 from .config import DalleTokenizerConfig
@@ -51,6 +51,8 @@ class DalleTokenizer:
         self.num_threads = num_threads
         self.device = device
         self.ops = get_ops(backend, None, dtype, device)
+        if dtype in LOW_DTYPES and self.ops.backend != "cupy":
+            raise ValueError(f"dtype: a tokenizer has no layers of low precision, expected float32, found {dtype}")
         self.arrays = random_arrays(config, seed, host_dtype(dtype)) if arrays is None else arrays
         self.params = self.ops.prepare(self.plain_params)
 

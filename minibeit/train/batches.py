@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from ..image_processor import BeitImageProcessor
+from ..images.ahead import read_ahead
 from ..images.loading import load_image
 from .augment import augmented, erase
 from .recipes import Recipe
@@ -62,22 +61,6 @@ def in_batches(
 ) -> Iterator[tuple[Sequence[Item], list[Result]]]:
     """(items, what `read` makes of them) of `size` items each, the last perhaps of fewer, read ahead by threads."""
     parts = [items[start : start + size] for start in range(0, len(items), size)]
-    read_ahead = ahead((item for part in parts for item in part), read, workers, size * AHEAD)
+    results = read_ahead((item for part in parts for item in part), read, workers, size * AHEAD)
     for part in parts:
-        yield part, [next(read_ahead) for _ in part]
-
-
-def ahead(items: Iterable[Any], function: Callable[[Any], Any], workers: int, most: int) -> Iterator[Any]:
-    """function(item) for every item in its order, by threads, at most `most` results before they are asked for."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > most:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        yield part, [next(results) for _ in part]

@@ -166,6 +166,8 @@ class ImageReconstruction(Objective):
 class _Reconstructions(Score):
     """Of images from their likeliest tokens."""
 
+    sums = ("images", "loss", "error", "counts")
+
     def __init__(self, vocab_size: int) -> None:
         self.images, self.loss, self.error = 0, 0.0, 0.0
         self.counts = np.zeros(vocab_size, np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
-from ..images.loading import read_picture
+from ..images.opening import read_picture
 from ..strict_json import brief
 from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 

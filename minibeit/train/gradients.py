@@ -43,6 +43,8 @@ def value_and_grad(
     batch_statistics: bool | BatchStatistics = False,
     recompute: bool = False,
     trace: Trace | None = None,
+    weight: float = 1.0,
+    ready: Callable[[str, Array], Array] | None = None,
     **inputs: Any,
 ) -> Gradients:
     """The loss of one batch and its gradients; the model is not changed.
@@ -52,7 +54,9 @@ def value_and_grad(
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
     batch norms use those of the batch, True each worker's own.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
-    the forward.
+    the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch.
+    `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
+    layers are still to come; what it returns takes the gradient's place.
 
     Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
     raises it for.
@@ -74,7 +78,7 @@ def value_and_grad(
                 "labels: expected labels for the model's own loss, or a `loss` of its output, found neither"
             )
         if isinstance(made, Node):
-            tape.backward(made, np.ones_like(made.value))
+            tape.backward(made, np.full_like(made.value, weight), _handing_over(watched, ready))
     if trace is not None:
         for name, array in noted.items():
             trace.record(name, values(array))
@@ -85,6 +89,16 @@ def value_and_grad(
     plain = type(output)(**{name: values(value) for name, value in output.items()})
     running = {} if statistics is None else statistics.running(named)
     return Gradients(float(values(made)), grads, plain, running)
+
+
+def _handing_over(watched: Any, ready: Callable[[str, Array], Array] | None) -> Callable[[Node], None]:
+    names = {leaf: name for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
+
+    def final(node: Node) -> None:
+        if ready is not None and node.gradient is not None:
+            node.gradient = ready(names[node], node.gradient)
+
+    return final
 
 
 def recorded(model: Any, tape: Tape, params: Any) -> Any:

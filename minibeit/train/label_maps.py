@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import ImageError
-from ..images.loading import read_picture
+from ..images.ahead import read_ahead
+from ..images.opening import read_picture
 from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
-from .batches import ahead
 from .examples import MAP_FOLDERS, SHOWN
 from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 
@@ -279,7 +279,7 @@ def _looked_at(found: list[Pair], read_map: MapReader, workers: int) -> tuple[li
             return f"{pair.map}: every pixel is ignored, so there is nothing to learn from it"
         return replace(pair, digest=hashlib.sha256(content).hexdigest()), counts
 
-    looked = list(ahead(found, look, workers, 2 * workers))  # the first error ends it
+    looked = list(read_ahead(found, look, workers, 2 * workers))  # the first error ends it
     good = [item for item in looked if not isinstance(item, str)]
     return (
         [pair for pair, _ in good],

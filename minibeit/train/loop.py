@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
-from ..params import flatten, unflatten
+from ..ops.backward.maps import BatchStatistics
+from ..params import flatten
 from ..trace import Trace
 from .batches import in_batches, order_of
 from .gradients import value_and_grad
 from .metrics import better, draw_curves, write_log
 from .objective import Batch, Objective
 from .optimizer import AdamW, AverageOfWeights, clipped, set_running
+from .ranks import Ranks
 from .recipes import Recipe
 from .state import State, Stopped, StopSign, digest, load_state, save_state, stop_signals
+from .summed import SummedGradients
 
 LOG_NAME, CURVES_NAME = "log.jsonl", "curves.png"
 SAVE_SECONDS = 600  # within an epoch the state is saved so often
@@ -45,7 +50,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a batch teaches: its loss, the tree of gradients, and how many of its answers were right."""
+    """What a batch teaches: its loss, the tree of gradients, how many of its answers were right, and of how many."""
 
     loss: float
     grads: Any
@@ -64,6 +69,10 @@ class Trainer:
     `recompute` trades time for memory, `workers` threads decode images.  `tell` gets a `Progress` after each step,
     `record` the number of the step and named numbers after each step and each epoch.
     The result depends on `seed` and on nothing else: not on the number of workers, nor on stops in between.
+
+    With several `ranks` each makes a trainer of its own with the same arguments.  Every rank reads and computes its
+    samples of each batch, and all make the same step; the first alone writes, tells and records.  The result is that
+    of one process but for the order in which gradients are added up.
     """
 
     def __init__(
@@ -80,12 +89,16 @@ class Trainer:
         workers: int = 2,
         tell: Callable[[Progress], None] = lambda progress: None,
         record: Callable[[int, dict[str, float]], None] = lambda step, numbers: None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.model, self.objective, self.recipe, self.folder = model, objective, recipe, Path(folder)
         self.seed, self.recompute, self.workers, self.tell, self.record = seed, recompute, workers, tell, record
         self.frozen = (frozen,) if isinstance(frozen, str) else tuple(frozen)
         self.batch_size = min(recipe.batch_size, len(objective.train))
-        self.pieces = min(accumulate, self.batch_size)
+        shares = self.ranks.shares(self.batch_size)
+        self.rows = shares[self.ranks.rank]
+        self.pieces = min(accumulate, *map(len, shares))
         self.steps_per_epoch = len(objective.train) // self.batch_size  # what is left over waits for another epoch
         self.steps = recipe.epochs * self.steps_per_epoch
         settings = dataclasses.asdict(dataclasses.replace(recipe, source=""))
@@ -96,6 +109,7 @@ class Trainer:
             "weights of --model": digest(dict(model.arrays)),
             **objective.identity,
         }
+        self._check_same(self.identity, "give all of them the same files and options")
         self.optimizer = AdamW(
             model,
             weight_decay=recipe.weight_decay,
@@ -107,6 +121,9 @@ class Trainer:
         )
         self.rate = recipe.schedule(self.steps, self.steps_per_epoch)
         self.average = AverageOfWeights(self.optimizer, recipe.average) if recipe.average else None
+        self.sums: SummedGradients | None = None  # of a batch that one backward passes through there is nothing to sum
+        if self.pieces > 1 or self.ranks.count > 1:
+            self.sums = SummedGradients(self.optimizer.slots, model.dtype, self.ranks)
         self.state = State()
 
     def run(self) -> list[dict[str, Any]]:
@@ -122,20 +139,33 @@ class Trainer:
 
     def resume(self) -> None:
         """Takes up the state that `folder` holds.  Raises FileNotFoundError, and ValueError for another's state."""
-        self.state, vectors = load_state(self.folder, self.identity)
+        vectors: dict[str, np.ndarray] = {}
+        if self.ranks.first:
+            self.state, vectors = load_state(self.folder, self.identity)
+        self.state = self.ranks.from_first(lambda: self.state)
         for name, vector in self._vectors().items():
-            vector[...] = vectors[name]
+            if self.ranks.first:
+                vector[...] = vectors[name]
+            self.ranks.copy_from_first(vector)
 
     def evaluate(self, examples: Sequence[Any], sign: StopSign | None = None) -> dict[str, float]:
-        """The metrics of the model on examples as it will be asked about them."""
-        score = self.objective.score()
-        size = -(-self.batch_size // self.pieces)
-        for _, samples in in_batches(examples, size, self._read_judged, self.workers):
-            batch = self.objective.batch(samples)
-            score.add(self.model(batch.pixels, **batch.inputs), batch)
-            if sign is not None and sign.asked:
+        """The metrics of the model on examples as it will be asked about them.
+
+        The ranks take turns in batches, and the first makes the metrics of what all have found.
+        """
+        score, ranks = self.objective.score(), self.ranks.count
+        size = min(-(-self.batch_size // (self.pieces * ranks)), -(-len(examples) // ranks))
+        own = [example for i, example in enumerate(examples) if i // size % ranks == self.ranks.rank]
+        batches = in_batches(own, size, self._read_judged, self.workers)
+        for _ in range(0, len(examples), size * ranks):
+            for _, samples in itertools.islice(batches, 1):  # in the last turn there may be none for this rank
+                batch = self.objective.batch(samples)
+                score.add(self.model(batch.pixels, **batch.inputs), batch)
+            if self.ranks.any(sign is not None and sign.asked):
                 raise Stopped
-        return score.metrics()
+        for other in self.ranks.gathered(score)[1:]:
+            score.take_in(other)
+        return self.ranks.from_first(score.metrics)
 
     # One epoch --------------------------------------------------------------------------------------------------------
 
@@ -144,23 +174,24 @@ class Trainer:
         for batch in self._batches():
             self._step(batch)
             seconds = time.monotonic() - started
-            self.tell(self._progress((self.state.step - first) / max(seconds, 1e-9)))
-            if sign.asked:
+            if self.ranks.first:
+                self.tell(self._progress((self.state.step - first) / max(seconds, 1e-9)))
+            if self.ranks.any(sign.asked):
                 self._stop()
             if time.monotonic() - saved > SAVE_SECONDS:
                 self._save()
                 saved = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches of the epoch at hand that have not been used yet."""
+        """This rank's share of the batches of the epoch at hand that have not been used yet."""
         epoch, size, train = len(self.state.history), self.batch_size, self.objective.train
-        order = order_of(len(train), self.seed, epoch)[: self.steps_per_epoch * size]
-        left = order[(self.state.step - epoch * self.steps_per_epoch) * size :].tolist()
+        order = order_of(len(train), self.seed, epoch)[: self.steps_per_epoch * size].reshape(-1, size)
+        left = order[self.state.step - epoch * self.steps_per_epoch :, self.rows].reshape(-1).tolist()
 
         def read(i: int) -> Any:
             return self.objective.read(train[i], (self.seed, epoch, i))
 
-        for _, samples in in_batches(left, size, read, self.workers):
+        for _, samples in in_batches(left, len(self.rows), read, self.workers):
             yield self.objective.batch(samples)
 
     def _step(self, batch: Batch) -> None:
@@ -169,52 +200,59 @@ class Trainer:
         found = self._learned(batch)
         grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
-            raise NotFinite(self._first_not_finite(found, batch))
+            raise NotFinite(self._sentence(self._first_not_finite(found, batch)))
         rate = self.rate(state.step)
         self.optimizer.step(grads, rate)
         if self.average is not None:
             self.average.update()
         state.step += 1
-        state.seen += len(batch)
-        state.loss_sum += found.loss * len(batch)
+        state.seen += self.batch_size
+        state.loss_sum += found.loss * self.batch_size
         state.right += found.right
         state.answers += found.answers
-        self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
+        if self.ranks.first:
+            self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
 
     def _learned(self, batch: Batch) -> Learned:
-        """What a batch teaches, computed in pieces."""
-        pieces = np.array_split(np.arange(len(batch)), self.pieces)
-        if len(pieces) == 1:
-            return self._learned_of(batch, 0)
-        terms, loss, right, answers = max(self.objective.terms(batch), 1), 0.0, 0.0, 0
-        sums: dict[str, np.ndarray] = {}
-        for rows in pieces:
-            piece = batch.rows(rows)
-            found = self._learned_of(piece, first_sample=int(rows[0]))
-            share = self.objective.terms(piece) / terms
-            for name, g in flatten(found.grads).items():
-                scaled = g * g.dtype.type(share)
-                sums[name] = sums[name] + scaled if name in sums else scaled
-            loss, right, answers = loss + found.loss * share, right + found.right, answers + found.answers
-        return Learned(loss, unflatten(found.grads, sums), right, answers)
+        """What a batch teaches, of which `batch` is this rank's share: computed in pieces, summed over the ranks."""
+        terms = max(float(self.ranks.total(np.array([float(self.objective.terms(batch))]))[0]), 1.0)
+        if self.sums is not None:
+            self.sums.begin()
+        parts = []
+        for rows in np.array_split(np.arange(len(batch)), self.pieces):
+            piece = batch.rows(rows) if self.pieces > 1 else batch
+            share = self.objective.terms(piece) / terms if self.sums is not None else 1.0
+            parts.append(self._learned_of(piece, self.rows[rows], share, last=rows[-1] == len(batch) - 1))
+        if self.sums is not None:
+            self.sums.end()
+        sums = np.sum([(part.loss, part.right, part.answers) for part in parts], axis=0)
+        loss, right, answers = self.ranks.total(sums).tolist()
+        return Learned(loss, parts[-1].grads, right, int(answers))
 
-    def _learned_of(self, piece: Batch, first_sample: int) -> Learned:
+    def _learned_of(self, piece: Batch, samples: np.ndarray, share: float, last: bool) -> Learned:
+        """What a piece teaches, its loss being a share of the batch's."""
+        ready = None if self.sums is None else functools.partial(self.sums.add, last=last)
         found = value_and_grad(
             self.model,
             piece.pixels,
             loss=self.objective.loss(piece),
-            rng=Noise(self.seed, self.state.step, first_sample=first_sample),
+            rng=Noise(self.seed, self.state.step, tuple(samples.tolist())),
             frozen=self.frozen,
-            batch_statistics=self.objective.batch_statistics,
+            batch_statistics=self.objective.batch_statistics and BatchStatistics(self.ranks.total),
             recompute=self.recompute,
+            weight=share,
+            ready=ready,
             **piece.inputs,
         )
         if found.running:
             set_running(self.model, found.running)
-        return Learned(found.loss, found.grads, *self.objective.right(found.output, piece))
+        return Learned(found.loss * share, found.grads, *self.objective.right(found.output, piece))
 
     def _end_epoch(self, sign: StopSign) -> None:
         state = self.state
+        if self.ranks.count > 1:  # equal steps from equal weights, unless a machine computes otherwise than the others
+            weights = {"weights": digest({"": self.optimizer.weights})}
+            self._check_same(weights, "they must have the same program and processors; resume from the epoch before")
         row: dict[str, Any] = {"epoch": len(state.history) + 1, "step": state.step}
         row.update(lr=self.rate(state.step - 1), train_loss=state.loss_sum / state.seen)
         if state.answers:
@@ -226,9 +264,10 @@ class Trainer:
             self._stop()
         self.state = State(state.step, [*state.history, row])
         self._save()
-        write_log(self.folder / LOG_NAME, self.state.history)
-        draw_curves(self.folder / CURVES_NAME, self.state.history)
-        self.record(state.step, {f"epoch/{name}": value for name, value in row.items() if isinstance(value, float)})
+        if self.ranks.first:
+            write_log(self.folder / LOG_NAME, self.state.history)
+            draw_curves(self.folder / CURVES_NAME, self.state.history)
+            self.record(state.step, {f"epoch/{name}": value for name, value in row.items() if isinstance(value, float)})
 
     def _judge(self, row: dict[str, Any], sign: StopSign) -> None:
         """Evaluates, and writes the model if none was better."""
@@ -238,7 +277,7 @@ class Trainer:
         self._check_weights()
         best = next((r for r in reversed(self.state.history) if r["best"]), None)
         row["best"] = better(row, best, self.objective.best)
-        if row["best"]:
+        if row["best"] and self.ranks.first:
             self.objective.save(self.model, self.folder)
 
     # What is kept -----------------------------------------------------------------------------------------------------
@@ -251,7 +290,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_weights()
-        save_state(self.folder, self.state, self._vectors(), self.identity)
+        if self.ranks.first:
+            save_state(self.folder, self.state, self._vectors(), self.identity)
 
     def _stop(self) -> None:
         self._save()
@@ -264,6 +304,13 @@ class Trainer:
         right = s.right / s.answers if s.answers else None
         return Progress(s.step, self.steps, len(s.history) + 1, s.loss_sum / s.seen, right, rate, left)
 
+    def _check_same(self, values: Mapping[str, str], advice: str) -> None:
+        """Raises ValueError, in the first rank, if another has other values."""
+        for rank, others in enumerate(self.ranks.gathered(values)):
+            for what, value in values.items():
+                if others[what] != value:
+                    raise ValueError(f"rank {rank} has other {what} than the first; {advice}")
+
     def _read_judged(self, example: Any) -> Any:
         return self.objective.read_judged(example)
 
@@ -274,17 +321,24 @@ class Trainer:
             raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.plain_params))}"))
 
     def _first_not_finite(self, found: Learned, batch: Batch) -> str:
-        """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients."""
+        """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients.
+
+        Of pixels and arrays of the forward each rank knows its own: that of the first one that knows any is taken.
+        """
+        what = None
         if not np.isfinite(batch.pixels).all():
-            return self._sentence("the pixel values")
-        if name := _first(flatten(self.model.plain_params)):
-            return self._sentence(f"the weights {name}")
-        if not math.isfinite(found.loss):
-            trace = Trace()
+            what = "the pixel values"
+        elif name := _first(flatten(self.model.plain_params)):
+            what = f"the weights {name}"
+        elif not math.isfinite(found.loss):
+            trace, noise = Trace(), Noise(self.seed, self.state.step, tuple(self.rows.tolist()))
             with contextlib.suppress(ValueError):
-                self.model(batch.pixels, rng=Noise(self.seed, self.state.step), trace=trace, **batch.inputs)
-            return self._sentence(_first(trace) or "the loss itself")
-        return self._sentence(f"the gradient of {_first(dict(reversed(flatten(found.grads).items())))}")
+                self.model(batch.pixels, rng=noise, trace=trace, **batch.inputs)
+            what = _first(trace)
+        else:
+            what = f"the gradient of {_first(dict(reversed(flatten(found.grads).items())))}"
+        whats = self.ranks.gathered(what)
+        return self.ranks.from_first(lambda: next(filter(None, whats), "the loss itself"))
 
     def _sentence(self, what: str) -> str:
         kept = f"what {self.folder} holds is of epoch {len(self.state.history)}" if self.state.history else ""

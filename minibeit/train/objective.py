@@ -51,6 +51,13 @@ class Batch:
 class Score:
     """Takes in predictions batch by batch and gives their metrics."""
 
+    sums: tuple[str, ...]  # the attributes, numbers, arrays or lists, that are those of all batches added up
+
+    def take_in(self, other: Score) -> None:
+        """Takes in what another score has taken in."""
+        for name in self.sums:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def add(self, output: Any, batch: Batch) -> None:
         """Takes in the model's output for a batch."""
         raise NotImplementedError
@@ -163,6 +170,8 @@ class Classification(Objective):
 
 
 class _Predictions(Score):
+    sums = ("logits", "targets")
+
     def __init__(self, problem: str) -> None:
         self.problem = problem
         self.logits: list[np.ndarray] = []

@@ -114,6 +114,8 @@ def token_losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
 
 
 class _MaskedTokens(Score):
+    sums = ("loss", "right", "masked", "counts")
+
     def __init__(self, vocab_size: int) -> None:
         self.loss, self.right, self.masked = 0.0, 0, 0
         self.counts = np.zeros(vocab_size, np.int64)

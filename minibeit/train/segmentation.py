@@ -99,6 +99,8 @@ class Segmentation(Objective):
 class _Confusion(Score):
     """The confusion matrix (K, K) of all pixels that count, and their cross-entropy."""
 
+    sums = ("matrix", "loss")
+
     def __init__(self, classes: int) -> None:
         self.matrix = np.zeros((classes, classes), np.int64)
         self.loss = 0.0

@@ -207,16 +207,22 @@ def check_memory(
     recompute: bool,
     task: str,
     smallest_piece: int = 1,
+    processes: int = 1,
 ) -> str:
     """A sentence about the memory that training a model of `task` will take, in pieces of some images at least.
+
+    `processes` are as many as do the same on this machine.
 
     Raises ValueError, with what would fit, where it is more than there is.
     """
     need, there = memory_needed(config, average, recompute, task), available_memory()
+    if there is not None:
+        there //= processes
+    each = " in each rank" if processes > 1 else ""
     piece = -(-batch_size // accumulate)
     total = need.total(piece)
     if there is None or total <= there:
-        return f"the training will take about {total / 1e9:.1f} GB of memory"
+        return f"the training will take about {total / 1e9:.1f} GB of memory{each}"
     fits = (there - need.fixed) // need.per_picture
     if fits >= smallest_piece:
         advice = f"--accumulate {-(-batch_size // fits)} fits, which computes {fits} pictures at a time"
@@ -225,7 +231,8 @@ def check_memory(
     else:
         advice = "the model is too large for this machine"
     raise ValueError(
-        f"memory: pieces of {piece} pictures will take about {total / 1e9:.1f} GB, found {there / 1e9:.1f} GB; {advice}"
+        f"memory: pieces of {piece} pictures will take about {total / 1e9:.1f} GB, found {there / 1e9:.1f} GB{each}; "
+        f"{advice}"
     )
 
 

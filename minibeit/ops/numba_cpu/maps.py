@@ -10,11 +10,12 @@ import numpy as np
 
 from . import gemm
 from .arguments import PLAIN, PRODUCT, RELU
+from .low_precision import PackedLow, PackedLowDeconv, level_rows, low_product, run_low
 from .memory import NOTHING, constant_operand, padded, result
 from .operands import rows
 from .pack import PackedLinear
 from .packed import Packed
-from .spread import PackedTaps, convolve_enlarged, enlarge_into
+from .spread import PackedLowTaps, PackedTaps, convolve_enlarged, enlarge_into
 from .target import LANES, NR, STEPS
 from .winograd import After, PackedWinograd, convolve
 
@@ -23,7 +24,7 @@ from .winograd import After, PackedWinograd, convolve
 class PackedConv(Packed):
     """A 3x3 convolution with folded batch norm, in parts that each read their own share of the input channels."""
 
-    parts: tuple[PackedWinograd | PackedTaps, ...]
+    parts: tuple[PackedWinograd | PackedTaps | PackedLowTaps, ...]
     bias: np.ndarray  # (out,)
     source: Any = None
 
@@ -55,8 +56,10 @@ def to_channels_first(y: np.ndarray) -> np.ndarray:  # (B, h, w, C) -> (B, C, h,
     return y.transpose(0, 3, 1, 2)
 
 
-def conv_1x1(x: np.ndarray, layer: PackedLinear, relu: bool) -> np.ndarray:
+def conv_1x1(x: np.ndarray, layer: PackedLinear | PackedLow, relu: bool) -> np.ndarray:
     """A linear layer on every pixel, and max(0, ) of it with `relu`."""
+    if isinstance(layer, PackedLow):
+        return to_channels_first(low_product(to_channels_last(x), layer, RELU if relu else PLAIN))
     return to_channels_first(gemm.product(to_channels_last(x), layer, RELU if relu else PLAIN))
 
 
@@ -73,9 +76,19 @@ def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int
     return to_channels_first(y)
 
 
-def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv, mode: int) -> np.ndarray:
+def conv_transpose_2x2(x: np.ndarray, layer: PackedDeconv | PackedLowDeconv, mode: int) -> np.ndarray:
     """Four products, one for each corner of the 2x2 squares; the rows of one product go to every second pixel."""
     B, C, h, w = x.shape
+    if isinstance(layer, PackedLowDeconv):
+        corners = layer.corners
+        y, output, pixel = result((B, 2 * h, 2 * w, corners.out))
+        row = y.strides[1]
+        run_low(
+            4, level_rows(to_channels_last(x), corners), corners, output,
+            y_bytes=2 * pixel, mode=mode, side=1, blocks=B * h, unit=w, y_unit_bytes=2 * row, y_pair_bytes=row,
+            y_odd_bytes=pixel, group=gemm.panel_group(len(corners.panels) // 4, 4 * B * h),
+        )  # fmt: skip
+        return to_channels_first(y)
     x_rows, count, x_bytes = rows(to_channels_last(x))
     y, output, pixel = result((B, 2 * h, 2 * w, layer.out))
     row, panels, bias = y.strides[1], constant_operand(layer.panels), constant_operand(layer.bias)

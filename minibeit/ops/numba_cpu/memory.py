@@ -84,8 +84,8 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype | type = np.float32) -> np.n
 
 
 def aligned_copy(x: np.ndarray) -> np.ndarray:
-    """A float32 copy of an array, contiguous and aligned."""
-    copy = aligned(x.shape)
+    """A copy of an array, contiguous and aligned."""
+    copy = aligned(x.shape, x.dtype)
     copy[...] = x
     return copy
 

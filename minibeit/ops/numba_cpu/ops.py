@@ -16,6 +16,7 @@ from . import gemm
 from .arguments import GELU, PLAIN, RELU, RESIDUAL
 from .attention import attend, can_fuse
 from .convs import PACKED, convolve_map
+from .low_precision import PackedLow, PackedLowDeconv, low_product
 from .maps import (
     PackedConv,
     PackedDeconv,
@@ -33,7 +34,7 @@ from .operands import contiguous
 from .pack import PackedLinear
 from .prepare import PackedAttention, is_float32, pack_deconv, pack_linear, pack_map_conv
 from .queue import flush, synchronous
-from .target import SHORT_SUM
+from .target import SHORT_SUM, STEPS
 
 _GELUS = ("gelu", "gelu_python")
 _numpy = SimpleNamespace(**{name: synchronous(getattr(reference, name)) for name in TABLE})
@@ -53,7 +54,7 @@ def linear(x: np.ndarray, layer: Any) -> np.ndarray:  # (..., in) -> (..., out)
     layer = _packed(x, layer)
     if not _fits(x, layer):
         return _numpy.linear(x, _plain(layer))
-    return gemm.product(x, layer, steps_per_sum=SHORT_SUM)
+    return _product(x, layer, steps_per_sum=SHORT_SUM)
 
 
 def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:  # (..., in) -> (..., out)
@@ -62,10 +63,10 @@ def linear_activation(x: np.ndarray, layer: Any, activation: str) -> np.ndarray:
     if not _fits(x, layer):
         return _numpy.linear_activation(x, _plain(layer), activation)
     if activation in _GELUS:
-        return gemm.product(x, layer, GELU)
+        return _product(x, layer, GELU)
     if activation == "relu":
-        return gemm.product(x, layer, RELU)
-    y = gemm.product(x, layer)
+        return _product(x, layer, RELU)
+    y = _product(x, layer)
     flush()
     return ACTIVATIONS[activation](y)
 
@@ -78,8 +79,8 @@ def linear_residual(
     if not _fits(x, layer) or not is_float32(scale, residual, keep):
         return _numpy.linear_residual(x, _plain(layer), scale, residual, keep)
     if keep is None:
-        return gemm.product(x, layer, RESIDUAL, scale, residual)
-    y = gemm.product(x, layer)
+        return _product(x, layer, RESIDUAL, scale, residual)
+    y = _product(x, layer)
     flush()
     return residual + (y if scale is None else y * scale) * keep
 
@@ -92,7 +93,7 @@ def project_qkv(
     if not isinstance(p, PackedAttention) or not is_float32(x) or x.size == 0:
         return _numpy.project_qkv(x, _plain_attention(p), num_heads)
     B, N, _ = x.shape
-    joined = gemm.product(x, p.qkv)  # (B, N, 3 D)
+    joined = _product(x, p.qkv)  # (B, N, 3 D)
     parts = joined.reshape(B, N, 3, num_heads, -1).transpose(2, 0, 3, 1, 4)
     return parts[0], parts[1], parts[2]
 
@@ -149,7 +150,7 @@ def conv2d_one_hot(ids: np.ndarray, conv: Any) -> np.ndarray:  # (B, h, w) -> (B
 @synchronous
 def conv_bn_relu(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """See `reference.conv_bn_relu`; the batch norm was folded into the weights."""
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, (PackedLinear, PackedLow)):
         return conv_1x1(x, layer, relu=True)
     if isinstance(layer, PackedConv):
         return conv_bn_relu_resized([x], layer, (x.shape[2], x.shape[3]))
@@ -174,7 +175,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
     """See `reference.conv_transpose`."""
     if isinstance(deconv, ConvTranspose) and is_float32(x) and x.size:
         deconv = pack_deconv(deconv, None, False)
-    if not isinstance(deconv, PackedDeconv):
+    if not isinstance(deconv, (PackedDeconv, PackedLowDeconv)):
         return reference.conv_transpose(x, deconv)
     return conv_transpose_2x2(x, deconv, PLAIN)
 
@@ -182,7 +183,7 @@ def conv_transpose(x: np.ndarray, deconv: Any) -> np.ndarray:  # (B, C, h, w) ->
 @synchronous
 def conv_transpose_bn_gelu(x: np.ndarray, deconv: Any, bn: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """See `reference.conv_transpose_bn_gelu`; `bn` was folded into the weights of `deconv`."""
-    if not isinstance(deconv, PackedDeconv):
+    if not isinstance(deconv, (PackedDeconv, PackedLowDeconv)):
         return reference.conv_transpose_bn_gelu(x, deconv, bn)
     return conv_transpose_2x2(x, deconv, GELU)
 
@@ -211,6 +212,19 @@ def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, 
     return resize(x, (size[0], size[1])) if can_resize(x) else reference.resize_bilinear(x, size)
 
 
+def _product(
+    x: np.ndarray,
+    layer: PackedLinear | PackedLow,
+    mode: int = PLAIN,
+    scale: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    steps_per_sum: int = STEPS,
+) -> np.ndarray:
+    if isinstance(layer, PackedLow):
+        return low_product(x, layer, mode, scale, residual)
+    return gemm.product(x, layer, mode, scale, residual, steps_per_sum)
+
+
 def _packed(x: np.ndarray, layer: Any) -> Any:
     """A layer in training, whose weights change at every step, packed for this one call; others as they are."""
     return pack_linear([layer], False) if isinstance(layer, (Linear, Conv)) and is_float32(x) and x.size else layer
@@ -229,17 +243,22 @@ def _packed_attention(x: np.ndarray, p: Any) -> Any:
 
 
 def _fits(x: np.ndarray, layer: Any) -> bool:
-    return isinstance(layer, PackedLinear) and is_float32(x) and x.size > 0
+    return isinstance(layer, (PackedLinear, PackedLow)) and is_float32(x) and x.size > 0
 
 
 def _plain(layer: Any) -> Any:
     """A packed layer as NumPy ops want it."""
+    if isinstance(layer, PackedLow):
+        return layer.plain()
     return Linear(layer.weight(), layer.bias[: layer.out]) if isinstance(layer, PackedLinear) else layer
 
 
 def _plain_attention(p: Any) -> Any:
     if not isinstance(p, PackedAttention):
         return p
+    if isinstance(p.qkv, PackedLow):
+        query, key, value = p.qkv.parts(3)
+        return Attention(query, key, value, p.output)
     weights, biases = np.split(p.qkv.weight(), 3), np.split(p.qkv.bias[: p.qkv.out], 3)
     query, key, value = (Linear(w, b) for w, b in zip(weights, biases))
     return Attention(query, key, value, p.output)

@@ -24,13 +24,15 @@ from ...params import (
     UperHead,
 )  # fmt: skip
 from ..folding import fold
+from ..low_precision import LOW, FullPart, LowConv, LowDeconv
 from .convs import pack_conv
+from .low_precision import PackedLow, pack_low, pack_low_deconv
 from .maps import PackedConv, PackedDeconv
 from .memory import aligned, aligned_copy, release_pages
 from .norm import PackedNorm
 from .pack import PackedLinear, pack_matrix, padded_bias
 from .packed import Packed
-from .spread import PackedTaps, pack_taps
+from .spread import PackedLowTaps, PackedTaps, pack_low_taps, pack_taps
 from .target import LANES, NR
 from .winograd import PackedWinograd, pack_winograd
 
@@ -39,7 +41,7 @@ from .winograd import PackedWinograd, pack_winograd
 class PackedAttention(Packed):
     """Query, key and value as one layer of 3 D outputs, beside the output projection."""
 
-    qkv: PackedLinear
+    qkv: PackedLinear | PackedLow
     output: Any
     source: Attention | None = None
 
@@ -55,6 +57,12 @@ def prepare(params: Any, keep_source: bool = False) -> Any:
         return _pack_attention(params, keep_source)
     if isinstance(params, Linear):
         return pack_linear([params], keep_source)
+    if isinstance(params, LOW):
+        return pack_low([params], keep_source)
+    if isinstance(params, LowDeconv):
+        return pack_low_deconv(params, keep_source)
+    if isinstance(params, LowConv):
+        return _pack_low_conv(params, keep_source)
     if isinstance(params, LayerNorm):
         return _pack_norm(params, keep_source)
     if isinstance(params, FeaturePyramid):
@@ -102,6 +110,8 @@ def pack_linear(layers: Sequence[Linear | Conv], keep_source: bool) -> Any:
 
 def _pack_attention(p: Attention, keep_source: bool) -> Any:
     parts = (p.query, p.key, p.value)
+    if all(isinstance(layer, LOW) for layer in parts):
+        return PackedAttention(pack_low(parts), prepare(p.output, keep_source), p if keep_source else None)
     if not is_float32(*(array for layer in parts for array in (layer.weight, layer.bias))):
         return p
     return PackedAttention(pack_linear(parts, False), pack_linear([p.output], keep_source), p if keep_source else None)
@@ -161,7 +171,9 @@ def _arrays(bn: BatchNorm | None) -> tuple[Any, ...]:
     return () if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-def _pack_conv_1x1(layer: ConvBatchNorm, keep_source: bool) -> Any:
+def _pack_conv_1x1(layer: Any, keep_source: bool) -> Any:
+    if not isinstance(layer, ConvBatchNorm):
+        return prepare(layer, keep_source)
     weight, bn = layer.conv.weight, layer.bn
     if not is_float32(weight, *_arrays(bn)) or weight.shape[2:] != (1, 1):
         return layer
@@ -172,8 +184,10 @@ def _pack_conv_1x1(layer: ConvBatchNorm, keep_source: bool) -> Any:
     return PackedLinear(panels, padded_bias(bias, out), out, layer if keep_source else None)
 
 
-def pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int) -> Any:
+def pack_conv_3x3(layer: Any, keep_source: bool, full_size_parts: int) -> Any:
     """Parts of `out` input channels each, one for every map that comes in; the first few see maps of full size."""
+    if not isinstance(layer, ConvBatchNorm):
+        return prepare(layer, keep_source)
     weight, bn = layer.conv.weight, layer.bn
     out, channels = weight.shape[:2]
     fits = weight.shape[2:] == (3, 3) and out % NR == 0 and out % LANES == 0 and channels % out == 0
@@ -188,8 +202,22 @@ def pack_conv_3x3(layer: ConvBatchNorm, keep_source: bool, full_size_parts: int)
     return PackedConv(tuple(parts), aligned_copy(bias), layer if keep_source else None)
 
 
-def pack_deconv(layer: ConvTranspose, bn: BatchNorm | None, keep_source: bool) -> Any:
+def _pack_low_conv(layer: LowConv, keep_source: bool) -> Any:
+    """The same of low precision; the layer itself if its channels do not fill whole panels."""
+    out = len(layer.bias)
+    if out % NR or out % LANES:
+        return layer
+    parts: list[PackedWinograd | PackedLowTaps] = [
+        pack_winograd(part.weight, part.scale) if isinstance(part, FullPart) else pack_low_taps(part, out)
+        for part in layer.parts
+    ]
+    return PackedConv(tuple(parts), aligned_copy(layer.bias), layer if keep_source else None)
+
+
+def pack_deconv(layer: Any, bn: BatchNorm | None, keep_source: bool) -> Any:
     """The four corners of a 2x2 transposed convolution with `bn` folded in; the layer itself if it is not float32."""
+    if not isinstance(layer, ConvTranspose):
+        return prepare(layer, keep_source)
     weight = layer.weight
     if not is_float32(weight, layer.bias, *_arrays(bn)):
         return layer

@@ -16,6 +16,7 @@ import numpy as np
 from ..reference.maps import bilinear_taps
 from .arguments import ENLARGE, PLAIN, PRODUCT
 from .gemm import row_layout, run_products
+from .low_precision import PackedLow, level_product, level_rows, pack_low, rows_of
 from .machine_code import Kernel
 from .memory import NOTHING, aligned, constant_operand, operand, result
 from .operands import rows
@@ -55,6 +56,30 @@ def pack_taps(weight: np.ndarray, scale: np.ndarray) -> PackedTaps:
         groups.append(part)
         sizes.append(size)
     return PackedTaps(tuple(groups), tuple(sizes))
+
+
+@dataclass(frozen=True)
+class PackedLowTaps(Packed):
+    """The same of low precision."""
+
+    groups: tuple[PackedLow, ...]  # each of 9 * channels of the group outputs
+    sizes: tuple[int, ...]
+    source: Any = None
+
+    @property
+    def channels(self) -> int:
+        return self.groups[0].width
+
+
+def pack_low_taps(layer: Any, out: int) -> PackedLowTaps:
+    """Packs the nine products of a 3x3 convolution, a layer (9 * out, in) of low precision, tap after tap."""
+    groups, sizes = [], []
+    for first in range(0, out, _GROUP):
+        size = min(_GROUP, out - first)
+        rows_here = [slice(tap * out + first, tap * out + first + size) for tap in range(9)]
+        groups.append(pack_low([rows_of(layer, rows) for rows in rows_here]))
+        sizes.append(size)
+    return PackedLowTaps(tuple(groups), tuple(sizes))
 
 
 @lru_cache(maxsize=64)
@@ -97,8 +122,18 @@ def enlarge_into(
     run(_enlarge, B * h, operands, numbers, taps * z.shape[2] * channels * 4)
 
 
-def convolve_enlarged(x: np.ndarray, layer: PackedTaps, bias: np.ndarray | None, relu: bool, y: np.ndarray) -> None:
+def convolve_enlarged(
+    x: np.ndarray, layer: PackedTaps | PackedLowTaps, bias: np.ndarray | None, relu: bool, y: np.ndarray
+) -> None:
     """y = f(conv(up(x)) + bias), or f(y + conv(up(x))) without `bias`; x (B, h', w', C) is enlarged to y's size."""
+    if isinstance(layer, PackedLowTaps):
+        channel = 0
+        levels = level_rows(x, layer.groups[0])
+        for part, size in zip(layer.groups, layer.sizes):
+            z = level_product(levels, part, (*x.shape[:3], part.out))
+            enlarge_into(y, z, channel, taps=3, bias=bias, add=bias is None, relu=relu)
+            channel += size
+        return
     x_rows, count, x_bytes = rows(x)
     channel = 0
     zeros, panel_bytes = constant_operand(padded_bias(None, 9 * _GROUP)), 4 * NR * layer.channels

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from ...params import flatten, unflatten
+from ..low_precision import HOLLOW_MAKERS, LOW_DTYPES, lowered
+from .low_arguments import bfloat16_route, int8_route
+from .low_precision import PackedLow
 from .memory import aligned_copy, is_aligned
 from .pack import hollow
 from .prepare import prepare
@@ -18,11 +21,19 @@ from .target import NR, TILE
 _SLACK = 16 << 20  # bytes
 VERSION = 2  # of what `prepare` makes; one more whenever its arrays change
 LAYOUT = f"numba {VERSION}, {TILE.name}, panels of {NR} columns"
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
+
+
+def _layout(dtype: str) -> str:
+    route = {"int8": int8_route, "bfloat16": bfloat16_route}.get(dtype)
+    return LAYOUT if route is None else f"{LAYOUT}, {dtype} for {route().name}"
 
 
 def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:
     """(layout, {name: array}) of prepared parameters; a name is the path of attributes."""
-    return LAYOUT, dict(_arrays(params, ""))
+    low = next(_low_layers(params), None)
+    dtype = "float32" if low is None else "int8" if low.is_int8 else "bfloat16"
+    return _layout(dtype), dict(_arrays(params, ""))
 
 
 def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -30,20 +41,35 @@ def restore(shapes: Any, layout: str, arrays: Mapping[str, np.ndarray]) -> Any:
 
     Raises ValueError for another layout than this machine's, a missing array, and one of another shape.
     """
-    if layout != LAYOUT:
-        raise ValueError(f"was prepared as '{layout}', but this machine and version read '{LAYOUT}'; prepare it again")
+    dtype = next((name for name in _BYTES if f", {name} for " in layout), "float32")
+    if layout != _layout(dtype):
+        expected = _layout(dtype)
+        raise ValueError(
+            f"was prepared as '{layout}', but this machine and version read '{expected}'; prepare it again"
+        )
     named = flatten(shapes)
-    _check_size(named, arrays)
-    return _filled(prepare(unflatten(shapes, {name: hollow(shape) for name, shape in named.items()})), "", arrays)
+    _check_size(named, arrays, _BYTES[dtype])
+    params = unflatten(shapes, {name: hollow(shape) for name, shape in named.items()})
+    if dtype in LOW_DTYPES:
+        params = lowered(params, dtype, HOLLOW_MAKERS[dtype])
+    return _filled(prepare(params), "", arrays)
 
 
-def _check_size(shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]) -> None:
+def _low_layers(node: Any) -> Iterator[PackedLow]:
+    for _, child in _children(node):
+        if isinstance(child, PackedLow):
+            yield child
+        elif not isinstance(child, np.ndarray):
+            yield from _low_layers(child)
+
+
+def _check_size(shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray], itemsize: int) -> None:
     """Raises ValueError for shapes that the arrays come nowhere near filling, before panels are made for them.
 
     Packing never makes a matrix smaller, so all matrices together take no more than the arrays do; a small lack is
     left to the check of each array, which can name it.
     """
-    needed = sum(4 * math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+    needed = sum(itemsize * math.prod(shape) for shape in shapes.values() if len(shape) > 1)
     found = sum(array.nbytes for array in arrays.values())
     if needed > found + _SLACK:
         raise ValueError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from ..activations import gelu
+from ..low_precision import LOW, FullPart, LowConv, LowDeconv, low_linear
 from .arrays import concatenate
 
 
@@ -62,6 +64,8 @@ def batch_norm(x: np.ndarray, bn: BatchNorm) -> np.ndarray:  # (B, C, h, w) -> (
 
 def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
     """max(0, batch norm(conv(x)))."""
+    if isinstance(layer, LOW):
+        return np.maximum(_on_pixels(x, layer), 0)
     y = batch_norm(conv2d(x, layer.conv), layer.bn)
     return np.maximum(y, 0, out=y)
 
@@ -74,12 +78,38 @@ def conv_bn_relu_resized(
     One op, so that a fast backend can convolve the small maps before it enlarges them: the taps' 1x1 products and
     resizing commute.
     """
+    if isinstance(layer, LowConv):
+        return _low_conv_resized(maps, layer, size)
     return conv_bn_relu(concatenate([resize_bilinear(x, size) for x in maps], axis=1), layer)
+
+
+def _on_pixels(x: np.ndarray, layer: Any) -> np.ndarray:  # (B, C, h, w) -> (B, out, h, w)
+    return low_linear(x.transpose(0, 2, 3, 1), layer).transpose(0, 3, 1, 2)
+
+
+def _low_conv_resized(maps: Sequence[np.ndarray], layer: LowConv, size: tuple[int, int]) -> np.ndarray:
+    """Parts of low precision at the size of their own map, nine taps each, which are enlarged, shifted and summed."""
+    (h, w), out = size, len(layer.bias)
+    y = np.zeros((maps[0].shape[0], out, h, w), maps[0].dtype)
+    for x, part in zip(maps, layer.parts, strict=True):
+        if isinstance(part, FullPart):
+            y += conv2d(resize_bilinear(x, size), Conv(part.weight * part.scale[:, None, None, None], None))
+            continue
+        taps = _on_pixels(x, part)
+        for tap in range(9):
+            product = resize_bilinear(taps[:, tap * out : (tap + 1) * out], size)
+            i, j = tap // 3, tap % 3
+            y += np.pad(product, ((0, 0), (0, 0), (1, 1), (1, 1)))[:, :, i : i + h, j : j + w]
+    return np.maximum(y + layer.bias[:, None, None], 0)
 
 
 def conv_transpose(x: np.ndarray, deconv: ConvTranspose) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """Transposed convolution, kernel 2, stride 2: every pixel becomes a separate 2x2 square."""
     B, C, h, w = x.shape
+    if isinstance(deconv, LowDeconv):
+        corners = np.stack([_on_pixels(x, layer) for layer in deconv.corners])  # (4, B, out, h, w)
+        y = corners.reshape(2, 2, B, -1, h, w).transpose(2, 3, 4, 0, 5, 1)  # (B, out, h, 2, w, 2)
+        return y.reshape(B, -1, 2 * h, 2 * w)
     out = deconv.weight.shape[1]
     y = deconv.weight.reshape(C, -1).T @ x.reshape(B, C, h * w)  # (B, out * 4, h w)
     y = y.reshape(B, out, 2, 2, h, w).transpose(0, 1, 4, 2, 5, 3)  # (B, out, h, 2, w, 2)
@@ -90,7 +120,8 @@ def conv_transpose_bn_gelu(
     x: np.ndarray, deconv: ConvTranspose, bn: BatchNorm
 ) -> np.ndarray:  # (B, C, h, w) -> (B, out, 2h, 2w)
     """gelu(batch norm(conv_transpose(x)))."""
-    return gelu(batch_norm(conv_transpose(x, deconv), bn))
+    y = conv_transpose(x, deconv)
+    return gelu(y if isinstance(deconv, LowDeconv) else batch_norm(y, bn))
 
 
 def max_pool2x2(x: np.ndarray) -> np.ndarray:  # (B, C, h, w) -> (B, C, h // 2, w // 2)

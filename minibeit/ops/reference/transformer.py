@@ -9,6 +9,7 @@ import numpy as np
 
 from ...params import Attention, Conv, LayerNorm, Linear
 from ..activations import ACTIVATIONS
+from ..low_precision import LOW, low_linear
 from ..table import PositionBias
 from .arrays import relative_position_index
 
@@ -45,7 +46,12 @@ def layer_norm(x: np.ndarray, norm: LayerNorm, eps: float) -> np.ndarray:  # (..
 
 
 def linear(x: np.ndarray, layer: Linear | Conv) -> np.ndarray:  # (..., in) -> (..., out)
-    """x W^T + b.  The patch convolution is a linear layer on flattened patches; its 4-D weight is flattened too."""
+    """x W^T + b.  The patch convolution is a linear layer on flattened patches; its 4-D weight is flattened too.
+
+    A layer of low precision: see `low_precision`.
+    """
+    if isinstance(layer, LOW):
+        return low_linear(x, layer)
     weight = layer.weight.reshape(layer.weight.shape[0], -1)  # (out, in)
     y = x.reshape(-1, x.shape[-1]) @ weight.T  # one product for the whole batch
     if layer.bias is not None:

@@ -16,7 +16,7 @@ _read = reader(PRODUCT)
 
 
 @njit(error_model="numpy")
-def _finish_tile(tile, count, mode, scale, residual, residual_bytes, y, y_bytes):
+def finish_tile(tile, count, mode, scale, residual, residual_bytes, y, y_bytes):
     """y[0:count, 0:NR] = f(tile); `scale` 0 stands for ones.  All addresses point at the tile's first column."""
     for i in range(count):
         row, target = tile + i * NR * 4, y + i * y_bytes
@@ -33,10 +33,10 @@ def _finish_tile(tile, count, mode, scale, residual, residual_bytes, y, y_bytes)
 
 
 @njit(error_model="numpy")
-def _finish_last_tile(tile, count, mode, scale, residual, residual_bytes, y, y_bytes, columns):
+def finish_last_tile(tile, count, mode, scale, residual, residual_bytes, y, y_bytes, columns):
     """The same for a panel that reaches beyond the last column: f on the tile, then element by element."""
     if mode in (GELU, RELU):
-        _finish_tile(tile, count, mode, 0, 0, 0, tile, NR * 4)
+        finish_tile(tile, count, mode, 0, 0, 0, tile, NR * 4)
     for i in range(count):
         for n in range(columns):
             value = load_float(tile + (i * NR + n) * 4)
@@ -92,6 +92,6 @@ def product(args, task, thread):
                 if mode == RESIDUAL:
                     touch, touch_bytes = residual_here, residual_bytes
             if columns < NR:
-                _finish_last_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, y_bytes, columns)
+                finish_last_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, y_bytes, columns)
             elif not direct:
-                _finish_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, y_bytes)
+                finish_tile(tile, rows, mode, scale_here, residual_here, residual_bytes, here, y_bytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -38,6 +41,27 @@ def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> ir.Value:
     return value
 
 
+class Arithmetic(NamedTuple):
+    """What one step of a sum does: it takes 4 bytes of a row of A and `column_bytes` of each column of B."""
+
+    sums: ir.Type  # a vector of LANES accumulators
+    column_bytes: int
+    columns: Callable[[ir.IRBuilder, ir.Value], Any]  # (builder, address) -> LANES columns of B
+    spread: Callable[[ir.IRBuilder, ir.Value], Any]  # (builder, address) -> 4 bytes of A, LANES times
+    multiply_add: Callable[[ir.IRBuilder, Any, Any, Any], Any]  # (builder, spread, columns, sums) -> sums
+    add: Callable[[ir.IRBuilder, Any, Any], Any]  # (builder, sums, sums) -> sums
+
+
+FLOAT32 = Arithmetic(
+    sums=FLOATS,
+    column_bytes=4,
+    columns=lambda builder, address: _load(builder, address, FLOATS),
+    spread=lambda builder, address: splat_ir(builder, _load(builder, address, F32)),
+    multiply_add=fma_ir,
+    add=lambda builder, a, b: builder.fadd(a, b),
+)
+
+
 def _emit_loop(builder, name, count, values, body):
     """`values` after `count` times values = body(values), count >= 0; leaves the builder behind the loop."""
     entry, loop, after = builder.block, builder.append_basic_block(name), builder.append_basic_block(f"after_{name}")
@@ -61,7 +85,7 @@ def _emit_loop(builder, name, count, values, body):
     return finals
 
 
-def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes):
+def _emit_sums(builder, rows, vectors, kind, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes):
     """Accumulators of A @ B for `rows` rows and `vectors` vectors of columns, row after row.
 
     They are phi nodes, so LLVM keeps them in registers: nothing is spilled as long as the tile fits.  Each three rows
@@ -71,7 +95,8 @@ def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touc
     """
     lda = _opaque(builder, lda)
     starts = [_opaque(builder, builder.add(a, builder.mul(lda, _const(i)))) for i in range(0, rows, 3)]
-    row_bytes = 4 * LANES * vectors
+    vector_bytes = kind.column_bytes * LANES
+    row_bytes = vector_bytes * vectors
 
     def several(count):
         def body(carried):
@@ -81,13 +106,13 @@ def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touc
             for k in range(count):
                 for j in range(0, row_bytes, 64):
                     _emit_prefetch(builder, builder.add(b_here, _const((_NEAR + k) * row_bytes + j)), 3)
-                at = [builder.add(b_here, _const(k * row_bytes + 4 * LANES * j)) for j in range(vectors)]
-                columns = [_load(builder, address, FLOATS) for address in at]
+                at = [builder.add(b_here, _const(k * row_bytes + vector_bytes * j)) for j in range(vectors)]
+                columns = [kind.columns(builder, address) for address in at]
                 for i in range(rows):
                     address = builder.add(a_here[i // 3], builder.mul(lda, _const(i % 3)))
-                    spread = splat_ir(builder, _load(builder, builder.add(address, _const(4 * k)), F32))
+                    spread = kind.spread(builder, builder.add(address, _const(4 * k)))
                     for j, column in enumerate(columns):
-                        sums[i * vectors + j] = fma_ir(builder, spread, column, sums[i * vectors + j])
+                        sums[i * vectors + j] = kind.multiply_add(builder, spread, column, sums[i * vectors + j])
             advances = [builder.mul(ahead_step, _const(count)), _const(count * row_bytes)]
             advances += [_const(4 * count)] * len(starts)
             pointers = [ahead_here, b_here, *a_here]
@@ -95,7 +120,7 @@ def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touc
 
         return body
 
-    values = [ahead, b, *starts] + [ir.Constant(FLOATS, None)] * (rows * vectors)
+    values = [ahead, b, *starts] + [ir.Constant(kind.sums, None)] * (rows * vectors)
     rounds, rest = builder.sdiv(steps, _const(_UNROLL)), builder.srem(steps, _const(_UNROLL))
     part = builder.sdiv(rounds, _const(rows))
     more = builder.sub(rounds, builder.mul(part, _const(rows)))
@@ -112,24 +137,24 @@ def _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touc
 
 
 def _emit_tile(
-    builder, rows, vectors, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes
+    builder, rows, vectors, kind, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes
 ):  # fmt: skip
     """C = addend + A @ B for `rows` rows and `vectors` vectors of columns; leaves the builder after the stores."""
-    sums = _emit_sums(builder, rows, vectors, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes)
+    sums = _emit_sums(builder, rows, vectors, kind, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes)
     places = [(i, j) for i in range(rows) for j in range(vectors)]
     done, add_c, store_c = (builder.block, *(builder.append_basic_block(f"{n}_{rows}") for n in ("add_c", "store_c")))
     builder.cbranch(builder.icmp_signed("!=", addend, _const(0)), add_c, store_c)
     builder.position_at_end(add_c)
-    more = [_load(builder, _place(builder, addend, ld_addend, *place), FLOATS) for place in places]
-    totals = [builder.fadd(value, other) for value, other in zip(sums, more)]
+    more = [_load(builder, _place(builder, addend, ld_addend, *place), kind.sums) for place in places]
+    totals = [kind.add(builder, value, other) for value, other in zip(sums, more)]
     builder.branch(store_c)
     builder.position_at_end(store_c)
-    results = [builder.phi(FLOATS) for _ in places]
+    results = [builder.phi(kind.sums) for _ in places]
     for result, value, total in zip(results, sums, totals):
         result.add_incoming(value, done)
         result.add_incoming(total, add_c)
     for result, place in zip(results, places):
-        builder.store(result, pointer(builder, _place(builder, c, ldc, *place), FLOATS)).align = 4
+        builder.store(result, pointer(builder, _place(builder, c, ldc, *place), kind.sums)).align = 4
 
 
 def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -141,9 +166,9 @@ def _place(builder: ir.IRBuilder, c: ir.Value, ldc: ir.Value, row: int, column: 
     return builder.add(builder.add(c, builder.mul(ldc, _const(row))), _const(4 * LANES * column))
 
 
-def _tile_product(vectors):
+def tile_product(vectors, kind=FLOAT32):
     """multiply(rows, a, lda, b, c, ldc, steps, addend, ld_addend, ahead, ahead_step, touch, touch_bytes), for panels of
-    `vectors` vectors.
+    `vectors` vectors, in the arithmetic `kind`.
 
     C[0:rows] = addend + A @ B for 1 <= rows <= MR, B being a panel (steps, vectors * LANES).  All arguments are
     integers: addresses and row strides in bytes.  `addend` 0 stands for zeros, C itself for +=, and with a row stride
@@ -166,7 +191,7 @@ def _tile_product(vectors):
                 if i < MR:
                     switch.add_case(_const(i), block)
                 builder.position_at_end(block)
-                _emit_tile(builder, i, vectors, *rest)
+                _emit_tile(builder, i, vectors, kind, *rest)
                 builder.branch(end)
             builder.position_at_end(end)
             return context.get_dummy_value()
@@ -180,5 +205,5 @@ def _tile_product(vectors):
     return multiply
 
 
-multiply_tile = _tile_product(VECTORS)
-multiply_narrow_tile = _tile_product(1)
+multiply_tile = tile_product(VECTORS)
+multiply_narrow_tile = tile_product(1)
