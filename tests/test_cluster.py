@@ -283,7 +283,7 @@ def test_words_that_name_nothing(word, said, memory):
 
 
 def test_classify_in_processes_of_this_machine(tmp_path, checkpoint, images):
-    words = ["classify", *images, "-m", checkpoint, "--dask", "local", "--workers", 2, "--shard-size", 6, "-o", "out"]
+    words = ["classify", *images, "-m", checkpoint, "--dask", "local", "--workers", 1, "--shard-size", 6, "-o", "out"]
     command = [sys.executable, "-m", "minibeit", *map(str, words)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 1 and "out: 24 images in 4 shards, 1 of them could not be used" in done.stdout

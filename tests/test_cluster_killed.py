@@ -34,9 +34,10 @@ def cluster():
         yield cluster
 
 
-def start(words: list[str]) -> subprocess.Popen:
+def start(words: list[str], **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "minibeit", *words]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def shards(folder: Path) -> set[str]:
@@ -99,6 +100,31 @@ def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_finished(tmp
         summary = run_on_dask(images, work, tmp_path / "out", dask=cluster.scheduler_address, shard_size=2)
     assert summary.failed == ["shard 1 (images 3 to 4): 4 workers died of it, one after another"]
     assert [row["file"] for row in pq.read_table(tmp_path / "out").to_pylist()] == images[:2] + images[4:]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no groups of processes")
+def test_ctrl_c_leaves_one_line_and_no_process(tmp_path):
+    model, image = save(tmp_path / "model", "classify"), tmp_path / "image.png"
+    Image.new("RGB", (16, 16)).save(image)
+    (tmp_path / "list.txt").write_text(f"{image}\n" * 100_000)
+    words = ["classify", str(tmp_path / "list.txt"), "-m", str(model), "--dask", "local", "--workers", "2", "-q"]
+    program = start([*words, "-o", str(tmp_path / "out")], start_new_session=True)
+    until(tmp_path / "out", 2, program)
+    os.killpg(program.pid, signal.SIGINT)  # as a terminal does, to workers as well
+    out, err = program.communicate(timeout=120)
+    assert (program.returncode, out, err) == (130, "", "minibeit: error: interrupted\n")
+    assert gone(program.pid)
+
+
+def gone(group: int) -> bool:
+    """Whether the processes of a group end within half a minute."""
+    for _ in range(300):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 class Deadly(Classify):

@@ -138,7 +138,8 @@ def _prepare(dtype: str, portable: bool, images: list[str], folder: Path, task: 
 
         model = model_class.from_pretrained(folder, backend="numba")
         processor = load_processor(str(folder), model.config)
-        spans = channel_spans(model, (processor(path).pixel_values for path in progress(images, len(images), quiet=False)))
+        shown = progress(images, len(images), quiet=False)
+        spans = channel_spans(model, (processor(path).pixel_values for path in shown))
         del model
     model = model_class.from_pretrained(folder, backend="numba", dtype=dtype)
     model.save_prepared(folder, portable=portable, spans=spans)

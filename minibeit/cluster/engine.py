@@ -13,8 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 from .. import __version__
+from ..images.ahead import read_ahead
 from .extra import needed
 from .folder import Folder
+from .places import find, is_address
 
 LOCAL = "local"
 SHARD_SIZE = 256  # images
@@ -64,17 +66,21 @@ def run_on_dask(
 ) -> Summary:
     """Computes `work` on images and writes a Parquet file for each shard into the folder (or at the address) `output`.
 
-    `images` is a list of what `work` takes, for `Classify` and `Features` paths or addresses of images (see
-    `minibeit.cluster.find`), in shards of `shard_size`; or a Dask bag of them, each of whose partitions is a shard.
-    `dask` is the address of a scheduler, a `distributed.Client`, or "local" for `workers` processes of `threads`
-    threads on this machine (by default one thread on each core).  Every thread of a worker computes a shard of its own.
-    Finished shards are kept: a second run with the same images, work and output computes those that are missing.
+    `images` is a list of what `work` takes, for `Classify` and `Features` paths or addresses of images, in shards of
+    `shard_size`; or a word that `find` makes such a list of; or a Dask bag, each of whose partitions is a shard.
+    `dask` is the address of a scheduler, the file in which it stands, a `distributed.Client`, or "local" for `workers`
+    processes of `threads` threads on this machine (by default one thread on each core).  Every thread of a worker
+    computes a shard of its own.  Finished shards are kept: a second run with the same images, work and output computes
+    those that are missing.
     `tell` gets the number of images of each shard as it is finished, those of kept ones too.
 
     Raises ValueError for an output with shards of other work, OSError for a cluster that cannot be reached, and
     whatever stops the work itself, such as CheckpointError where a worker does not have the model's file.
     """
-    started, folder = time.monotonic(), Folder(os.fspath(output))
+    started, place = time.monotonic(), os.fspath(output)
+    folder = Folder(place if is_address(place) else os.path.abspath(place))
+    if isinstance(images, (str, os.PathLike)):
+        images = find([os.fspath(images)])
     bag = hasattr(images, "to_delayed")
     manifest = {"work": work.settings(), "images": _identity(images, bag), "minibeit": __version__}
     if not bag:
@@ -82,8 +88,8 @@ def run_on_dask(
         images = list(images)
     kept = folder.prepare(manifest)
     summary = Summary(shards=images.npartitions if bag else -(-len(images) // shard_size), kept=len(kept))
-    for number in sorted(kept):
-        _count(summary, *_counts(folder.read(number)), tell)
+    for table in read_ahead(sorted(kept), lambda number: folder.read(number, ["error"])):
+        _count(summary, len(table), len(table) - table["error"].null_count, tell)
     if len(kept) < summary.shards:
         with _connected(dask, workers, threads) as client, _held(client, work, folder) as name:
             if bag:
@@ -106,10 +112,6 @@ def _identity(images: Any, bag: bool) -> dict[str, Any]:
     for image in images:
         digest.update(repr(image).encode("utf-8", "backslashreplace") + b"\n")
     return {"count": len(images), "sha256": digest.hexdigest()}
-
-
-def _counts(table: Any) -> tuple[int, int]:
-    return len(table), len(table) - table["error"].null_count
 
 
 def _count(summary: Summary, images: int, broken: int, tell: Callable[[int], None]) -> None:
@@ -209,11 +211,11 @@ def _connected(dask: Any, workers: int | None, threads: int) -> Iterator[Any]:
         yield dask
         return
     if dask == LOCAL:
-        with _local(distributed, workers, threads) as cluster, _client(distributed, cluster) as client:
+        with _local(distributed, workers, threads) as cluster, _client(distributed, address=cluster) as client:
             yield client
         return
     try:
-        client = _client(distributed, dask)
+        client = _client(distributed, **{"scheduler_file" if os.path.isfile(dask) else "address": dask})
     except (OSError, ValueError) as error:
         raise OSError(f"{dask}: no Dask scheduler can be reached there ({error})") from error
     with client:
@@ -224,16 +226,18 @@ def _connected(dask: Any, workers: int | None, threads: int) -> Iterator[Any]:
         yield client
 
 
-def _client(distributed: Any, place: Any) -> Any:
-    return distributed.Client(place, timeout=CONNECTING, set_as_default=False)
+def _client(distributed: Any, **place: Any) -> Any:
+    return distributed.Client(**place, timeout=CONNECTING, set_as_default=False)
 
 
 def _local(distributed: Any, workers: int | None, threads: int) -> Any:
     """Processes on this machine, each started anew when it dies."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return distributed.LocalCluster(
-        n_workers=workers or max(1, (os.cpu_count() or 1) // threads),
+        n_workers=workers or max(1, cores // threads),
         threads_per_worker=threads,
         processes=True,
         dashboard_address=":0",
         silence_logs=logging.CRITICAL,
+        preload=["minibeit.cluster.worker"],
     )

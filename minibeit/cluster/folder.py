@@ -17,6 +17,7 @@ from .places import is_address
 
 MANIFEST = "_manifest.json"  # Parquet's readers skip what begins with an underscore
 FORMAT = "minibeit shards, version 1"
+REPEATED = ["labels.list.element", "classes.list.element.label"]  # columns that a dictionary makes smaller
 SHARD = re.compile(r"shard-(\d{8})\.parquet")
 
 
@@ -54,12 +55,17 @@ class Folder:
     def write(self, number: int, table: Any) -> None:
         """Writes the table of a shard."""
         parquet, buffer = needed("pyarrow.parquet"), io.BytesIO()
-        parquet.write_table(table, buffer)
+        parquet.write_table(table, buffer, compression="zstd", use_dictionary=REPEATED)
         self._write(shard_name(number), buffer.getvalue())
 
-    def read(self, number: int) -> Any:
-        """The table of a shard."""
-        return needed("pyarrow.parquet").read_table(io.BytesIO(self._read(shard_name(number))))
+    def read(self, number: int, columns: list[str] | None = None) -> Any:
+        """The table of a shard; with `columns` only those, and no more of the file than they take."""
+        parquet = needed("pyarrow.parquet")
+        if not is_address(self.place):
+            return parquet.read_table(Path(self.place) / shard_name(number), columns=columns)
+        files, path = self._opened()
+        with files.open(f"{path}/{shard_name(number)}", "rb") as file:
+            return parquet.read_table(file, columns=columns)
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         try:

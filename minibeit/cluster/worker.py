@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,11 @@ def compute_shard(name: str, number: int, items: Sequence[Any]) -> tuple[int, in
         table = work.table(list(items))
     Folder(holder.place).write(number, table)
     return len(table), len(table) - table["error"].null_count
+
+
+def dask_setup(worker: Any) -> None:
+    """Called by Dask in a worker of this machine as it starts: on Ctrl-C the program that started it ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def version() -> str:
