@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -112,6 +113,14 @@ def test_a_bag_is_computed_by_partitions(client, work, images, tmp_path):
         run_on_dask(dask.bag.from_sequence(images[1:], npartitions=4), work, tmp_path, dask=client)
 
 
+def test_a_folder_and_a_scheduler_by_the_name_of_its_file(client, work, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("scheduler.json").write_text(json.dumps({"address": client.scheduler.address}))
+    summary = run_on_dask(os.path.dirname(images[0]), work, "out", dask="scheduler.json")
+    assert (summary.images, summary.shards) == (24, 1)
+    assert [row["file"] for row in rows(tmp_path / "out")] == images
+
+
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +165,11 @@ def test_a_folder_with_other_files(work, images, tmp_path):
 def test_a_shard_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     folder = Folder(str(tmp_path))
     assert folder.prepare({"work": 1}) == set()
-    monkeypatch.setattr(pq, "write_table", lambda table, file: (_ for _ in ()).throw(OSError("no space")))
+
+    def full(descriptor):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "fsync", full)  # when all has been written, but under another name
     with pytest.raises(OSError, match="no space"):
         folder.write(0, pa.table({"x": [1]}))
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
