@@ -20,9 +20,13 @@ if TYPE_CHECKING:
         AutoModelForImageClassification,
         AutoModelForMaskedImageModeling,
         AutoModelForSemanticSegmentation,
+        BeitImageProcessorFast,
+        BeitImageProcessorPil,
+        Data2VecVisionConfig,
         Data2VecVisionForImageClassification,
         Data2VecVisionForSemanticSegmentation,
         Data2VecVisionModel,
+        Data2VecVisionPreTrainedModel,
     )
     from .config import BeitConfig
     from .errors import CheckpointError, ImageError
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     )
     from .pipelines import pipeline
     from .tasks.backbone import BeitBackbone
+    from .tasks.base import BeitPreTrainedModel
     from .tasks.image_classification import BeitForImageClassification
     from .tasks.masked_image_modeling import BeitForMaskedImageModeling
     from .tasks.model import BeitModel
@@ -89,6 +94,11 @@ _HOMES = {
     "Data2VecVisionForImageClassification": "auto",
     "Data2VecVisionForSemanticSegmentation": "auto",
     "Data2VecVisionModel": "auto",
+    "BeitImageProcessorFast": "auto",
+    "BeitImageProcessorPil": "auto",
+    "Data2VecVisionConfig": "auto",
+    "Data2VecVisionPreTrainedModel": "auto",
+    "BeitPreTrainedModel": "tasks.base",
     "Noise": "noise",
     "Gradients": "train.gradients",
     "value_and_grad": "train.gradients",
@@ -115,14 +125,19 @@ __all__ = [
     "BeitForMaskedImageModeling",
     "BeitForSemanticSegmentation",
     "BeitImageProcessor",
+    "BeitImageProcessorFast",
+    "BeitImageProcessorPil",
     "BeitModel",
     "BeitModelOutputWithPooling",
+    "BeitPreTrainedModel",
     "CheckpointError",
     "DalleTokenizer",
     "DalleTokenizerConfig",
+    "Data2VecVisionConfig",
     "Data2VecVisionForImageClassification",
     "Data2VecVisionForSemanticSegmentation",
     "Data2VecVisionModel",
+    "Data2VecVisionPreTrainedModel",
     "Exploration",
     "FlaxBeitForImageClassification",
     "FlaxBeitForMaskedImageModeling",

@@ -25,6 +25,7 @@ from .file_names import CONFIG_NAME
 from .files import atomic_write
 from .hub import resolve_settings
 from .labels import numbered, renumbered
+from .signatures import show_fields
 from .strict_json import brief, read_json
 
 MODEL_TYPES = ("beit", "data2vec-vision")
@@ -309,6 +310,7 @@ def _known(cls: type) -> tuple[str, ...]:
     return *(f.name for f in dataclasses.fields(cls)), *OLD_WORDS
 
 
+show_fields(BeitConfig.__init__, BeitConfig, "num_labels")
 CONFIG_FIELDS = _known(BeitConfig)  # what `from_pretrained` of configs and models takes
 
 

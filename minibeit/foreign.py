@@ -49,10 +49,25 @@ def as_real(x: Any, dtype: Any) -> np.ndarray:
     return np.asarray(array, dtype)
 
 
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype that is one already, or a dtype of NumPy or PyTorch: "float32" for torch.float32."""
+    if isinstance(dtype, str) or type(dtype).__module__.partition(".")[0] == "torch":
+        return str(dtype).removeprefix("torch.")
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
+
+
+def is_torch(x: Any) -> bool:
+    """Whether `x` is a tensor of PyTorch."""
+    return type(x).__module__.partition(".")[0] == "torch" and callable(getattr(x, "detach", None))
+
+
 def as_torch(x: np.ndarray) -> Any:
     """`x` as a tensor of PyTorch that shares its memory.  Raises ImportError where PyTorch is missing."""
     try:
         import torch
     except ImportError:
         raise ImportError("return_tensors='pt' needs PyTorch: pip install torch; 'np' needs nothing") from None
-    return torch.from_numpy(x)
+    return torch.from_numpy(np.asarray(x))

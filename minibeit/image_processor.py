@@ -16,7 +16,7 @@ from .config import BeitConfig
 from .errors import CheckpointError, ImageError, unknown_keywords
 from .file_names import PROCESSOR_NAME
 from .files import atomic_write
-from .foreign import as_numpy, as_torch
+from .foreign import as_numpy, as_torch, is_torch
 from .hub import resolve_settings
 from .images.loading import as_bytes, convert_channels, decoded, flatten_images, load_label_map, pixels_of
 from .images.settings import SETTINGS, ImageSettings
@@ -31,6 +31,8 @@ from .images.transforms import (
     to_pixel_values,
 )
 from .images.types import defaults_of_type, width_first
+from .outputs import described
+from .signatures import show_fields
 from .strict_json import brief, read_json
 
 _RENAMED = {"reduce_labels": "do_reduce_labels"}  # old name -> name
@@ -49,6 +51,9 @@ class BatchFeature(dict[str, Any]):
     def to(self, *_: Any, **__: Any) -> BatchFeature:
         """The batch itself: a model takes arrays to the device it is on."""
         return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={described(value)}' for name, value in self.items())})"
 
 
 class SemanticSegmentationPostProcessorOutput(BatchFeature):
@@ -102,9 +107,16 @@ class BeitImageProcessor:
             setattr(self, name, getattr(checked, name))
         self.extra: dict[str, Any] = copy.deepcopy(extra or {})
 
-    def __call__(self, images: Any, segmentation_maps: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images: Any,
+        segmentation_maps: Any = None,
+        return_tensors: str | None = None,
+        input_data_format: str | None = None,
+        **overrides: Any,
+    ) -> BatchFeature:
         """The same as `preprocess`."""
-        return self.preprocess(images, segmentation_maps, **kwargs)
+        return self.preprocess(images, segmentation_maps, return_tensors, input_data_format, **overrides)
 
     def preprocess(
         self,
@@ -144,6 +156,8 @@ class BeitImageProcessor:
     ) -> list[Any]:
         """The class ids (height, width), int64, of each image: the argmax of `outputs.logits` (B, K, h, w).
 
+        They are NumPy arrays, or tensors of PyTorch where the logits are.
+
         `target_sizes`, B pairs (height, width), first resizes the logits bilinearly (align_corners False, no
         antialiasing).  With `return_segmentation_scores` each item has `segmentation` and `segmentation_scores`, the
         (resized) logits (K, height, width).  Raises ValueError for logits or sizes of another shape.
@@ -154,12 +168,23 @@ class BeitImageProcessor:
             raise ValueError(f"outputs: expected logits of shape (B, K, h, w), found {logits.shape} {logits.dtype}")
         scores = list(logits) if target_sizes is None else _resized_logits(logits, target_sizes)
         maps = [score.argmax(axis=0) for score in scores]
+        if is_torch(outputs.logits):
+            scores, maps = [as_torch(score) for score in scores], [as_torch(labels) for labels in maps]
         if not return_segmentation_scores:
             return maps
         return [
             SemanticSegmentationPostProcessorOutput(segmentation=segmentation, segmentation_scores=score)
             for segmentation, score in zip(maps, scores)
         ]
+
+    @property
+    def reduce_labels(self) -> bool:
+        """The old name of `do_reduce_labels`."""
+        return self.do_reduce_labels
+
+    @reduce_labels.setter
+    def reduce_labels(self, value: bool) -> None:
+        self.do_reduce_labels = value
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], **overrides: Any) -> BeitImageProcessor:
@@ -230,6 +255,9 @@ class BeitImageProcessor:
         return f"{type(self).__name__} {self.to_json_string().rstrip()}"
 
 
+show_fields(BeitImageProcessor.__init__, ImageSettings)
+
+
 def default_processor(config: BeitConfig) -> BeitImageProcessor:
     """The processor of a checkpoint that says nothing of one: resized to the model's size, bilinear, means of 0.5."""
     height, width = config.image_shape
@@ -269,11 +297,6 @@ class BeitFeatureExtractor(BeitImageProcessor):
             image_std=image_std,
             **settings,
         )
-
-    @property
-    def reduce_labels(self) -> bool:
-        """The old name of `do_reduce_labels`."""
-        return self.do_reduce_labels
 
 
 def _settings(values: dict[str, Any], overrides: dict[str, Any]) -> ImageSettings:

@@ -16,7 +16,13 @@ RESIZE_METHODS = ("unilm", "timm", "transformers")  # see checkpoint/resize.py
 # Keywords of from_pretrained that are neither here nor fields of a config; named where one of them is misspelt.
 MODEL_WORDS = ("dtype", "backend", "only", "num_threads", "device", "seed")
 # Words of transformers that ask for what is always so here: no code of a checkpoint is run, weights are mapped.
-ALWAYS_SO = {"trust_remote_code": (False, None), "low_cpu_mem_usage": (True, False, None), "weights_only": (True, None)}
+ALWAYS_SO = {
+    "trust_remote_code": (False, None),
+    "low_cpu_mem_usage": (True, False, None),
+    "weights_only": (True, None),
+    "attn_implementation": ("eager", "sdpa", None),  # two ways to the same numbers
+    "device_map": ("auto", "cpu", None),  # there is no second device to share a model with
+}
 HINTS = {
     "output_hidden_states": "give it to the call: model(pixel_values, output_hidden_states=True)",
     "output_attentions": "give it to the call: model(pixel_values, output_attentions=True)",

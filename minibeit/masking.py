@@ -38,6 +38,14 @@ def block_mask(
     return mask
 
 
+def nonempty_block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:  # -> (gh, gw)
+    """A `block_mask` of at least one patch, even where every block was too large for the grid."""
+    mask = block_mask(grid, count, rng)
+    if not mask.any():
+        mask.flat[rng.integers(mask.size)] = True
+    return mask
+
+
 def _add_block(mask: np.ndarray, most: int, rng: np.random.Generator, least: int, aspect: tuple[float, float]) -> bool:
     """Masks one more block of at most `most` new patches; False if every try was rejected."""
     gh, gw = mask.shape

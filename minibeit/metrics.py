@@ -57,6 +57,15 @@ def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # (n, K), (n,)
     return ((logits > own) | ((logits == own) & earlier)).sum(1)
 
 
+def kl_divergence(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:  # two of one shape -> without the axis
+    """KL(p, q) = sum p (log p - log q), in nats, of the softmax p of logits `a` and q of `b` along `axis`; in float64.
+
+    How much is lost if q is taken where p is right (Kullback and Leibler 1951); 0 only for equal distributions.
+    """
+    log_p, log_q = (_log_softmax(x.astype(np.float64), axis) for x in (a, b))
+    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis), 0)  # rounding can leave it below 0
+
+
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +161,11 @@ def segmentation_intervals(
     figures = {**segmentation_scores(sums), "class_iou": class_iou(sums), "class_accuracy": class_accuracy(sums)}
     return {name: _middle(values) if n > 1 else np.full((2, *values.shape[1:]), np.nan) for name, values in
             figures.items()}  # fmt: skip
+
+
+def _log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
+    shifted = x - x.max(axis, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
 
 
 def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:  # -> (resamples, n)

@@ -14,7 +14,7 @@ class Noise:
     """The noise of one training step; the same `seed` and `step` give the same numbers.
 
     Each block, each place in it and each sample of the batch has a stream of its own, that of a counter-based
-    generator (Philox), so that the numbers are the same on any number of workers, and again when a block is computed a
+    generator (Philox), so that the numbers are the same on any number of ranks, and again when a block is computed a
     second time.  `samples` are the numbers that the samples have in the whole batch of the step, where they are only
     some of it; without them the first is sample 0, the next sample 1.
     Source: Salmon et al. 2011.

@@ -1,81 +1,36 @@
-"""One call from images to results: `pipeline(task, model)(images)`, with the tasks and results of transformers.
-
-`computed` is what the command line has in common with it: images are read ahead by threads and computed in batches.
-"""
+"""One call from images to results: `pipeline(task, model)(images)`, with the tasks and results of transformers."""
 
 from __future__ import annotations
 
+import html
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from .checkpoint.heads import check_head
 from .checkpoint.load import open_checkpoint
 from .checkpoint.packed_file import prepared_file, read_prepared
+from .colours import class_colours
 from .config import BeitConfig
+from .drawing import class_map, png
 from .errors import nearest, unknown_keywords
 from .image_processor import BeitImageProcessor, default_processor
-from .images.ahead import read_ahead
+from .images.ahead import computed
 from .images.loading import decoded, load_image
 from .images.opening import is_picture
 from .loading_options import LOADING, WHERE, Loading
 from .masking import block_mask
+from .scores import scores
 from .sliding import largest_logit
 from .tasks import task_class
 
-Item = TypeVar("Item")
-AHEAD = 2  # batches that are read before they are computed
+SHOWN = 640  # pixels of the longer side of an image in Jupyter
 ON_CPU = (None, -1, "cpu")
-
-
-def computed(
-    items: Iterable[Item],
-    read: Callable[[Item], np.ndarray],
-    compute: Callable[[np.ndarray], Iterable[Any]],
-    batch_size: int = 1,
-    workers: int | None = None,
-) -> Iterator[tuple[Item, Any]]:
-    """(item, its value) for all items in their order; the value is a ValueError where there is none.
-
-    `read` makes an array of an item, in threads ahead of `compute`, which makes a sequence of values of a batch of
-    arrays.  Arrays of different shapes do not share a batch.  Only ValueErrors of the two become values.
-    """
-
-    def tried(item: Item) -> tuple[Item, Any]:
-        try:
-            return item, read(item)
-        except ValueError as error:
-            return item, error
-
-    waiting: list[tuple[Item, Any]] = []
-    shape, count = None, 0
-    for item, array in read_ahead(items, tried, workers, AHEAD * batch_size):
-        good = isinstance(array, np.ndarray)
-        if good and count and array.shape != shape:
-            yield from _values(waiting, compute)
-            waiting, count = [], 0
-        waiting.append((item, array))
-        if good:
-            shape, count = array.shape, count + 1
-        if count in (0, batch_size):
-            yield from _values(waiting, compute)
-            waiting, count = [], 0
-    yield from _values(waiting, compute)
-
-
-def _values(waiting: list[tuple[Item, Any]], compute: Callable[[np.ndarray], Any]) -> Iterator[tuple[Item, Any]]:
-    arrays = [array for _, array in waiting if isinstance(array, np.ndarray)]
-    refused: ValueError | None = None
-    values: Iterator[Any] = iter(())
-    try:
-        values = iter(compute(np.stack(arrays)) if arrays else ())
-    except ValueError as error:
-        refused = error
-    for item, array in waiting:
-        yield item, (refused or next(values)) if isinstance(array, np.ndarray) else array
+PROBLEMS = {"softmax": "single_label_classification", "sigmoid": "multi_label_classification", "none": "regression"}
 
 
 class Pipeline:
@@ -88,6 +43,7 @@ class Pipeline:
     task: ClassVar[str]
     model_task: ClassVar[str]
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    keeps_photo = False
 
     def __init__(
         self,
@@ -98,42 +54,46 @@ class Pipeline:
         **options: Any,
     ) -> None:
         self.model, self.image_processor = model, image_processor
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers = _positive("batch_size", batch_size), num_workers
         self._check(options)
         self.options = options
 
     def __call__(
-        self, images: Any, *, batch_size: int | None = None, num_workers: int | None = None, **options: Any
+        self, inputs: Any = None, *, batch_size: int | None = None, num_workers: int | None = None, **options: Any
     ) -> Any:
         """The result for one image; a list of results for a list of images or an array of one axis more.
 
         For a generator, or anything else that can be iterated over, an iterator that computes as it is asked.  Images
-        are read ahead by `num_workers` threads and computed `batch_size` at a time.  `options` are those of the task.
-        Raises ImageError, naming the image, in the place of its result.
+        are read ahead by `num_workers` threads and computed `batch_size` at a time.  `options` are those of the task;
+        the images may also be called `images=`.  Raises ImageError, naming the image, in the place of its result.
         """
+        images = options.pop("images", inputs)
         self._check(options)
         chosen = {**self.options, **options}
-        size, workers = batch_size or self.batch_size, self.num_workers if num_workers is None else num_workers
+        size = _positive("batch_size", self.batch_size if batch_size is None else batch_size)
+        workers = self.num_workers if num_workers is None else num_workers
         if _is_one(images):
             return next(self._results([images], chosen, 1, 1))
+        if isinstance(images, Mapping) or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+            raise TypeError(f"{self.task}: expected an image or several, found {type(images).__name__}")
         several = isinstance(images, (list, tuple)) or hasattr(images, "ndim")
         results = self._results(images, chosen, size, None if workers is None else max(workers, 1))
         return list(results) if several else results
 
     def _results(self, images: Iterable[Any], options: dict[str, Any], size: int, workers: int | None) -> Iterator[Any]:
-        read = _Read(self.image_processor)
+        read = _Read(self.image_processor, self.keeps_photo)
         named = ((f"images[{i}]", image) for i, image in enumerate(images))
         for one in computed(map(_Item, named), read, lambda pixels: self.outputs(pixels, **options), size, workers):
             if isinstance(one[1], ValueError):
                 raise one[1]
-            yield self.result(one[1], one[0].shape, **options)
+            yield self.result(one[1], one[0], **options)
 
     def outputs(self, pixel_values: np.ndarray, **options: Any) -> Iterable[Any]:  # (B, C, H, W) -> B of them
         """What the model computes for each image of a batch."""
         raise NotImplementedError
 
-    def result(self, output: Any, shape: tuple[int, int], **options: Any) -> Any:
-        """What the caller gets for an image of `shape` (H, W)."""
+    def result(self, output: Any, item: _Item, **options: Any) -> Any:
+        """What the caller gets for an image."""
         raise NotImplementedError
 
     def _check(self, options: dict[str, Any]) -> None:
@@ -143,6 +103,34 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r})"
+
+
+class Classes(list[dict[str, Any]]):
+    """The labels and scores of one image, which Jupyter shows as a table."""
+
+    def _repr_html_(self) -> str:
+        rows = (f"<tr><td>{html.escape(one['label'])}</td><td>{one['score']:.4g}</td></tr>" for one in self)
+        return f"<table><tr><th>label</th><th>score</th></tr>{''.join(rows)}</table>"
+
+
+class Segments(list[dict[str, Any]]):
+    """The masks of one image, which Jupyter shows over the image, with a legend."""
+
+    def __init__(self, segments: Iterable[dict[str, Any]], numbers: list[int], classes: int, photo: Any) -> None:
+        super().__init__(segments)
+        self.numbers, self.classes, self.photo = numbers, classes, photo
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Segments, (list(self), self.numbers, self.classes, self.photo)
+
+    def _repr_png_(self) -> bytes:
+        size = self.photo.size if self.photo else _fitted(self[0]["mask"].size)
+        labels = np.zeros(size[::-1], np.int64)
+        for number, one in zip(self.numbers, self):
+            labels[np.asarray(one["mask"].resize(size, Image.Resampling.NEAREST)) > 0] = number
+        names = {number: one["label"] for number, one in zip(self.numbers, self)}
+        photo = None if self.photo is None else np.asarray(self.photo)
+        return png(class_map(labels, names, class_colours(self.classes), photo))
 
 
 class ImageClassificationPipeline(Pipeline):
@@ -160,13 +148,13 @@ class ImageClassificationPipeline(Pipeline):
         return self.model(pixel_values).logits
 
     def result(
-        self, output: Any, shape: tuple[int, int], top_k: int | None = 5, function_to_apply: str | None = None, **_: Any
+        self, output: Any, item: _Item, top_k: int | None = 5, function_to_apply: str | None = None, **_: Any
     ) -> list[dict[str, Any]]:
         """The `top_k` labels with the highest scores."""
         config = self.model.config
-        scores = scores_of(output, function_to_apply or _function_of(config))
-        best = np.argsort(-scores, kind="stable")[: 5 if top_k is None else top_k]
-        return [{"label": config.id2label[i], "score": float(scores[i])} for i in best.tolist()]
+        values = scores_of(output, function_to_apply or _function_of(config))
+        best = np.argsort(-values, kind="stable")[: 5 if top_k is None else top_k]
+        return Classes({"label": config.id2label[i], "score": float(values[i])} for i in best.tolist())
 
 
 class ImageSegmentationPipeline(Pipeline):
@@ -177,6 +165,7 @@ class ImageSegmentationPipeline(Pipeline):
     """
 
     task, model_task = "image-segmentation", "semantic_segmentation"
+    keeps_photo = True
     OPTIONS = ("subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold")
 
     def outputs(self, pixel_values: np.ndarray, subtask: str | None = "semantic", **_: Any) -> Any:  # -> (B, K, h, w)
@@ -185,17 +174,13 @@ class ImageSegmentationPipeline(Pipeline):
             raise ValueError(f"subtask: this model finds the class of every pixel, 'semantic', found {subtask!r}")
         return self.model(pixel_values).logits
 
-    def result(self, output: Any, shape: tuple[int, int], **_: Any) -> list[dict[str, Any]]:
+    def result(self, output: Any, item: _Item, **_: Any) -> list[dict[str, Any]]:
         """The classes that occur."""
-        labels = largest_logit(output, shape)
-        return [
-            {
-                "score": None,
-                "label": self.model.config.id2label[int(i)],
-                "mask": Image.fromarray((labels == i).astype(np.uint8) * np.uint8(255)),
-            }
-            for i in np.unique(labels)
-        ]
+        labels, names = largest_logit(output, item.shape), self.model.config.id2label
+        numbers = np.unique(labels).tolist()
+        masks = (Image.fromarray((labels == i).astype(np.uint8) * np.uint8(255)) for i in numbers)
+        found = ({"score": None, "label": names[i], "mask": mask} for i, mask in zip(numbers, masks))
+        return Segments(found, numbers, len(names), item.photo)
 
 
 class ImageFeatureExtractionPipeline(Pipeline):
@@ -214,7 +199,7 @@ class ImageFeatureExtractionPipeline(Pipeline):
             raise ValueError("pool=True needs a BeitModel with a pooling layer, which this model is not")
         return output.pooler_output if pool else output[0]
 
-    def result(self, output: Any, shape: tuple[int, int], return_tensors: Any = False, **_: Any) -> Any:
+    def result(self, output: Any, item: _Item, return_tensors: Any = False, **_: Any) -> Any:
         """The arrays of one image, with the axis of the batch."""
         return output[None] if return_tensors else output[None].tolist()
 
@@ -246,16 +231,14 @@ class FillMaskPipeline(Pipeline):
         logits = self.model(pixel_values, bool_masked_pos=masks).logits
         return ((mask.reshape(grid), one) for one in logits)
 
-    def result(
-        self, output: Any, shape: tuple[int, int], top_k: int | None = 5, **_: Any
-    ) -> list[list[dict[str, Any]]]:
+    def result(self, output: Any, item: _Item, top_k: int | None = 5, **_: Any) -> list[list[dict[str, Any]]]:
         """The `top_k` tokens of each hidden patch, row by row."""
         mask, logits = output
         found = []
         for row, column in np.argwhere(mask).tolist():
-            scores = scores_of(logits[row * mask.shape[1] + column], "softmax")
-            best = np.argsort(-scores, kind="stable")[: 5 if top_k is None else top_k].tolist()
-            found.append([{"score": float(scores[i]), "token": i, "row": row, "column": column} for i in best])
+            shares = scores_of(logits[row * mask.shape[1] + column], "softmax")
+            best = np.argsort(-shares, kind="stable")[: 5 if top_k is None else top_k].tolist()
+            found.append([{"score": float(shares[i]), "token": i, "row": row, "column": column} for i in best])
         return found
 
 
@@ -299,7 +282,7 @@ def pipeline(
         loaded, source = model, getattr(model, "name_or_path", "")
     else:
         where = {} if device in ON_CPU else {"backend": "cupy", "device": _number(device)}
-        loaded, source = task_class(kind.model_task).from_pretrained(model, **where, **options), model
+        loaded, source = _loaded(kind, model, {**where, **options}), model
     if not isinstance(image_processor, BeitImageProcessor):
         words = {name: value for name, value in options.items() if name in WHERE}
         image_processor = _processor(image_processor or source, loaded.config, words, image_processor is None)
@@ -308,15 +291,9 @@ def pipeline(
 
 def scores_of(logits: np.ndarray, function: str) -> np.ndarray:  # (K,) -> (K,) float64
     """Logits as they are ("none"), or their "softmax" or "sigmoid"."""
-    x = np.asarray(logits, np.float64)
-    if function == "sigmoid":
-        return 0.5 * (1 + np.tanh(0.5 * x))  # without overflow
-    if function == "softmax":
-        x = np.exp(x - x.max())
-        return x / x.sum()
-    if function != "none":
-        raise ValueError(f"function_to_apply: expected 'softmax', 'sigmoid' or 'none', found {function!r}")
-    return x
+    if function not in PROBLEMS:
+        raise ValueError(f"function_to_apply: expected one of {', '.join(map(repr, PROBLEMS))}, found {function!r}")
+    return scores(logits, PROBLEMS[function])
 
 
 def _function_of(config: BeitConfig) -> str:
@@ -331,13 +308,14 @@ class _Item:
     def __init__(self, named: tuple[str, Any]) -> None:
         self.name, self.image = named
         self.shape = (0, 0)
+        self.photo: Image.Image | None = None  # small, for Jupyter
 
 
 class _Read:
     """Pixel values (C, H, W) of an item, whose shape it notes and whose image it lets go."""
 
-    def __init__(self, processor: BeitImageProcessor) -> None:
-        self.processor = processor
+    def __init__(self, processor: BeitImageProcessor, keeps_photo: bool = False) -> None:
+        self.processor, self.keeps_photo = processor, keeps_photo
 
     def __call__(self, item: _Item) -> np.ndarray:
         name, image = decoded(item.image, item.name, self.processor.apply_exif_orientation)
@@ -345,7 +323,15 @@ class _Read:
         if not isinstance(image, Image.Image):
             image, words = load_image(image, name, channels=None), {"input_data_format": "channels_last"}
         item.shape = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+        if self.keeps_photo and isinstance(image, Image.Image):
+            item.photo = image.convert("RGB").resize(_fitted(image.size), Image.Resampling.BOX)
         return self.processor(image, **words).pixel_values[0]
+
+
+def _fitted(size: tuple[int, int]) -> tuple[int, int]:
+    """A size with a longer side of at most SHOWN pixels."""
+    factor = min(1.0, SHOWN / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
 
 
 def _is_one(images: Any) -> bool:
@@ -355,6 +341,26 @@ def _is_one(images: Any) -> bool:
 
 def _is_path(model: Any) -> bool:
     return isinstance(model, (str, os.PathLike))
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive whole number, found {value!r}")
+    return value
+
+
+def _loaded(kind: type[Pipeline], model: Any, words: dict[str, Any]) -> Any:
+    """The model of a checkpoint, which must have the task's head."""
+    if kind.model_task != "model":
+        check_head(model, kind.model_task, _how(words))
+    with warnings.catch_warnings():
+        if kind.model_task == "model":
+            warnings.filterwarnings("ignore", "(?s).*another task's head are not used")  # features need none
+        return task_class(kind.model_task).from_pretrained(model, **words)
+
+
+def _how(words: dict[str, Any]) -> Loading:
+    return Loading(**{name: value for name, value in words.items() if name in LOADING and value is not None})
 
 
 def _kind(task: str | None, model: Any, options: dict[str, Any]) -> type[Pipeline]:
@@ -378,7 +384,7 @@ def _task_of(model: Any, options: dict[str, Any]) -> str | None:
     file = prepared_file(model)
     if file:
         return read_prepared(file).task
-    return open_checkpoint(model, loading=Loading(**{k: v for k, v in options.items() if k in LOADING})).task
+    return open_checkpoint(model, loading=_how(options)).task
 
 
 def _number(device: Any) -> int:

@@ -22,16 +22,17 @@ from minibeit.cli.inputs import Found, run_batches
 from minibeit.images.ahead import default_workers
 
 WIDTH, HEIGHT, BATCH = 4000, 3000, 8
+SHARES = (0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16)  # of the octaves, from the finest
 
 
 def photographs(folder: Path, count: int) -> list[str]:
-    """JPEGs of 2 to 4 MB with detail of every size, as photographs have it."""
+    """JPEGs of some 4 MB with detail of every size, more of the coarse, as photographs have it."""
     rng = np.random.default_rng(0)
     octaves = [rng.integers(0, 256, (HEIGHT >> k, WIDTH >> k, 3), dtype=np.uint8) for k in range(1, 9)]
     large = [np.asarray(Image.fromarray(o).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)) for o in octaves]
     scene = np.zeros((HEIGHT, WIDTH, 3), np.float32)
     for k, octave in enumerate(large):
-        scene += octave * np.float32(2.0 ** (k - len(large)))
+        scene += octave * np.float32(SHARES[k])
     paths = []
     for i in range(count):
         paths.append(str(folder / f"{i}.jpg"))

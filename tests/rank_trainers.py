@@ -53,7 +53,8 @@ def save_data(kind: str, folder: Path) -> Path:
 
 def trainer(kind: str, data: Path, folder: Path, dtype: str, changes: dict[str, Any], **options: Any) -> Trainer:
     """A trainer whose noise, augmentation, mixing and clipping are all on."""
-    made = _MAKE[kind](data, dtype, {"batch_size": 8, "epochs": 2, "clip": 1.0, **changes})
+    changes = {"batch_size": 8, "epochs": 2, "clip": 1.0, **changes}
+    made = _MAKE[kind](data, dtype, changes.pop("backend", "numpy"), changes)
     ranks = options.get("ranks", Ranks())
     if ranks.first:
         folder.mkdir(exist_ok=True)
@@ -63,42 +64,42 @@ def trainer(kind: str, data: Path, folder: Path, dtype: str, changes: dict[str, 
     return result
 
 
-def _classifier(data: Path, dtype: str, changes: dict[str, Any]) -> tuple[Any, ...]:
+def _classifier(data: Path, dtype: str, backend: str, changes: dict[str, Any]) -> tuple[Any, ...]:
     examples = read_examples(data, 0.2)
     settings = config(num_hidden_layers=2, use_relative_position_bias=True, id2label=dict(enumerate(examples.names)),
                       problem_type=examples.problem, **RATES)  # fmt: skip
     recipe = dataclasses.replace(QUICK, **{"mixup": 0.8, "cutmix": 1.0, "average": 0.5, **changes})
-    model = BeitForImageClassification(settings, backend="numpy", seed=0, dtype=dtype)
+    model = BeitForImageClassification(settings, backend=backend, seed=0, dtype=dtype)
     processor = BeitImageProcessor(size=16, resample=2)
     return model, Classification(examples, processor, recipe, settings.image_shape), recipe
 
 
-def _masked(data: Path, dtype: str, changes: dict[str, Any]) -> tuple[Any, ...]:
+def _masked(data: Path, dtype: str, backend: str, changes: dict[str, Any]) -> tuple[Any, ...]:
     tokenizer = colour_tokenizer(2)
     settings = config(num_hidden_layers=2, vocab_size=tokenizer.config.vocab_size, use_mask_token=True,
                       use_shared_relative_position_bias=True, **RATES)  # fmt: skip
     recipe = PretrainingRecipe(**{"lr": 5e-3, "warmup": 1, "masked": 0.4, "color": 0.2, **changes})
     model = BeitForMaskedImageModeling(
-        settings, arrays=initial_arrays(settings, 0, dtype), backend="numpy", dtype=dtype
+        settings, arrays=initial_arrays(settings, 0, dtype), backend=backend, dtype=dtype
     )
     examples = read_images(data, 0.2)
     return model, MaskedModeling(examples, processor_for(settings, recipe), recipe, settings, tokenizer), recipe
 
 
-def _segmenter(data: Path, dtype: str, changes: dict[str, Any]) -> tuple[Any, ...]:
+def _segmenter(data: Path, dtype: str, backend: str, changes: dict[str, Any]) -> tuple[Any, ...]:
     pairs = read_pairs(data, 0.2)
     settings = BeitConfig(**{**segmentation_data.MODEL, **RATES, "id2label": dict(enumerate(pairs.names))})
     recipe = dataclasses.replace(segmentation_data.QUICK, **changes)
-    model = BeitForSemanticSegmentation(settings, backend="numpy", seed=0, dtype=dtype)
+    model = BeitForSemanticSegmentation(settings, backend=backend, seed=0, dtype=dtype)
     return model, Segmentation(pairs, processor_for_maps(settings, None, recipe, False), recipe, settings), recipe
 
 
-def _tokenizer(data: Path, dtype: str, changes: dict[str, Any]) -> tuple[Any, ...]:
+def _tokenizer(data: Path, dtype: str, backend: str, changes: dict[str, Any]) -> tuple[Any, ...]:
     settings = DalleTokenizerConfig(
         num_groups=2, num_blocks_per_group=1, hidden_size=16, vocab_size=12, n_init=8, image_size=16
     )
     recipe = TokenizerRecipe(**{"lr": 3e-3, "warmup": 0.5, **changes})
-    model = DiscreteVae(DalleTokenizer(settings, seed=1, dtype=dtype, backend="numpy"))
+    model = DiscreteVae(DalleTokenizer(settings, seed=1, dtype=dtype, backend=backend))
     return model, ImageReconstruction(read_images(data, 0.2), recipe, settings, (16, 16)), recipe
 
 

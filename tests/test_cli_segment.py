@@ -11,9 +11,8 @@ from PIL import Image
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.cli import segment
-from minibeit.cli.pictures import indexed
-from minibeit.evaluate.colours import distinct_colours
-from minibeit.evaluate.drawing import OVERLAY
+from minibeit.colours import distinct_colours
+from minibeit.drawing import OVERLAY, indexed
 from minibeit.sliding import Inference, largest_logit
 from minibeit.sliding import segment as segment_image
 
@@ -55,6 +54,18 @@ def test_files_and_numbers_are_those_of_the_model(capsys, checkpoint, tmp_path):
     legend = np.asarray(Image.open(row["legend"])).reshape(-1, 3)
     assert {tuple(c["color"]) for c in row["classes"]} <= set(map(tuple, legend.tolist()))
     assert sorted(p.name for p in output.iterdir()) == ["a_labels.png", "a_legend.png", "a_overlay.png", "a_scores.npz"]
+
+
+def test_overlay_and_legend_in_one_image(capsys, checkpoint, tmp_path):
+    (path,) = save_pictures(tmp_path, "a.png")
+    words = ("segment", path, "-m", checkpoint, "-o", tmp_path / "out", "--figure", "--json")
+    (row,) = json.loads(run(capsys, *words, "--overlay")[1])
+    figure, overlay, legend = (np.asarray(Image.open(row[kind])) for kind in ("figure", "overlay", "legend"))
+    np.testing.assert_array_equal(figure[: len(overlay), : overlay.shape[1]], overlay)
+    np.testing.assert_array_equal(figure[: len(legend), overlay.shape[1] :], legend)
+    (alone,) = json.loads(run(capsys, *words)[1])
+    assert "overlay" not in alone
+    np.testing.assert_array_equal(np.asarray(Image.open(alone["figure"])), figure)
 
 
 def test_table_names_files_and_classes(capsys, checkpoint, tmp_path):

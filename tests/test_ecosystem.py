@@ -62,6 +62,11 @@ def test_outputs_as_a_tuple():
     assert model()(PIXELS, return_dict=True).keys() == out.keys()
 
 
+def test_a_misspelt_keyword_of_a_call_names_the_nearest():
+    with pytest.raises(TypeError, match=r"unknown keyword 'output_hiden_states' .did you mean output_hidden_states"):
+        model()(PIXELS, output_hiden_states=True)
+
+
 def test_auto_classes_read_the_shipped_checkpoint():
     folder = weights_folder() / "digits"
     processor = minibeit.AutoImageProcessor.from_pretrained(folder)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minibeit.catalogue import weights_folder
 from minibeit.cli import main as minibeit
-from minibeit.weights import path
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "examples"
-DIGITS = path("digits")
+DIGITS = weights_folder() / "digits"
 
 
 def load(name: str):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cli_helpers import config, run, save, save_pictures
 from colour_tokenizer import colour_tokenizer
+from cuda_on_cpu import kernels
+from cuda_on_cpu.backend import cupy_backend
 from page_reader import arrays_in, facts_in, probabilities_in, rollout_in, whole
 from PIL import Image
 from tolerances import EXPLORER_8_BITS, EXPLORER_16_BITS
@@ -25,7 +28,7 @@ from minibeit import (
     Trace,
 )
 from minibeit.explorer import attention, pack
-from minibeit.explorer.regions import Regions, covered, regions_for
+from minibeit.explorer.regions import WORK_IN_INT8, WORK_ON_GPU, Regions, covered, operations, regions_for
 from minibeit.image_processor import default_processor
 from minibeit.scores import scores
 
@@ -177,21 +180,25 @@ def test_visual_tokens_are_those_predicted_where_the_image_is_masked(image):
         np.testing.assert_allclose(arrays["token_own_chance"][patch], probs[own[patch]], rtol=1e-4)
 
 
-def test_decoded_patches_have_the_predicted_tokens_among_the_images_own(image):
-    model = made(BeitForMaskedImageModeling, use_mask_token=True, vocab_size=64)
+@pytest.mark.parametrize(("side", "count"), [(2, 2), (1, 8)])
+def test_decoded_patches_have_the_predicted_tokens_among_the_images_own(image, side, count):
+    grid = side * count
+    model = made(BeitForMaskedImageModeling, use_mask_token=True, vocab_size=64, image_size=4 * grid)
     tokenizer = colour_tokenizer()
-    found = minibeit.explore(model, image, tokenizer=tokenizer, mask_side=2)
+    found = minibeit.explore(model, image, tokenizer=tokenizer, mask_side=side)
     drawn = {kind: pixels_in(found.facts["tokens"][f"{kind}_drawn"]) for kind in ("own", "predicted")}
-    own = found.arrays["token_own"].reshape(4, 4)
-    best = found.arrays["token_best"][:, 0].reshape(4, 4)
+    own = found.arrays["token_own"].reshape(grid, grid)
+    best = found.arrays["token_best"][:, 0].reshape(grid, grid)
     plain = np.rint(255 * tokenizer.decode(own[None])[0].transpose(1, 2, 0))
     np.testing.assert_array_equal(drawn["own"], plain)
-    for top, left in np.ndindex(2, 2):
+    for top, left in np.ndindex(count, count):
+        tokens, pixels = (
+            (slice(size * top, size * (top + 1)), slice(size * left, size * (left + 1))) for size in (side, 4 * side)
+        )
         ids = own.copy()
-        ids[2 * top : 2 * top + 2, 2 * left : 2 * left + 2] = best[2 * top : 2 * top + 2, 2 * left : 2 * left + 2]
+        ids[tokens] = best[tokens]
         image_of_ids = np.rint(255 * tokenizer.decode(ids[None])[0].transpose(1, 2, 0))
-        part = slice(8 * top, 8 * top + 8), slice(8 * left, 8 * left + 8)
-        np.testing.assert_array_equal(drawn["predicted"][part], image_of_ids[part])
+        np.testing.assert_array_equal(drawn["predicted"][pixels], image_of_ids[pixels])
     assert (drawn["own"] != drawn["predicted"]).any()
 
 
@@ -223,14 +230,25 @@ def test_an_encoder_without_a_head_shows_its_attention(image, model_class):
     np.testing.assert_allclose(probabilities_in(page), truth, atol=EXPLORER_16_BITS, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["numba"])
-def test_a_fast_backend_gives_nearly_the_same_page(image, backend):
-    pytest.importorskip("numba")
+def check_backend(image, backend):
+    """The page of a fast backend is nearly that of the reference."""
     slow = made()
     fast = BeitForImageClassification(slow.config, arrays=slow.arrays, backend=backend)
     pages = [minibeit.explore(model, image).html() for model in (slow, fast)]
     np.testing.assert_allclose(*map(probabilities_in, pages), atol=2 * EXPLORER_16_BITS)
-    np.testing.assert_allclose(*(arrays_in(page)["class_values"] for page in pages), atol=1e-4)
+    for name in ("class_values", "distance", "distance_without", "to_cls"):
+        np.testing.assert_allclose(*(arrays_in(page)[name] for page in pages), atol=1e-4)
+
+
+def test_numba_gives_nearly_the_same_page(image):
+    pytest.importorskip("numba")
+    check_backend(image, "numba")
+
+
+@pytest.mark.skipif(kernels.compiler() is None, reason="no g++ to compile CUDA C++ with")
+def test_a_gpu_gives_nearly_the_same_page(image):
+    with cupy_backend():
+        check_backend(image, "cupy")
 
 
 def test_regions_cover_every_patch_once_and_fit_the_work():
@@ -238,14 +256,28 @@ def test_regions_cover_every_patch_once_and_fit_the_work():
         masks = Regions(grid, side).masks()
         assert masks.shape == (Regions(grid, side).count, grid[0] * grid[1])
         assert (masks.sum(0) == 1).all() and masks.sum(1).max() <= side * side
-    base = 86_000_000
-    assert regions_for((14, 14), 200_000).side == 1
-    assert regions_for((14, 14), base).side == 2
-    assert regions_for((24, 24), base).side == 6
-    assert regions_for((14, 14), base, side=1).count == 196
-    assert regions_for((14, 14), 10**12).count == 1
+    together = Regions((8, 8), 1).apart(3)
+    assert together.shape == (16, 64) and (together.sum(1) == 4).all() and (together.sum(0) == 1).all()
+    assert Regions((14, 14), 2).apart(3).shape == (9, 196) and Regions((14, 14), 5).apart(3).shape == (4, 196)
+    for mask in together.reshape(-1, 8, 8):
+        places = np.argwhere(mask)
+        assert min(np.abs(a - b).max() for a in places for b in places if (a != b).any()) == 4
     with pytest.raises(ValueError, match="mask_side: expected 1 to 4 patches"):
-        regions_for((4, 3), base, side=5)
+        regions_for((4, 3), 1.0, side=5)
+
+
+def test_masking_of_base_takes_seconds():
+    model = SimpleNamespace(
+        config=minibeit.BeitConfig(use_relative_position_bias=True), num_parameters=lambda: 86_530_984, dtype="float32"
+    )
+    base224, base384 = operations(model, (14, 14)), operations(model, (24, 24))
+    assert base224 == pytest.approx(35.1e9, rel=0.02)
+    assert [regions_for(*pass_of).side for pass_of in (((14, 14), base224), ((24, 24), base384))] == [2, 6]
+    assert regions_for((14, 14), base224, side=1).count == 196
+    assert regions_for((14, 14), base224, most=WORK_IN_INT8).side == 1
+    assert regions_for((24, 24), base384, most=WORK_IN_INT8).side == 4
+    assert regions_for((24, 24), base384, most=WORK_ON_GPU).side == 1
+    assert regions_for((14, 14), base224 / 500).side == 1 and regions_for((14, 14), 1e13).count == 1
 
 
 def test_covered_pixels_are_the_mean_and_the_others_unchanged():

@@ -19,6 +19,7 @@ MODELS = {
     "classify": lambda: made(),
     "mask": lambda: made(BeitForMaskedImageModeling, use_mask_token=True, vocab_size=64),
     "segment": lambda: made(BeitForSemanticSegmentation, out_indices=[1, 2, 3, 4]),
+    "wide": lambda: made(image_size=[16, 24]),
     "bare": lambda: made(BeitModel, use_relative_position_bias=False),
 }
 
@@ -70,7 +71,7 @@ def computed(page, bias=True):
     )
 
 
-@pytest.mark.parametrize("kind", ["classify", "bare"])
+@pytest.mark.parametrize("kind", ["classify", "wide", "bare"])
 def test_the_script_computes_the_models_probabilities(chromium, files, image, kind):
     model = MODELS[kind]()
     truth = np.concatenate(model(pixels_of(model, image), output_attentions=True).attentions)
@@ -193,6 +194,18 @@ def test_classes_of_pixels_and_their_shares_in_a_patch(chromium, files, found):
             name, _, share = (cell.inner_text() for cell in row.locator("td").all())
             expected = (within == one["number"]).mean()
             assert name == one["name"] and share == (f"{100 * expected:.1f}%" if expected else "")
+
+
+def test_a_regression_shows_values(chromium, image, tmp_path):
+    found = minibeit.explore(made(id2label={0: "age"}), image)
+    found.save(tmp_path / "page.html")
+    whole, masked = found.arrays["class_values"][[0, 7], 0]
+    with opened(chromium, tmp_path / "page.html") as page:
+        patch(page, 1, 2).click()
+        cells = page.locator("#classes-rows td").all_inner_texts()
+    assert found.facts["classes"]["regression"] and cells[0] == "age" and "%" not in "".join(cells)
+    np.testing.assert_allclose([float(cells[1]), float(cells[2])], [whole, masked], rtol=1e-3)
+    np.testing.assert_allclose(float(cells[3].replace("−", "-")), masked - whole, rtol=1e-2)
 
 
 def test_a_page_of_few_blocks_shows_those(chromium, image, tmp_path, monkeypatch):

@@ -323,6 +323,13 @@ def test_frozen_batch_norms_use_the_batch_too():
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
+def test_no_weights_are_packed_in_a_step(monkeypatch):
+    """Copying the model would: of a base model 340 MB in every step."""
+    model = make(BeitForImageClassification, tiny_config(), backend="numba")
+    monkeypatch.setattr(type(model), "__init__", lambda *a, **k: pytest.fail("a model was made anew"))
+    assert value_and_grad(model, PIXELS.astype(np.float32), labels=LABELS).loss > 0
+
+
 def test_errors_are_sentences():
     model = classifier()
     with pytest.raises(ValueError, match=r"frozen: 'encoder\.0' matches no parameter; their names are like 'beit"):

@@ -24,11 +24,11 @@ ARRAY_LIBRARIES = {"numpy", "numba", "cupy", "torch", "jax", "scipy", "tensorflo
 
 # Imports point down this list.  A name is a file or a folder of the package; those of one row may use each other.
 LAYERS = [
-    {"text", "errors", "files", "file_names", "foreign", "strict_json"},
+    {"text", "errors", "files", "file_names", "foreign", "signatures", "strict_json"},
     {"catalogue", "loading_options"},
     {"hub", "labels", "task_table"},
     {"config", "config_checks"},
-    {"params", "trace", "outputs", "masking", "noise", "metrics"},
+    {"colours", "drawing", "params", "trace", "outputs", "masking", "noise", "metrics"},
     {"checkpoint", "ops", "images"},
     {"tape"},
     {"model", "image_processor", "sliding", "scores"},

@@ -15,6 +15,7 @@ from minibeit.train.gradients import value_and_grad
 from minibeit.train.optimizer import (
     AdamW,
     AverageOfWeights,
+    EarlyStep,
     clipped,
     decayed,
     global_norm,
@@ -125,6 +126,40 @@ def test_frozen_parameters_stay():
     optimizer.step(value_and_grad(model, PIXELS, labels=LABELS).grads, 1e-1)
     assert np.array_equal(model.params.beit.encoder[0].fc1.weight, before)
     assert not any(slot.name.startswith("beit.encoder.0.") for slot in optimizer.slots)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["numpy", "numba"])
+def test_an_early_step_is_the_same_step_and_keeps_no_gradient(backend, recompute):
+    """Bit for bit, with a table that all blocks share and matrices that the backward still multiplies by."""
+    config = tiny_config(use_mask_token=True, use_shared_relative_position_bias=True)
+    mask = np.random.default_rng(1).random((4, 6)) < 0.5
+    inputs = dict(bool_masked_pos=mask, labels=np.arange(mask.sum()) % config.vocab_size, recompute=recompute)
+    early, late = (make(BeitForMaskedImageModeling, config, backend=backend) for _ in range(2))
+    optimizers = [AdamW(model, layer_decay=0.7) for model in (early, late)]
+    for _ in range(3):
+        step = EarlyStep(optimizers[0], 1e-2)
+        kept = value_and_grad(early, PIXELS, ready=step, **inputs).grads
+        grads = value_and_grad(late, PIXELS, **inputs).grads
+        optimizers[1].step(grads, 1e-2)
+        assert flatten(kept) == {} and step.norm == pytest.approx(global_norm(grads), rel=1e-12)
+        assert np.array_equal(optimizers[0].weights, optimizers[1].weights)
+    assert np.array_equal(optimizers[0].steps, optimizers[1].steps) and optimizers[0].steps.min() == 3
+
+
+def test_an_early_step_ends_at_a_gradient_that_is_not_finite():
+    model = classifier()
+    optimizer = AdamW(model)
+    step, before = EarlyStep(optimizer, 1e-2), optimizer.weights.copy()
+    first, second, third = (slot.name for slot in optimizer.slots[:3])
+    params = flatten(model.params)
+    good, bad = np.ones_like(params[first]), np.full_like(params[second], np.inf)
+    assert step(first, good) is None and step(second, bad) is bad
+    rest = np.ones_like(params[third])
+    assert step(third, rest) is rest and not math.isfinite(step.norm)
+    changed = optimizer.weights != before
+    stop = optimizer.slots[0].stop
+    assert changed[:stop].all() and not changed[stop:].any() and optimizer.steps[:3].tolist() == [1, 0, 0]
 
 
 def test_groups_are_those_of_the_original():

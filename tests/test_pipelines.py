@@ -13,7 +13,8 @@ from PIL import Image
 
 import minibeit
 from minibeit import BeitForImageClassification, BeitForMaskedImageModeling, BeitImageProcessor, ImageError, pipeline
-from minibeit.pipelines import PIPELINES, computed, scores_of
+from minibeit.images.ahead import computed
+from minibeit.pipelines import PIPELINES, scores_of
 
 KINDS = {
     "image-classification": "classify",
@@ -249,6 +250,8 @@ def test_options_become_defaults_and_words_reach_from_pretrained(models, paths):
         ({"model": "loaded", "dtype": "float64"}, TypeError, "unknown keyword 'dtype'"),
         ({"model": "loaded", "device": 0}, TypeError, "'device'"),
         ({"model": "loaded", "task": "fill-mask"}, ValueError, "fill-mask needs a BeitForMaskedImageModeling"),
+        ({"model": "classify", "task": "fill-mask"}, ValueError, "needs a checkpoint of masked image modeling"),
+        ({"model": "classify", "batch_size": 0}, ValueError, "batch_size: expected a positive whole number, found 0"),
         ({"model": "classify", "image_processor": "nowhere"}, FileNotFoundError, "nowhere"),
     ],
 )
@@ -259,9 +262,26 @@ def test_what_cannot_be_is_said(models, words, error, message):
         pipeline(**{**words, "model": made.get(words.get("model"), words.get("model"))})
 
 
+@pytest.mark.parametrize("images", [None, 3, {"image": "a.png"}])
+def test_what_is_no_image_is_said_at_once(models, images):
+    pipe = pipeline(model=models["image-classification"])
+    with pytest.raises(TypeError, match="image-classification: expected an image or several, found"):
+        pipe(images)
+
+
+def test_images_by_name(models, paths):
+    pipe = pipeline(model=models["image-classification"])
+    assert pipe(images=paths[0]) == pipe(inputs=paths[0]) == pipe(paths[0])
+
+
+def test_features_need_no_head_and_do_not_miss_one(models, paths, recwarn):
+    assert np.shape(pipeline("image-feature-extraction", models["image-classification"])(paths[0])) == (1, 17, 16)
+    assert not recwarn.list
+
+
 def test_an_unknown_option_names_the_nearest(models, paths):
     pipe = pipeline(model=models["image-classification"])
     with pytest.raises(TypeError, match=r"image-classification: unknown keyword 'topk' .did you mean top_k"):
         pipe(paths[0], topk=3)
-    with pytest.raises(ValueError, match="function_to_apply: expected 'softmax', 'sigmoid' or 'none'"):
+    with pytest.raises(ValueError, match="function_to_apply: expected one of 'softmax', 'sigmoid', 'none'"):
         pipe(paths[0], function_to_apply="relu")

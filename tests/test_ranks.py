@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from training_data import class_folders
 from minibeit.cli import ranks as cli_ranks
 from minibeit.noise import Noise
 from minibeit.params import flatten
-from minibeit.train import loop
+from minibeit.train import examples, loop
+from minibeit.train.label_maps import read_pairs
 from minibeit.train.optimizer import Slot
 from minibeit.train.ranks import Ranks
 from minibeit.train.state import Stopped, StopSign
@@ -114,6 +116,31 @@ def test_ranks_train_as_one_process_does(kind, count, folders, single, tmp_path)
     for row, expected in zip(made[0].state.history, history, strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0"]  # the others write nothing
+
+
+def test_each_rank_reads_its_own_images_alone(folders, tmp_path):
+    def work(ranks):
+        made, read = trainer("classification", folders["classification"], tmp_path, "float64", {}, ranks=ranks), []
+        real = made.objective.read
+        made.objective.read = lambda example, key: read.append(example.path) or real(example, key)
+        assert len(list(made._batches())) == made.steps_per_epoch == 2
+        return read
+
+    reads = on_ranks(2, work)
+    assert [len(read) for read in reads] == [8, 8] and len({*reads[0], *reads[1]}) == 16
+
+
+def test_each_rank_looks_at_a_part_of_the_data_and_all_know_the_whole(folders, tmp_path, monkeypatch):
+    looked, real = [], examples.read_picture
+    monkeypatch.setattr(examples, "read_picture", lambda path: looked.append(path) or real(path))
+    shutil.copytree(folders["classification"], tmp_path / "d")
+    (tmp_path / "d" / "red" / "1.png").write_bytes(b"no image")
+    alone = examples.read_examples(tmp_path / "d", 0.2)
+    assert len(alone.unreadable) == 1 and len(looked) == 26
+    made = on_ranks(3, lambda ranks: examples.read_examples(tmp_path / "d", 0.2, ranks=ranks))
+    assert made == [alone] * 3 and len(looked) == 2 * 26
+    segments = on_ranks(2, lambda ranks: read_pairs(folders["segmentation"], 0.2, ranks=ranks))
+    assert segments == [read_pairs(folders["segmentation"], 0.2)] * 2
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])

@@ -11,8 +11,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from cli_helpers import save_pictures
 from verify_plant import after, job, model_of
 
+from minibeit import BeitImageProcessor, Trace
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.cli import verify as command
 from minibeit.cli.terminal import UsageError
@@ -61,7 +63,7 @@ def test_only_and_lists(model, capsys):
     assert run("--model", model, "--only", "encoder.1.*", "--only", "logits", "--backend", "numpy") == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("encoder.1.", "logits")) for line in lines[1:-1])
-    assert run("--model", model, "--only", "nothing.*", "-q", "--backend", "numpy") == 1
+    assert run("--model", model, "--only", "nothing.*", "-q", "--backend", "numpy") == 2
     assert "nothing was compared" in capsys.readouterr().out
     assert run("--model", model, "--list-names") == 0
     assert re.search(r"encoder\.\*\.attention\.query +\(1, 3, 7, 4\)", capsys.readouterr().out)
@@ -105,6 +107,44 @@ def test_a_trace_of_another_task_or_with_strange_inputs(model, tmp_path):
         run("--model", model, "--against", trace)
 
 
+def test_a_mask_that_a_trace_lacks_is_said_and_not_replaced(tmp_path, capsys):
+    from minibeit.checkpoint.formats import write_safetensors
+    from minibeit.tasks import task_class
+
+    made = job("masked_image_modeling")
+    config = made.config.replace(architectures=[CLASSES[made.task]])
+    save_checkpoint(tmp_path / "mim", config, made.task, made.arrays)
+    pixels, picture = made.inputs["pixel_values"][:1], save_pictures(tmp_path, "a.png")[0]
+    BeitImageProcessor(size={"height": 12, "width": 8}).save_pretrained(tmp_path / "mim")
+    seen = BeitImageProcessor.from_pretrained(tmp_path / "mim")(str(picture)).pixel_values
+    for inputs, words in (({"input.pixel_values": pixels}, ()), ({}, ("--image", picture))):
+        trace = Trace()
+        model = task_class(made.task)(config, arrays=made.arrays, backend="numpy")
+        model(pixels if inputs else seen, trace=trace)  # no patch is masked
+        write_safetensors(tmp_path / "t.safetensors", {**trace, **inputs}, {"format": "minibeit-trace"})
+        assert run("--model", tmp_path / "mim", "--against", tmp_path / "t.safetensors", "-q", *words) == 0
+        assert "no input.bool_masked_pos, so it was compared with a run in which no patch is masked" in (
+            capsys.readouterr().out
+        )
+
+
+def test_what_could_not_be_compared_has_an_exit_code_of_its_own(model, tmp_path, capsys):
+    from minibeit.checkpoint.formats import write_safetensors
+    from minibeit.cli import main
+
+    trace = tmp_path / "t.safetensors"
+    assert run("--model", model, "--save-trace", trace, "--backend", "numpy") == 0
+    words = ["verify", "--model", str(model), "-q", "--against"]
+    assert main([*words, str(trace)]) == 0
+    assert main([*words, str(trace), "--random-seed", "4"]) == 2  # another input than the trace's
+    assert main([*words, str(tmp_path / "nowhere")]) == 2
+    write_safetensors(trace, {"logits": np.zeros((2, 3), np.float32)}, {"format": "minibeit-trace"})
+    assert main([*words, str(trace)]) == 2  # no input
+    assert main([*words, str(trace), "--random-seed", "0"]) == 1  # logits of another shape
+    assert main(["verify", "--only", "nothing.*", "-q", "--backend", "numpy"]) == 2
+    assert capsys.readouterr().err.count("Traceback") == 0
+
+
 def test_a_negative_seed_is_refused_before_any_work(capsys):
     with pytest.raises(SystemExit):
         run("--random-seed", -1)
@@ -132,6 +172,8 @@ def test_golden_weights_and_bisect(model, tmp_path, capsys):
 
 
 def test_wrong_calls(model, tmp_path):
+    with pytest.raises(UsageError, match="--yardstick is for a trace"):
+        run("--model", model, "--yardstick", "torch")
     with pytest.raises(UsageError, match=r"\.html, \.json, \.md"):
         run("--model", model, "--report", tmp_path / "r.pdf")
     with pytest.raises(UsageError, match="folder does not exist"):
@@ -159,6 +201,10 @@ def test_pytorch_as_yardstick_and_as_trace(model, tmp_path, capsys):
     assert TraceFile(trace).made_by.startswith("PyTorch")
     assert run("--model", square, "--against", trace, "-q") == 0
     capsys.readouterr()
+    foreign = tmp_path / "foreign.safetensors"
+    assert run("--model", square, "--backend", "numpy", "--save-trace", foreign) == 0
+    assert run("--model", square, "--against", foreign, "--yardstick", "torch", "-q") == 0
+    assert "as far from the truth as PyTorch" in capsys.readouterr().out
     assert run("--model", model, "--backend", "numpy", "--against", "torch", "-q") == 1
     assert "itself departs from the float64 reference" in capsys.readouterr().out
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import random_weights, tiny_config
 from verify_plant import job, model_of
 
 from minibeit import BeitForImageClassification, CheckpointError, Trace
+from minibeit.catalogue import weights_folder
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.checkpoint.save import save_checkpoint
 from minibeit.task_table import CLASSES
@@ -282,3 +285,32 @@ def test_what_only_one_checkpoint_has_is_a_difference(two):
         pair.name: pair.note for pair in compare_weights(folder / "a", folder / "b").pairs if pair.status == "shape"
     }
     assert notes == {"classifier.weight": "A has (5, 12), B has (7, 12)", "classifier.bias": "A has (5,), B has (7,)"}
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "verify.md").read_text(encoding="utf-8")
+
+
+def test_the_trace_of_the_page_is_written_and_judged(tmp_path, monkeypatch, capsys):
+    from minibeit.cli import main
+
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len([line for line in program.split("write_trace(\n")[0].splitlines() if line.strip()]) <= 30
+    (tmp_path / "digits").symlink_to(weights_folder() / "digits")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/verify.md", "exec"), {})
+    assert main(["verify", "--against", "theirs.safetensors", "-q"]) == 0
+    said = capsys.readouterr().out
+    assert "2 arrays of a port in NumPy are within the error budget" in said
+    assert "Nothing after embeddings was looked at" in said
+
+
+def test_the_page_explains_every_name():
+    cells = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
+    explained = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    made = {name for task in CLASSES for name in job(task).shapes()}
+    kinds = {re.sub(r"^encoder\.\d+", "encoder.*", name) for name in made}
+    kinds = {name if name == "fpn.0.hidden" else re.sub(r"\.\d+$", ".i", name) for name in kinds}
+    assert len(kinds) > 25
+    assert sorted(kinds - explained) == []

@@ -355,3 +355,44 @@ assert base.grid == (14, 14) and cut(photo_pixels, 16).shape == (196, 768)
 
 # %% [markdown]
 # Next: [02, the relative position bias](02_relative_position_bias.ipynb).
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. The keys have no bias (section 4). Add one to the keys of the first block, any you like, and show that the shares
+#    stay as they are.
+# 2. Which patches does the network look at to read a 3? Replace one patch after the other by bare paper and draw how
+#    far the logit of the 3 falls.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. The bias adds the same number q . b to all scores of a query, and softmax does not see what all scores share.
+key_bias = np.random.default_rng(0).standard_normal((H, 1, d))
+moved = q @ (k + key_bias).transpose(0, 2, 1) / math.sqrt(d) + bias  # (H, N, N)
+moved_shares = np.exp(moved - moved.max(axis=-1, keepdims=True))
+moved_shares = moved_shares / moved_shares.sum(axis=-1, keepdims=True)
+print("largest change of a score:", np.abs(moved - scores).max(), " of a share:", np.abs(moved_shares - shares).max())
+assert np.abs(moved - scores).max() > 0.1
+assert np.abs(moved_shares - shares).max() < 1e-12
+
+# %% [solution]
+# 2. Sixteen images, each with a hole; minibeit takes them as one batch.
+holes = np.repeat(pixels, 16, axis=0)  # (16, C, 32, 32)
+for p in range(16):
+    top, left = p // 4 * 8, p % 4 * 8
+    holes[p, :, top : top + 8, left : left + 8] = -1  # paper
+fall = model(pixels).logits[0, 3] - model(holes).logits[:, 3]  # (16,)
+figure, axes = plt.subplots(1, 2, figsize=(5, 2.4), layout="constrained")
+axes[0].imshow(picture(pixels))
+shown = axes[1].imshow(fall.reshape(4, 4), cmap="RdBu_r", vmin=-np.abs(fall).max(), vmax=np.abs(fall).max())
+axes[1].set_title("fall of the logit", fontsize=9)
+figure.colorbar(shown, ax=axes[1])
+for axis in axes:
+    axis.set(xticks=[], yticks=[])
+plt.show()
+still = [config.id2label[int(k)] for k in model(holes).logits.argmax(axis=1)]
+print(f"it falls most, by {fall.max():.2f}, without patch {fall.argmax()}; read with a hole:", " ".join(still))
+assert fall.max() > 0.5
+assert np.abs(fall[[0, 3, 12]]).max() < 0.05  # corners without ink
+assert set(still) == {"3"}  # no single patch decides

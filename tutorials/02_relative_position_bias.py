@@ -422,3 +422,39 @@ assert np.array_equal(on_square(three).logits, model(three).logits)  # on a squa
 
 # %% [markdown]
 # Next: [03, one encoder, three heads](03_one_encoder_three_heads.ipynb).
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. How many rows has the table of a model for 384 x 384 pixels with patches of 16 x 16? Find the number by the formula
+#    and from the index.
+# 2. Build a network that sees the world in a mirror: change tables and weights of the digits network so that its
+#    logits for a mirrored image are those of the original for the image itself.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. 24 x 24 patches. The index names each row at least once, and the last one is [CLS] to itself.
+rows = (2 * 24 - 1) ** 2 + 3
+print(f"{rows} rows: {rows - 3} offsets and 3 for [CLS]")
+assert rows == table_rows((24, 24)) == ops.relative_position_index((24, 24)).max() + 1
+
+# %% [solution]
+# 2. Positions are in the tables alone, so the offsets to the right and to the left change places; and within a patch,
+# the columns of the patch embedding do.
+mirrored = {}
+for name, array in model.arrays.items():
+    if name.endswith("bias_table"):
+        offsets = array[:-3].reshape(2 * grid[0] - 1, 2 * grid[1] - 1, H)[:, ::-1].reshape(-1, H)
+        mirrored[name] = np.concatenate([offsets, array[-3:]])
+    elif name.endswith("patch.weight"):
+        mirrored[name] = np.ascontiguousarray(array[..., ::-1])  # (D, C, 8, 8)
+    else:
+        mirrored[name] = array
+in_the_mirror = BeitForImageClassification(config, arrays=mirrored, backend="numpy")
+flipped = np.ascontiguousarray(pixels[..., ::-1])
+difference = np.abs(in_the_mirror(flipped).logits - model(pixels).logits).max()
+right_flipped = int((model(flipped).logits.argmax(1) == labels).sum())
+print(f"largest difference of a logit: {difference:.0e}; the original reads {right_flipped} of 360 mirrored digits")
+assert difference < 1e-4
+assert right_flipped < 300

@@ -381,3 +381,35 @@ assert table["all blocks"][1] > 0.8 and table["pixels of the patch"][1] < 0.3
 # The encoder is the same in all three tasks: `model.params.beit`, computed by
 # [`minibeit/model/encoder.py`](../minibeit/model/encoder.py). A task adds a head and says which hidden states it needs.
 # A checkpoint for one task loads into another, with a randomly drawn head: that is where fine-tuning starts.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. BEiT's classifier reads the mean of the patch tokens and not `[CLS]`. What would a head know that is fitted to
+#    `[CLS]`, after each block?
+# 2. How many labelled images does the fitted head after the last block need? Fit it to 15, 30, 60, 120 and 240 of them.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. The same loop as in section 1, with another token.
+by_cls = []
+for state in output.hidden_states:
+    cls = state[:, 0] / state.std()  # (B, D)
+    head = ridge(cls[fit], ten[fit])
+    by_cls.append((read(cls[test], head).argmax(axis=1) == labels[test]).mean())
+for name, mean_right, cls_right in zip(names, by_state, by_cls, strict=True):
+    print(f"  {name:12} mean of the patches {mean_right:.1%}, [CLS] {cls_right:.1%}")
+assert by_cls[0] < 0.2  # before the first block, [CLS] is the same for every image
+assert by_cls[-1] > by_cls[0] + 0.2  # attention brings it what the patches know
+
+# %% [solution]
+# 2. The encoder has seen 1,437 digits with their labels, so the classes lie apart already, and few examples will do.
+mean = states[-1].mean(axis=1) / states[-1].std()
+by_count = {}
+for count in (15, 30, 60, 120, 240):
+    head = ridge(mean[fit[:count]], ten[fit[:count]])
+    by_count[count] = (read(mean[test], head).argmax(axis=1) == labels[test]).mean()
+    print(f"  {count:3} images: {by_count[count]:.1%}")
+assert by_count[240] > by_count[15]
+assert by_count[30] > 0.5

@@ -208,3 +208,33 @@ folder.cleanup()
 #
 # If something is wrong: are all numbers finite? Are the pixels the same (`embeddings.patches` is the first array to
 # show it)? Are the weights the same (`--weights`)? Only then look into the first guilty array.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A port has lost the layer scale of one branch: its `lambda_1` in block 2 is all ones. Which array does the verifier
+#    name, and how many others only inherit the error?
+# 2. Somebody has stored the weights in float16 and computes in float32. Is the predicted class still right? Is the
+#    port?
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. The array that the factor is applied in, and nothing before it.
+changed = dict(weights)
+changed["beit.encoder.2.lambda_1"] = np.ones_like(weights["beit.encoder.2.lambda_1"])
+lost = BeitForImageClassification(config, arrays=changed, backend="numpy")
+report = check(job, model_source(job, lost, "no layer scale"))
+print(verdict(report))
+print(sum(row.status == "total" for row in report.rows), "arrays inherit the error")
+assert report.guilty is not None and report.guilty.name == "encoder.2.attention.residual"
+assert all(row.ok for row in report.rows[: report.rows.index(report.guilty)])
+
+# %% [solution]
+# 2. The class is right, and the port is not: each rounding of a weight is 8,000 times as large as one of float32.
+rounded = {name: array.astype(np.float16).astype(np.float32) for name, array in weights.items()}
+halves = BeitForImageClassification(config, arrays=rounded, backend="numpy")
+report = check(job, model_source(job, halves, "weights in float16"))
+print(verdict(report))
+assert halves(pixels).logits.argmax() == model()(pixels).logits.argmax()
+assert not report.ok and sum(row.status == "own" for row in report.rows) > 10

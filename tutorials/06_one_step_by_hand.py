@@ -324,3 +324,31 @@ assert all(curve[-1] < curve[0] for curve, _, _ in results.values())
 # The code: [`minibeit/tape.py`](../minibeit/tape.py) is the bookkeeping,
 # [`minibeit/ops/backward/`](../minibeit/ops/backward/transformer.py) has each op's formulas, and
 # [`minibeit/train/optimizer.py`](../minibeit/train/optimizer.py) is AdamW.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Derive the gradient of the loss with respect to the logits (the mean over images of minus the log of the right
+#    class's share), and from it those of the classifier's weight and bias. The trace has what the classifier reads
+#    under "pooler".
+# 2. Keys have no bias. Show with the numbers of section 3 that one would get no gradient, whatever the weights.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. d(-log share_y) / d logit_c is share_c, less 1 for c = y; the classifier is a linear layer like any other.
+logits = forward["logits"]
+share = np.exp(logits - logits.max(axis=1, keepdims=True))
+share = share / share.sum(axis=1, keepdims=True)
+dlogits = (share - np.eye(len(share[0]))[y8]) / len(y8)
+by_hand = {"weight": dlogits.T @ forward["pooler"], "bias": dlogits.sum(axis=0)}
+for name, gradient in by_hand.items():
+    print(f"classifier.{name:8} {relative(gradient, named[f'classifier.{name}']):.1e}")
+    assert relative(gradient, named[f"classifier.{name}"]) < 1e-11
+
+# %% [solution]
+# 2. A bias of the keys would get the sum of dk over all tokens b. Each term is dS[a, b] q[a], and for every a the row
+# dS[a] adds up to zero: the row sum in dS was taken out so that it does.
+print(f"largest row sum of dS: {np.abs(dS.sum(axis=-1)).max():.0e}, of its elements: {np.abs(dS).max():.0e}")
+print(f"largest sum of dk over tokens: {np.abs(dk.sum(axis=2)).max():.0e}, of its elements: {np.abs(dk).max():.0e}")
+assert np.abs(dk.sum(axis=2)).max() < 1e-12 * np.abs(dk).max() * N

@@ -254,3 +254,35 @@ assert history[-1]["train_loss"] < 0.6 * history[0]["train_loss"]
 # Then the encoder knows textures and things already, so that some tens of images go a long way, and a map of 128 x 128
 # places for 512 x 512 pixels. [docs/segmentation.md](../docs/segmentation.md) has the layouts of data, the recipes and
 # the options.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Where are the errors? Count the wrong pixels that lie within 3 pixels of a border between classes of the truth, and
+#    compare with the share of such pixels.
+# 2. Does it help to look twice? Measure the model once more with the mirror image of each scene averaged in: `--flip`
+#    of `minibeit evaluate`.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. A border is where the largest and the smallest class of a neighbourhood differ.
+near, wrong = [], []
+for pair, labels in zip(pairs.held_out, said):
+    truth = pairs.read_map(pair.map)
+    near.append(ndimage.maximum_filter(truth, 7) != ndimage.minimum_filter(truth, 7))
+    wrong.append(labels != truth)
+near, wrong = np.stack(near), np.stack(wrong)
+print(f"{near.mean():.0%} of the pixels lie near a border, and {near[wrong].mean():.0%} of the errors")
+print(f"wrong near a border: {wrong[near].mean():.0%}, elsewhere: {wrong[~near].mean():.0%}")
+assert near[wrong].mean() > near.mean()
+
+# %% [solution]
+# 2. The probabilities of both views are averaged before the class is chosen. The interval says how far such a figure
+# would move with other images: with twenty of them, a small difference says little.
+words = "evaluate scenes/val/images --maps scenes/val/masks --model model --whole --flip --json twice.json --quiet"
+assert minibeit(words.split()) == 0
+once, twice = (json.loads(Path(f"{name}.json").read_text())["figures"]["mean_iou"] for name in ("numbers", "twice"))
+print(f"mean IoU {once['value']:.3f} with one view, {twice['value']:.3f} with two")
+print(f"95% interval of the latter: {twice['low']:.3f} to {twice['high']:.3f}")
+assert abs(once["value"] - twice["value"]) < 0.2

@@ -1,7 +1,8 @@
 """Builds the notebook of every tutorial: `python tutorials/build.py [NN ...]`; needs the extra `tutorials`.
 
-The source is the script in percent format: `# %% [markdown]` starts a cell of text, `# %%` one of code.  The script is
-run cell by cell, and the notebook beside it gets the text, the code, what was printed and the pictures.
+The source is the script in percent format: `# %% [markdown]` starts a cell of text, `# %%` one of code, and `# %%
+[solution]` one that is collapsed.  The script is run cell by cell, and the notebook beside it gets the text, the code,
+what was printed and the figures, twice as fine as they are shown.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+REPOSITORY = ""  # "owner/name" on GitHub, once the project has an address: then each notebook links to Colab
 COLOURS = 256  # of a picture: a palette makes the notebook three times smaller
 SECONDS = 600  # the most that one cell may take
+COLLAPSED = {"jupyter": {"outputs_hidden": True, "source_hidden": True}, "tags": ["solution"]}
+RETINA = "--InlineBackend.figure_formats={'retina'}"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -32,14 +36,23 @@ def tutorials() -> list[Path]:
 
 
 def cells(script: Path) -> list[tuple[str, str]]:
-    """("markdown" or "code", text) of every cell of a script; text loses its comment signs."""
+    """("markdown", "code" or "solution", text) of every cell of a script; text loses its comment signs."""
     parts = re.split(r"^# %%(.*)\n", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
     found = []
     for head, body in zip(parts[1::2], parts[2::2], strict=True):
-        kind = "markdown" if "[markdown]" in head else "code"
+        kind = head.strip(" []") or "code"
         text = re.sub(r"^# ?", "", body, flags=re.MULTILINE) if kind == "markdown" else body
         found.append((kind, text.strip("\n")))
+    if REPOSITORY and found:
+        found[0] = (found[0][0], f"{found[0][1]}\n\n{colab(script)}")
     return found
+
+
+def colab(script: Path) -> str:
+    """A line that opens the notebook in Colab and says what to install there."""
+    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/tutorials/{script.stem}.ipynb"
+    package = f"minibeit[tutorials] @ git+https://github.com/{REPOSITORY}"
+    return f'[Open in Colab]({address}), and there first run `%pip install "{package}"`.'
 
 
 def notebook(script: Path) -> dict[str, Any]:
@@ -47,8 +60,10 @@ def notebook(script: Path) -> dict[str, Any]:
     made = []
     for number, (kind, text) in enumerate(cells(script)):
         cell: dict[str, Any] = {"cell_type": kind, "id": f"cell-{number}", "metadata": {}, "source": text}
-        if kind == "code":
-            cell.update(execution_count=None, outputs=[])
+        if kind != "markdown":
+            cell.update(cell_type="code", execution_count=None, outputs=[])
+        if kind == "solution":
+            cell["metadata"] = COLLAPSED
         made.append(cell)
     return {"cells": made, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
 
@@ -63,7 +78,13 @@ def run(script: Path) -> dict[str, Any]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ.pop("MPLBACKEND", None)  # the kernel chooses the one that draws into the notebook
     book = nbformat.from_dict(notebook(script))
-    client = NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client = NotebookClient(
+        book,
+        timeout=SECONDS,
+        kernel_name="python3",
+        extra_arguments=[RETINA],
+        resources={"metadata": {"path": str(ROOT)}},
+    )
     client.execute()
     return tidy(json.loads(nbformat.writes(book)))
 
@@ -72,7 +93,7 @@ def tidy(book: dict[str, Any]) -> dict[str, Any]:
     """`book` without times and stray metadata, its pictures in a palette of 256 colours."""
     book["metadata"] = METADATA
     for cell in book["cells"]:
-        cell["metadata"] = {}
+        cell["metadata"] = COLLAPSED if "solution" in cell["metadata"].get("tags", []) else {}
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:

@@ -16,9 +16,9 @@ from PIL import Image
 from pydantic import BaseModel
 
 from minibeit import BeitForImageClassification, BeitImageProcessor, ImageError
-from minibeit.weights import path
+from minibeit.catalogue import weights_folder
 
-FOLDER = os.environ.get("MODEL", str(path("digits")))
+FOLDER = os.environ.get("MODEL", str(weights_folder() / "digits"))
 MOST_BYTES = 20_000_000  # of a file that somebody sends
 
 processor = BeitImageProcessor.from_pretrained(FOLDER)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 # page: (title, what it is about, names)
 PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "pipelines": (
+        "Pipelines",
+        "One call from images to results, images read ahead, and a page to look into a model with.",
+        ("minibeit.pipeline", "minibeit.read_ahead", "minibeit.explore", "minibeit.Exploration"),
+    ),
     "models": (
         "Models",
         "Arrays go in, a dataclass of arrays comes out. The Auto classes choose by the checkpoint.",
@@ -13,6 +18,8 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "minibeit.BeitForMaskedImageModeling",
             "minibeit.BeitForSemanticSegmentation",
             "minibeit.BeitBackbone",
+            "minibeit.BeitPreTrainedModel",
+            "minibeit.Data2VecVisionPreTrainedModel",
             "minibeit.Data2VecVisionModel",
             "minibeit.Data2VecVisionForImageClassification",
             "minibeit.Data2VecVisionForSemanticSegmentation",
@@ -29,7 +36,14 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "settings": (
         "Config and image processor",
         "What a checkpoint's `config.json` and `preprocessor_config.json` say.",
-        ("minibeit.BeitConfig", "minibeit.BeitImageProcessor", "minibeit.BeitFeatureExtractor"),
+        (
+            "minibeit.BeitConfig",
+            "minibeit.Data2VecVisionConfig",
+            "minibeit.BeitImageProcessor",
+            "minibeit.BeitImageProcessorPil",
+            "minibeit.BeitImageProcessorFast",
+            "minibeit.BeitFeatureExtractor",
+        ),
     ),
     "outputs": (
         "Outputs and errors",

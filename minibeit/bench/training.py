@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..params import flatten
 from ..train.gradients import value_and_grad
-from ..train.optimizer import AdamW
+from ..train.optimizer import AdamW, EarlyStep
 from .workloads import Workload, model_class
 
 BACKENDS = {"numba": "minibeit numba", "numpy": "minibeit numpy", "numba-recompute": "minibeit numba, recomputing"}
@@ -22,6 +21,7 @@ PEERS = {"torch": "PyTorch eager", "inductor": "PyTorch compiled"}
 MARKS = {"inductor": "compiled"}  # a file that says that a peer has compiled the model before
 STEPS = 3  # before the peak of memory is read: PyTorch makes the optimizer's state in the first
 RATE, DECAY = 1e-5, 0.05
+LAST = "beit.embeddings.patch.weight"  # what the backward reaches last
 MASKED = 0.4  # of the patches
 
 Inputs = dict[str, np.ndarray]
@@ -63,9 +63,15 @@ class Step:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         self.optimizer.ops = self.model.ops  # which a profile exchanges
-        grads = value_and_grad(self.model, x, **self.options).grads
-        self.optimizer.step(grads, RATE)
-        return flatten(grads)["beit.embeddings.patch.weight"]
+        early, kept = EarlyStep(self.optimizer, RATE), []
+
+        def ready(name: str, gradient: np.ndarray) -> None:
+            early(name, gradient)
+            if name == LAST:
+                kept.append(gradient)
+
+        value_and_grad(self.model, x, ready=ready, **self.options)
+        return kept[0]
 
 
 class TorchStep:

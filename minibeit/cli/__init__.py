@@ -1,7 +1,8 @@
 """The command line: one module per command, each with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args)`.
 
 A command module imports what it needs to compute inside its functions, so that `minibeit --help` is quick.
-Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 an input could not be used, 2 wrong usage, 130 interrupted.  A command for which 1 is an
+answer, as a failed check, sets the default `unusable` of its arguments to another code for inputs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ COMMANDS = (
     "dvae",
     "segment",
     "evaluate",
+    "compare",
     "explore",
     "features",
     "mask",
@@ -39,6 +41,7 @@ COMMANDS = (
     "download",
     "bench",
     "warmup",
+    "completion",
 )
 
 INTERRUPTED = 130
@@ -114,8 +117,16 @@ class _Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser with `command` alone, or if that is no command, with the help of all of them."""
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser with all commands and their arguments."""
+    return _parser(None, arguments=COMMANDS)
+
+
+def _parser(command: str | None, arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser with `command` alone, or if that is no command, with the help of all of them.
+
+    Of the commands in `arguments` it has the arguments as well.
+    """
     parser = _Parser(
         prog="minibeit",
         description=DESCRIPTION,
@@ -125,7 +136,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("--verbose", action="store_true", help="with --version: also CPU, libraries and folders")
     parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
-    parser.set_defaults(run=_version)
+    parser.set_defaults(run=_version, unusable=1)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in (command,) if command in COMMANDS else COMMANDS:
         module = import_module(f".{name}", __name__)
@@ -136,7 +147,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             epilog=f"examples:\n{module.EXAMPLES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name == command:
+        if name == command or name in arguments:
             module.add_arguments(sub)
             sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=DEBUG_HELP)
             sub.set_defaults(run=module.run)
@@ -185,13 +196,15 @@ def _run(args: argparse.Namespace) -> int:
         return _failed(args, str(error), 2)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
-        return _failed(args, f"{error.filename}: {error.strerror}" if named else str(error), 1)
+        return _failed(args, f"{error.filename}: {error.strerror}" if named else str(error), args.unusable)
     except (ValueError, TypeError, ImportError) as error:
-        return _failed(args, str(error) or type(error).__name__, 1)
+        return _failed(args, str(error) or type(error).__name__, args.unusable)
     except MemoryError as error:
-        return _failed(args, f"not enough memory ({error}); try a smaller --batch-size or smaller images", 1)
+        message = f"not enough memory ({error}); try a smaller --batch-size or smaller images"
+        return _failed(args, message, args.unusable)
     except Exception as error:
-        return _failed(args, f"{type(error).__name__}: {error} (--debug shows where; this may be a bug of minibeit)", 1)
+        message = f"{type(error).__name__}: {error} (--debug shows where; this may be a bug of minibeit)"
+        return _failed(args, message, args.unusable)
 
 
 def _failed(args: argparse.Namespace, message: str, code: int) -> int:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "pillow", "safetensors", "tqdm")
-EXTRAS = ("huggingface_hub", "torch", "transformers", "cupy-cuda12x", "cupy-cuda13x")
+EXTRAS = ("huggingface_hub", "shtab", "torch", "transformers", "cupy-cuda12x", "cupy-cuda13x")
 SETTINGS = ("MINIBEIT_", "NUMBA_", "OMP_", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 
 

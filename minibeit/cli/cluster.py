@@ -25,7 +25,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, workers: bool = True)
         "many images, on many machines",
         "With --dask images may also be at addresses (s3://, gs://, hf://, https://, ...)\n"
         "and in .txt lists; results go to Parquet files in the folder --output, and a run\n"
-        "that was stopped goes on where it was.  Needs the extra \"cluster\".",
+        "that was stopped goes on where it was.  Needs the extra \"cluster\"."
+        + ("" if workers else "\nWith --dask local, --workers are processes (default: one a core)."),
     )  # fmt: skip
     group.add_argument(
         "--dask", metavar="ADDRESS", help="a scheduler, such as tcp://host:8786, or 'local' for workers here"

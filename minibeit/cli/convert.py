@@ -133,13 +133,14 @@ def _prepare(dtype: str, portable: bool, images: list[str], folder: Path, task: 
     model_class = task_class(task)
     spans = None
     if images:
+        from ..images.ahead import read_ahead
         from ..tasks.calibration import channel_spans
         from .loading import load_processor
 
         model = model_class.from_pretrained(folder, backend="numba")
         processor = load_processor(str(folder), model.config)
-        shown = progress(images, len(images), quiet=False)
-        spans = channel_spans(model, (processor(path).pixel_values for path in shown))
+        pixels = (inputs.pixel_values for inputs in read_ahead(images, processor))
+        spans = channel_spans(model, progress(pixels, len(images), quiet=False))
         del model
     model = model_class.from_pretrained(folder, backend="numba", dtype=dtype)
     model.save_prepared(folder, portable=portable, spans=spans)

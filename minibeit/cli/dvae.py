@@ -27,6 +27,7 @@ Trains a discrete VAE as DALL-E's was: squares of an image become visual tokens,
 
 DATA is a folder with images at any depth, or a .csv or .jsonl list with path and perhaps split in each line.  After
 each epoch the number of tokens in use is logged: if few are, lower --divergence or raise --lr.
+`mpiexec -n 4 minibeit dvae ...` does the same with four processes, on one machine or several (extra mpi).
 """
 EXAMPLES = """\
   minibeit dvae photos/ --output tokens --image-size 112 --groups 4 --width 64 --codes 1024

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..file_names import IMAGE_SUFFIXES
-from ..text import json_text
 from .cluster import add_cluster_arguments, check_cluster_options
-from .inputs import check_distinct, check_output, check_outputs
-from .loading import add_model_arguments
-from .measuring import CLASSIFICATION, MASKED, MEASURED, SEGMENTATION, reports
-from .terminal import StatusLine, UsageError, not_negative, note, out, positive, table
+from .loading import add_model_arguments, made_for
+from .measuring import CLASSIFICATION, MASKED, MEASURED, SEGMENTATION
+from .reports import (
+    add_report_arguments,
+    check_reports,
+    print_classes,
+    print_figures,
+    print_notes,
+    write_reports,
+)
+from .terminal import StatusLine, UsageError, note, positive
 from .views import add_view_arguments, view_options
-
-if TYPE_CHECKING:
-    from ..evaluate.evaluation import Evaluation
 
 HELP = "measure a model on labelled images"
 DESCRIPTION = """\
@@ -40,7 +41,6 @@ EXAMPLES = """\
   minibeit evaluate photos/val --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
   minibeit evaluate imagenet/ --model DIR --dask local --workers 8 --output judged/
 """
-FEW_CLASSES = 25  # more are not all printed
 OWN = {
     CLASSIFICATION: ("crop_fraction", "labels"),
     SEGMENTATION: ("maps", "reduce_labels", "colours"),
@@ -55,20 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-b", "--batch-size", type=positive, metavar="B",
         help="images computed at a time (default 8), of segmentation windows (default 1)",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a page with all figures and the worst images")
-    parser.add_argument(
-        "--worst", type=not_negative, default=24, metavar="N", help="how many images to show (default 24)"
-    )
-    parser.add_argument(
-        "--workers", type=positive, metavar="N",
-        help="threads that read images while the model computes (default: one a core, at most 8); with --dask local "
-        "processes that compute (default: one a core)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seed", type=not_negative, default=0, metavar="N", help="of the resampling behind intervals (default 0)"
-    )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
+    add_report_arguments(parser)
     group = parser.add_argument_group("classification")
     group.add_argument(
         "--crop-fraction",
@@ -97,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_view_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FOLDER", help="with --dask: folder or address of the results")
     add_cluster_arguments(parser, workers=False)
+    parser.set_defaults(workers=None)  # threads that read, or with --dask local processes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,26 +101,21 @@ def run(args: argparse.Namespace) -> int:
         note(f"left out: {sentence}")
     if not evaluation.images:
         raise ValueError(f"{data}: none of the images can be used")
-    _write(args, evaluation)
-    _print(evaluation)
+    write_reports(args, evaluation)
+    print_figures(evaluation)
+    print_classes(evaluation.classes, evaluation.unit)
     if not args.quiet:
-        for sentence in evaluation.notes:
-            note(sentence)
-        rate = evaluation.images / max(evaluation.seconds, 1e-9)
-        note(f"{evaluation.images} images in {evaluation.seconds:.1f} s, {rate:.2f} images/s")
+        print_notes(evaluation)
     return 1 if evaluation.left_out else 0
 
 
 def task_of(model: str) -> str:
     """What a checkpoint is to be measured at.  Raises CheckpointError for one without such a head."""
-    from ..checkpoint.load import open_checkpoint
-    from ..checkpoint.packed_file import prepared_file, read_prepared
     from ..errors import CheckpointError
     from ..task_table import in_words
 
-    file = prepared_file(model)
-    task = read_prepared(file).task if file else open_checkpoint(model).task
-    if task not in MEASURED:
+    task = made_for(model)
+    if task is None or task not in MEASURED:
         made = f"was made for {in_words(task)}" if task else "has no head that is known"
         raise CheckpointError(
             f"{model}: evaluate measures {', '.join(map(in_words, MEASURED))}, but this checkpoint {made}"
@@ -143,12 +126,7 @@ def task_of(model: str) -> str:
 def _check_files(args: argparse.Namespace) -> None:
     """Raises UsageError for reports that would take the place of each other, of an image, or of what is read."""
     inputs = [file for file in (args.data, args.labels, args.colours) if file]
-    for path in reports(args):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            raise UsageError(f"{path}: expected the name of a report, such as report.html, found that of an image")
-        check_output(path, inputs, args.model)
-        check_outputs([path], [], args.tokenizer)
-    check_distinct(reports(args))
+    check_reports(args, inputs, [args.model, args.tokenizer])
 
 
 def _check_options(args: argparse.Namespace, task: str) -> None:
@@ -165,43 +143,6 @@ def _check_options(args: argparse.Namespace, task: str) -> None:
         from ..task_table import in_words
 
         raise UsageError(f"{strange[0]}: the checkpoint was made for {in_words(task)}, which has no such option")
-
-
-# Results --------------------------------------------------------------------------------------------------------------
-
-
-def _write(args: argparse.Namespace, evaluation: Evaluation) -> None:
-    from ..files import atomic_write
-
-    if args.json:
-        with atomic_write(args.json) as file:
-            file.write((json_text(evaluation.to_dict(), indent=1) + "\n").encode())
-    if args.html:
-        from ..evaluate.page import page
-
-        with atomic_write(args.html) as file:
-            file.write(page(evaluation).encode())
-
-
-def _print(evaluation: Evaluation) -> None:
-    rows = [("", "", "95% interval")]
-    rows += [(figure.title, figure.shown(), figure.interval()) for figure in evaluation.figures]
-    for text in table(rows, right=(1,)):
-        out(text)
-    if not evaluation.classes:
-        return
-    classes = sorted(evaluation.classes, key=lambda row: row.figures[0].value)
-    shown = classes if len(classes) <= FEW_CLASSES else classes[:FEW_CLASSES]
-    out("")
-    out("classes, worst first" if len(shown) == len(classes) else f"the worst {len(shown)} of {len(classes)} classes")
-    titles = [figure.title for figure in classes[0].figures]
-    head = ("class", "name", evaluation.unit, *(word for title in titles for word in (title, "95% interval")))
-    body = [
-        (str(row.index), row.name, str(row.count), *(w for f in row.figures for w in (f.shown(), f.interval())))
-        for row in shown
-    ]
-    for text in table([head, *body], right=(0, 2, 3, 5), longest=60):
-        out(f"  {text}")
 
 
 def _fraction(text: str) -> float:

@@ -40,6 +40,7 @@ validation/ in it as ADE20K has them, or a .csv or .jsonl file with path, map an
 gray or palette images whose numbers are the classes, 255 being ignored, or colours, with --colours.
 
 Ctrl-C stops after the step at hand and saves; the same command with --resume goes on, with the same result in the end.
+`mpiexec -n 4 minibeit finetune ...` does the same with four processes, on one machine or several (extra mpi).
 """
 EXAMPLES = """\
   minibeit finetune flowers/ --model microsoft/beit-base-patch16-224-pt22k --output flowers-beit
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe_of(args, RECIPES)
     check_output(args, output)
     names = _own_classes(args, TASKS[args.task]) if args.keep_classes else None
-    examples = args.ranks.from_first(lambda: read_examples(args.data, args.held_out, args.seed, names, args.workers))
+    examples = read_examples(args.data, args.held_out, args.seed, names, args.workers, args.ranks)
     for text in examples.unreadable:
         say(f"left out: {text}")
     say(_summary(examples))
@@ -179,9 +180,7 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     check_output(args, output)
     read_map = MapReader(None if args.colours is None else read_colours(args.colours), args.reduce_labels)
     names = _class_names(args)
-    pairs = args.ranks.from_first(
-        lambda: read_pairs(args.data, args.held_out, args.seed, names, read_map, args.workers)
-    )
+    pairs = read_pairs(args.data, args.held_out, args.seed, names, read_map, args.workers, args.ranks)
     for text in pairs.left_out:
         say(f"left out: {text}")
     say(_summary_of_pairs(pairs))

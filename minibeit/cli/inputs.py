@@ -160,7 +160,7 @@ def results_of(
     `workers` threads read the images of the next batches while it computes.  Images of different shapes do not share a
     batch.
     """
-    from ..pipelines import computed
+    from ..images.ahead import computed
 
     def read(entry: Found) -> np.ndarray:
         if entry.error is not None:

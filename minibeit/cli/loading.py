@@ -96,29 +96,21 @@ def config_of(model: str, fetched: bool = False) -> BeitConfig:
     )
 
 
+def made_for(model: str) -> str | None:
+    """The task of a checkpoint or a prepared file, as far as it says or shows one."""
+    from ..checkpoint.load import open_checkpoint
+    from ..checkpoint.packed_file import prepared_file, read_prepared
+
+    file = prepared_file(model)
+    return read_prepared(file).task if file else open_checkpoint(model).task
+
+
 def check_head(model: str, task: str, fetched: bool = False) -> None:
     """Raises CheckpointError for a checkpoint that lacks tensors of `task`."""
-    from ..checkpoint.load import listed, match_names, open_checkpoint
-    from ..checkpoint.packed_file import prepared_file
-    from ..errors import CheckpointError
+    from ..checkpoint.heads import check_head
     from ..loading_options import Loading
-    from ..task_table import in_words
 
-    if prepared_file(model):
-        return  # loading refuses missing tensors, so no weights are random
-    checkpoint = open_checkpoint(model, loading=Loading(local_files_only=fetched))
-    missing = match_names(checkpoint.tensors, checkpoint.config, task, checkpoint.naming).missing
-    if not missing:
-        return
-    if checkpoint.task not in (None, task):
-        raise CheckpointError(
-            f"{model}: this needs a checkpoint of {in_words(task)}, the given one was made for "
-            f"{in_words(str(checkpoint.task))}"
-        )
-    raise CheckpointError(
-        f"{model}: {len(missing)} tensors that {in_words(task)} needs are missing: {listed(missing.values())}; "
-        "`minibeit inspect` shows what is there"
-    )
+    check_head(model, task, Loading(local_files_only=fetched))
 
 
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:

@@ -12,6 +12,7 @@ from ..cluster.works import READERS
 from .cluster import measured_on_dask
 from .inputs import check_finite, check_outputs
 from .loading import config_of, load_model, load_processor, load_tokenizer
+from .reports import reports
 from .terminal import StatusLine, UsageError
 from .views import config_changes, inference_of, processor_of
 
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from ..evaluate.evaluation import Evaluation
 
 CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
-
-
-def reports(args: argparse.Namespace) -> list[Path]:
-    """The files that are to be written."""
-    return [Path(file) for file in (args.json, args.html) if file]
 
 
 def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:

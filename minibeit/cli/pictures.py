@@ -1,4 +1,4 @@
-"""The images that commands draw: overlays, legends, masks."""
+"""The images that commands draw beside those of `drawing`: masks, and images in rows."""
 
 from __future__ import annotations
 
@@ -7,46 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ..evaluate.colours import Colour
-from ..evaluate.drawing import tinted
+from ..drawing import MARGIN, PAPER
 from ..files import atomic_write
 
-PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
-ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
 LEAST = 448  # pixels of the longer side that small photos are enlarged towards
-
-
-def indexed(labels: np.ndarray, colours: list[Colour]) -> Image.Image:
-    """Class ids (H, W) as a palette image whose pixel values are the ids; above 256 classes as 16-bit gray."""
-    if len(colours) > 256:
-        return Image.fromarray(labels.astype(np.uint16))
-    picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette([level for colour in colours for level in colour])
-    return picture
-
-
-def overlay(photo: np.ndarray, labels: np.ndarray, colours: list[Colour]) -> Image.Image:
-    """The photo (H, W, 3) under the colours of its classes (H, W)."""
-    tint = np.array(colours, np.float32)[labels]
-    return Image.fromarray(tinted(photo, tint))
-
-
-def legend(rows: list[tuple[Colour, str, str]]) -> Image.Image:
-    """A swatch, a name and a number per row."""
-    font = ImageFont.load_default(size=TEXT)
-    names = max(font.getlength(name) for _, name, _ in rows)
-    numbers = max(font.getlength(number) for _, _, number in rows)
-    width = int(3 * MARGIN + SWATCH + names + 2 * MARGIN + numbers)
-    picture = Image.new("RGB", (width, 2 * MARGIN + ROW * len(rows)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for i, (colour, name, number) in enumerate(rows):
-        top, middle = MARGIN + ROW * i, MARGIN + ROW * i + ROW // 2
-        draw.rectangle((MARGIN, top + 3, MARGIN + SWATCH, top + ROW - 4), fill=colour, outline=EDGE)
-        draw.text((2 * MARGIN + SWATCH, middle), name, fill=INK, font=font, anchor="lm")
-        draw.text((width - MARGIN, middle), number, fill=INK, font=font, anchor="rm")
-    return picture
 
 
 def covered(photo: np.ndarray, mask: np.ndarray, zoom: int) -> Image.Image:

@@ -28,6 +28,7 @@ to be fine-tuned with `minibeit finetune --model FOLDER`.
 
 DATA is a folder with images at any depth, or a .csv or .jsonl list with path and perhaps split in each line.
 Ctrl-C stops after the step at hand and saves; the same command with --resume goes on, with the same result in the end.
+`mpiexec -n 4 minibeit pretrain ...` does the same with four processes, on one machine or several (extra mpi).
 """
 EXAMPLES = """\
   minibeit pretrain photos/ --tokenizer dall-e/ --config base --output photos-beit

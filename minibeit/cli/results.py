@@ -11,7 +11,7 @@ from ..text import shown_name
 
 KEY = "minibeit model"
 LABELS = "_labels.png"
-SIBLINGS = (LABELS, "_legend.png", "_overlay.png", "_scores.npz")
+SIBLINGS = (LABELS, "_legend.png", "_overlay.png", "_figure.png", "_scores.npz")
 BLOCKS, BLOCK = 64, 4096  # of each file: enough to distinguish two trainings of one architecture, at almost no cost
 
 

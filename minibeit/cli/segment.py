@@ -19,7 +19,7 @@ from .views import add_view_arguments, config_changes, inference_of, processor_o
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..evaluate.colours import Colour
+    from ..colours import Colour
     from ..sliding import Inference
 
 HELP = "find the class of every pixel, drawn as images"
@@ -29,6 +29,7 @@ Finds the class of every pixel.  For each image NAME it writes to the output fol
   NAME_labels.png    a palette image of the original size whose pixel values are the class numbers
   NAME_legend.png    the colours with the names of the classes and their shares of the area
   NAME_overlay.png   with --overlay, the colours laid over the image
+  NAME_figure.png    with --figure, the overlay and the legend in one image
   NAME_scores.npz    with --scores, the model's `logits` (K, h, w), before they are resized
 
 and prints the shares.  A folder holds the results of one model; --overwrite replaces those of another.
@@ -37,6 +38,7 @@ With --dask the shares are written to Parquet files in the folder's shards/, whe
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
+  minibeit segment street.jpg --model DIR --output out --figure        overlay and legend in one image
   minibeit segment street.jpg --model DIR --output out --slide         as the papers' numbers are made
   minibeit segment street.jpg --model DIR --output out --slide --flip --scales 0.5 0.75 1 1.25 1.5 1.75
   minibeit segment scans/ --model DIR --output out --scores --json
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "as distinct as possible (default auto)",
     )
     parser.add_argument("--overlay", action="store_true", help="also draw the colours over the image")
+    parser.add_argument("--figure", action="store_true", help="also draw the overlay with the legend beside it")
     parser.add_argument("--scores", action="store_true", help="also write the scores of all classes")
     parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
@@ -119,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
 
 def palette(name: str, count: int) -> list[Colour]:
     """A colour per class.  Raises UsageError for more classes than ADE20K has colours."""
-    from ..evaluate.colours import ADE20K_CLASSES, class_colours
+    from ..colours import ADE20K_CLASSES, class_colours
 
-    if name == "auto" or count == ADE20K_CLASSES:
+    if name != "ade20k":
         return class_colours(count)
     if count > ADE20K_CLASSES:
         raise UsageError(f"--palette ade20k has {ADE20K_CLASSES} colours, the model has {count} classes; leave it out")
@@ -131,8 +134,9 @@ def palette(name: str, count: int) -> list[Colour]:
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
     """The files to write for each input; inputs with the same name in several folders get a number."""
     kinds = {"labels": ".png", "legend": ".png"}
-    if args.overlay:
-        kinds["overlay"] = ".png"
+    for kind in ("overlay", "figure"):
+        if getattr(args, kind):
+            kinds[kind] = ".png"
     if args.scores:
         kinds["scores"] = ".npz"
     taken: dict[str, int] = {}  # a name and the last number that was given to it
@@ -206,9 +210,10 @@ def _segment(
     colours: list[Colour],
     mark: str,
 ) -> dict[str, Any]:
+    from .. import drawing
     from ..images.loading import load_image
     from ..sliding import largest_logit, largest_mean_probability, views_of
-    from . import pictures
+    from .pictures import save_png
 
     size = picture.height, picture.width
     views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
@@ -218,12 +223,15 @@ def _segment(
     else:
         labels = largest_mean_probability(views, size)
     classes = _shares(labels, model.config.id2label, colours)
-    pictures.save_png(pictures.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
-    legend = pictures.legend([(colours[c["index"]], shown_name(c["label"]), _percent(c["share"])) for c in classes])
-    pictures.save_png(legend, paths["legend"])
-    if "overlay" in paths:
-        photo = load_image(picture, entry.file, channels=3)
-        pictures.save_png(pictures.overlay(photo, labels, colours), paths["overlay"])
+    save_png(drawing.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
+    key = [(colours[c["index"]], shown_name(c["label"]), drawing.share_text(c["share"])) for c in classes]
+    save_png(drawing.legend(key), paths["legend"])
+    if "overlay" in paths or "figure" in paths:
+        overlay = drawing.overlay(load_image(picture, entry.file, channels=3), labels, colours)
+        if "overlay" in paths:
+            save_png(overlay, paths["overlay"])
+        if "figure" in paths:
+            save_png(drawing.with_legend(overlay, key), paths["figure"])
     if "scores" in paths:
         from ..checkpoint.formats.npz_file import write_npz
 
@@ -255,15 +263,14 @@ def _shares(labels: np.ndarray, names: dict[int, str], colours: list[Colour]) ->
     ]
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}" if share >= 0.0005 else "<0.1%"
-
-
 def _print_table(row: dict[str, Any]) -> None:
     if "error" in row:
         return
-    files = ", ".join(str(row[kind]) for kind in ("labels", "legend", "overlay", "scores") if kind in row)
+    from ..drawing import share_text
+
+    kinds = ("labels", "legend", "overlay", "figure", "scores")
+    files = ", ".join(str(row[kind]) for kind in kinds if kind in row)
     out(f"{one_line(row['file'])} ({row['width']}x{row['height']}) -> {one_line(files)}")
-    rows = [(_percent(c["share"]), str(c["index"]), c["label"]) for c in row["classes"]]
+    rows = [(share_text(c["share"]), str(c["index"]), c["label"]) for c in row["classes"]]
     for line in table([("area", "class", "name"), *rows], right=(0, 1)):
         out("  " + line)

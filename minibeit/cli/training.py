@@ -49,7 +49,7 @@ def images_of(args: argparse.Namespace, say: Say) -> Examples:
     """The images of DATA, those that cannot be read being named."""
     from ..train.examples import read_images
 
-    examples = args.ranks.from_first(lambda: read_images(args.data, args.held_out, args.seed, args.workers))
+    examples = read_images(args.data, args.held_out, args.seed, args.workers, args.ranks)
     for text in examples.unreadable:
         say(f"left out: {text}")
     say(f"{len(examples.train)} images to learn from, {len(examples.held_out)} held out")

@@ -12,7 +12,8 @@ from .loading import add_model_arguments, load_processor, shipped_checkpoint
 from .terminal import UsageError, not_negative, note, out
 
 if TYPE_CHECKING:
-    from ..verify.lockstep import Job, Report, Row
+    from ..verify.judging import Row
+    from ..verify.lockstep import Job, Report
     from ..verify.streams import RunSource, Source
     from ..verify.trace_file import TraceFile
 
@@ -20,7 +21,9 @@ HELP = "compare layer by layer with PyTorch, a trace from elsewhere, or float64"
 DESCRIPTION = """\
 Runs a model in lockstep with the reference in float64 and prints, for every intermediate array, how far it is from the
 truth and how far PyTorch float32 (or NumPy float32) is.  Names the first array whose own error is out of budget, and
-what that usually means.  The exit code is 0 only if everything is within budget.
+what that usually means.  A trace in bfloat16, float16 or int8 is measured by a run that imitates that precision.
+The exit code is 0 if everything is within budget, 1 if something is not, 2 if nothing could be compared.
+docs/verify.md shows how to write a trace.
 """
 EXAMPLES = """\
   minibeit verify --model DIR --against torch            with PyTorch as the yardstick (extra "verify")
@@ -31,12 +34,14 @@ EXAMPLES = """\
   minibeit verify --weights A B                          two checkpoints, tensor by tensor
 """
 REPORTS = (".html", ".json", ".md")
+PRECISIONS = ("bfloat16", "float16", "int8")  # of `verify.low_precision`, which is imported when it computes
 PROBS = "*.attention.probs"
 BLOCK = 0.4  # share of patches hidden when a model of masked image modelling gets a random input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)", half=False)
+    add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)")
+    parser.set_defaults(unusable=2)
     parser.add_argument("--task", help="treat the checkpoint as a model of this task")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="FILE", help="an image as input")
@@ -45,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=_size, metavar="HxW", help="size of random pixels (default: the model's own)")
     parser.add_argument("--against", metavar="torch|timm|TRACE", help="PyTorch, or the trace that is to be verified")
+    parser.add_argument(
+        "--yardstick", choices=("torch", "timm"), help="measure a trace by PyTorch instead of NumPy's float32"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", *PRECISIONS),
+        help="that the other side computes in (default: as a trace says or is stored, and --dtype)",
+    )  # fmt: skip
     parser.add_argument("--only", metavar="GLOB", action="append", help="judge only these arrays; may be repeated")
     parser.add_argument("--attentions", action="store_true", help="judge attention maps too; unfuses fast attention")
     parser.add_argument("--bisect", action="store_true", help="switch the fast ops on one at a time")
@@ -109,6 +121,8 @@ def _check_usage(args: argparse.Namespace) -> None:
     for path in [*args.report, *([args.save_trace] if args.save_trace else [])]:
         inputs = [file for file in (args.image, args.against, *(args.weights or ())) if file]
         check_output(Path(path), inputs, args.model)
+    if args.yardstick and args.against in (None, "torch", "timm"):
+        raise UsageError("--yardstick is for a trace; without one, --against says what minibeit is measured by")
     if args.size and args.image:
         raise UsageError("--size goes with random pixels; an image gets the size that the image processor gives it")
 
@@ -132,6 +146,8 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
                 "--image, or --random-seed N if it was made from `minibeit verify --random-seed N`"
             )
     job = Job(config, task, arrays, inputs or _inputs(args, config, task))
+    if trace is not None and args.random_seed is None and "bool_masked_pos" not in trace.inputs:
+        job.inputs = {name: array for name, array in job.inputs.items() if name != "bool_masked_pos"}
     wrong = misfits(trace, job) if trace is not None else []
     if wrong:
         raise ValueError("; ".join(wrong))
@@ -181,14 +197,23 @@ def _pixels(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> tupl
     """The row of the pixels, where there are two sides of them, and what is to be said of those where there are not."""
     if trace is None:
         return None, []
+    notes = _unmasked(args, job, trace)
     if not args.image:
-        return None, ["preprocessing was not looked at, since no --image is given"]
+        return None, [*notes, "preprocessing was not looked at, since no --image is given"]
     if "pixel_values" not in trace.inputs:
-        return None, [f"preprocessing was not looked at, since {args.against} has no input.pixel_values"]
+        return None, [*notes, f"preprocessing was not looked at, since {args.against} has no input.pixel_values"]
     from ..verify.pixels import judge
 
     processor = load_processor(args.model, job.config, args.quiet)
-    return judge(trace.inputs["pixel_values"], processor, args.image), []
+    return judge(trace.inputs["pixel_values"], processor, args.image), notes
+
+
+def _unmasked(args: argparse.Namespace, job: Job, trace: TraceFile) -> list[str]:
+    """What is to be said where a model that hides patches is compared on a call that hides none."""
+    masked = job.task == "masked_image_modeling" and job.config.use_mask_token
+    if not masked or "bool_masked_pos" in job.inputs:
+        return []
+    return [f"{args.against} has no input.bool_masked_pos, so it was compared with a run in which no patch is masked"]
 
 
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
@@ -196,9 +221,8 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     from ..verify.report_text import HEADER, line, verdict
 
     candidate, origins, leave_out = _candidate(args, job, trace)
-    yardstick = None
-    if args.against in ("torch", "timm"):
-        yardstick = _pytorch(args.against, job, leave_out)
+    library = args.yardstick or (args.against if args.against in ("torch", "timm") else None)
+    yardstick = None if library is None else _pytorch(library, job, leave_out)
     first, notes = _pixels(args, job, trace)
     if not args.quiet:
         out(HEADER)
@@ -215,13 +239,27 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
         leave_out=leave_out,
         first=first,
         notes=notes,
+        precision=_precision(args, trace),
     )
     report.origins = origins
     if leave_out and not args.quiet:
         note("attention maps were left out, since asking for them switches fused attention off; --attentions asks")
     _write_reports(args, report)
     out(verdict(report))
-    return 0 if report.ok else 1
+    return exit_code(args, report)
+
+
+def exit_code(args: argparse.Namespace, report: Report) -> int:
+    """0 within budget, 1 not, 2 if nothing was compared."""
+    if report.ok:
+        return 0
+    return 1 if report.compared or report.guilty else int(args.unusable)
+
+
+def _precision(args: argparse.Namespace, trace: TraceFile | None) -> str | None:
+    """The low precision that what is verified computes in, None for float32 and float64."""
+    said = args.precision or (args.dtype if trace is None else trace.precision)
+    return said if said in PRECISIONS else None
 
 
 def _pytorch(library: str, job: Job, leave_out: tuple[str, ...] = ()) -> RunSource:
@@ -250,9 +288,10 @@ def _candidate(
 
 
 def _model(args: argparse.Namespace, job: Job) -> Any:
+    from ..ops import host_dtype
     from ..tasks import task_class
 
-    arrays = _cast(job.arrays, args.dtype)
+    arrays = _cast(job.arrays, host_dtype(args.dtype))
     return task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend, device=args.device)
 
 
@@ -278,6 +317,7 @@ def _bisect(args: argparse.Namespace, job: Job) -> int:
 
 
 def _save_trace(args: argparse.Namespace, job: Job) -> int:
+    from ..ops import host_dtype
     from ..verify.trace_file import save_trace
 
     select = tuple(args.only or ["*"])
@@ -293,8 +333,9 @@ def _save_trace(args: argparse.Namespace, job: Job) -> int:
             lambda trace: model(**job.inputs, trace=trace),
             label,
             select,
-            args.dtype,
+            host_dtype(args.dtype),
             model.ops.origin,
+            _precision(args, None),
         )
     out(f"wrote {args.save_trace}")
     return 0

@@ -55,11 +55,12 @@ def _job(args: argparse.Namespace, trace: TraceFile | None) -> GradientJob:
 
 def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, Any]]:
     """(label, gradients) of minibeit's own backward."""
+    from ..ops import host_dtype
     from ..tasks import task_class
     from ..verify.gradients import model_gradients
     from .verify import _cast
 
-    arrays = _cast(job.arrays, args.dtype)
+    arrays = _cast(job.arrays, host_dtype(args.dtype))
     model = task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend or "numpy")
     return f"minibeit {model.ops.backend} {args.dtype}", model_gradients(job, model).arrays
 
@@ -67,7 +68,7 @@ def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, An
 def _check(args: argparse.Namespace, job: GradientJob, trace: TraceFile | None) -> int:
     from ..verify.gradients import check_gradients
     from ..verify.report_text import HEADER, line, verdict
-    from .verify import _write_reports
+    from .verify import _write_reports, exit_code
 
     yardstick = None
     if args.against == "torch":
@@ -90,7 +91,7 @@ def _check(args: argparse.Namespace, job: GradientJob, trace: TraceFile | None) 
     )
     _write_reports(args, report)
     out(verdict(report))
-    return 0 if report.ok else 1
+    return exit_code(args, report)
 
 
 def _save(args: argparse.Namespace, job: GradientJob, only: tuple[str, ...]) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..drawing import tinted
 from ..images.loading import load_image
 from ..images.transforms import resize_labels
 
 SIDE = 320  # pixels of the longer side of an image in a report
-OVERLAY = 0.55  # share of the class colour over the image
 IGNORED = (255, 255, 255)
 
 
@@ -30,11 +30,6 @@ def overlay(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.nd
     known = (small >= 0) & (small < len(colours))
     tint = np.where(known[..., None], colours[np.where(known, small, 0)], IGNORED)
     return tinted(photo, tint)
-
-
-def tinted(photo: np.ndarray, tint: np.ndarray) -> np.ndarray:  # two of (h, w, 3) -> (h, w, 3)
-    """A photo under colours."""
-    return np.rint((1 - OVERLAY) * photo + OVERLAY * tint).astype(np.uint8)
 
 
 def as_data(pixels: np.ndarray) -> str:
@@ -59,7 +54,7 @@ def as_seen(pixels: np.ndarray, processor: Any) -> np.ndarray:  # (C, H, W) -> (
     if not processor.do_rescale:
         x = x / 255
     x = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
-    return np.repeat(x, 3, axis=2) if x.shape[2] == 1 else x[..., :3]
+    return np.repeat(x[..., :1], 3, axis=2) if x.shape[2] < 3 else x[..., :3]
 
 
 def levels(image: np.ndarray) -> np.ndarray:  # (C, H, W) in 0..1 -> (H, W, 3) uint8

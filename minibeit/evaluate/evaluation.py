@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
-SHARE, NUMBER = "share", "number"
+SHARE, NUMBER, SMALL, COSINE = "share", "number", "small", "cosine"
+FORMATS = {NUMBER: ".4f", SMALL: ".3g", COSINE: ".6f"}
 TITLES = {"top1": "top-1", "top5": "top-5", "mean_iou": "mean IoU", "mean_accuracy": "mean accuracy",
-          "pixel_accuracy": "pixel accuracy", "iou": "IoU", "token_accuracy": "token accuracy"}  # fmt: skip
+          "pixel_accuracy": "pixel accuracy", "iou": "IoU", "token_accuracy": "token accuracy",
+          "same_top1": "same top-1", "shared_top5": "shared top-5", "same_tokens": "same tokens",
+          "same_pixels": "same pixels", "kl": "KL divergence", "relative_rms": "relative RMS"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, the 95% interval around it, and whether it is a share of 0 to 1."""
+    """A number, the 95% interval around it, and its kind, which says how it is shown: SHARE is one of 0 to 1."""
 
     name: str
     value: float
@@ -32,14 +35,15 @@ class Figure:
         """The number as a person reads it."""
         if math.isnan(self.value):
             return "–"
-        return f"{100 * self.value:.2f}%" if self.kind == SHARE else f"{self.value:.4f}"
+        return f"{100 * self.value:.2f}%" if self.kind == SHARE else format(self.value, FORMATS[self.kind])
 
     def interval(self) -> str:
         """The interval as a person reads it; empty where there is none."""
         if math.isnan(self.low):
             return ""
-        scale, digits = (100, 2) if self.kind == SHARE else (1, 4)
-        return f"{scale * self.low:.{digits}f} to {scale * self.high:.{digits}f}"
+        if self.kind == SHARE:
+            return f"{100 * self.low:.2f} to {100 * self.high:.2f}"
+        return " to ".join(format(end, FORMATS[self.kind]) for end in (self.low, self.high))
 
 
 @dataclass(frozen=True)

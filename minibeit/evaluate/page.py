@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..task_table import in_words
 from ..text import html as escape
@@ -12,10 +13,37 @@ from .page_parts import SCRIPT, STYLE
 
 MOST_IN_A_MATRIX = 40  # classes; of more, the largest confusions are listed
 MOST_CONFUSIONS = 30
-WORST = {"images": "The worst mistakes", "pixels": "The images of lowest mIoU", "patches": "The images of largest loss"}
 
 
-def page(evaluation: Evaluation) -> str:
+class Words(NamedTuple):
+    """What the page calls the rows and columns of a confusion, its parts, and by its unit the gallery."""
+
+    row: str = "true"
+    column: str = "predicted"
+    taken: str = "What is taken for what"
+    matrix: str = "Confusion matrix"
+    classes: str = "Classes"
+    ignored: str = "not counted"
+    worst: tuple[tuple[str, str], ...] = (
+        ("images", "The worst mistakes"),
+        ("pixels", "The images of lowest mIoU"),
+        ("patches", "The images of largest loss"),
+    )
+
+
+OF_A_MODEL = Words()
+OF_TWO_MODELS = Words(
+    row="A",
+    column="B",
+    taken="What A and B call differently",
+    matrix="What A and B say",
+    classes="Where along the model, or in which class",
+    ignored="",
+    worst=tuple((unit, "Where the two are furthest apart") for unit in ("images", "pixels", "patches")),
+)
+
+
+def page(evaluation: Evaluation, words: Words = OF_A_MODEL) -> str:
     """The whole page."""
     title = f"{evaluation.model} on {evaluation.data}"
     parts = [
@@ -23,9 +51,9 @@ def page(evaluation: Evaluation) -> str:
         f'<p class="lead">{escape(in_words(evaluation.task))}, {evaluation.images:,} images</p>',
         _figures(evaluation),
         _notes(evaluation),
-        _gallery(evaluation),
-        _classes(evaluation),
-        _confusions(evaluation),
+        _gallery(evaluation, words),
+        _classes(evaluation, words),
+        _confusions(evaluation, words),
         _settings(evaluation),
     ]
     return f"""<!doctype html>
@@ -55,12 +83,13 @@ def _notes(evaluation: Evaluation) -> str:
 # The worst images -----------------------------------------------------------------------------------------------------
 
 
-def _gallery(evaluation: Evaluation) -> str:
+def _gallery(evaluation: Evaluation, words: Words) -> str:
     if not evaluation.worst:
         return ""
     wide = " wide" if len(evaluation.worst[0].drawings) > 1 else ""
     figures = "".join(map(_shown, evaluation.worst))
-    return f'<h2>{WORST[evaluation.unit]}</h2>{_legend(evaluation)}<div class="gallery{wide}">{figures}</div>'
+    heading = f"<h2>{dict(words.worst)[evaluation.unit]}</h2>"
+    return f'{heading}{_legend(evaluation, words)}<div class="gallery{wide}">{figures}</div>'
 
 
 def _shown(worst: Worst) -> str:
@@ -75,25 +104,25 @@ def _shown(worst: Worst) -> str:
     )
 
 
-def _legend(evaluation: Evaluation) -> str:
+def _legend(evaluation: Evaluation, words: Words) -> str:
     spans = "".join(
         f'<span><i style="background:rgb{colour}"></i>{escape(name)}</span>' for name, colour in evaluation.legend
     )
-    ignored = '<span><i style="background:#fff"></i>not counted</span>'
+    ignored = f'<span><i style="background:#fff"></i>{words.ignored}</span>' if words.ignored else ""
     return f'<div class="legend">{spans}{ignored}</div>' if spans else ""
 
 
 # Classes --------------------------------------------------------------------------------------------------------------
 
 
-def _classes(evaluation: Evaluation) -> str:
+def _classes(evaluation: Evaluation, words: Words) -> str:
     if not evaluation.classes:
         return ""
     titles = [figure.title for figure in evaluation.classes[0].figures]
     head = "".join(f'<th data-sort="number">{escape(title)}<th>95% interval' for title in titles)
     rows = "".join(_row(row) for row in sorted(evaluation.classes, key=lambda row: row.figures[0].value))
     return (
-        "<h2>Classes</h2><p class=hint>A click on a heading sorts.</p>"
+        f"<h2>{words.classes}</h2><p class=hint>A click on a heading sorts.</p>"
         '<div class="scroll"><table class="classes"><thead><tr><th data-sort="number">class<th data-sort="text">name'
         f'<th data-sort="number">{escape(evaluation.unit)}{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
@@ -113,26 +142,26 @@ def _cell(figure: Figure) -> str:
     )
 
 
-def _confusions(evaluation: Evaluation) -> str:
+def _confusions(evaluation: Evaluation, words: Words) -> str:
     names = evaluation.names
     pairs = {number for true, predicted, _ in evaluation.confusions for number in (true, predicted)}
     classes = sorted(pairs | {row.index for row in evaluation.classes})
     if not evaluation.confusions:
         return ""
     if len(classes) <= MOST_IN_A_MATRIX:
-        return _matrix(evaluation, classes, names)
+        return _matrix(evaluation, classes, names, words)
     wrong = sorted((entry for entry in evaluation.confusions if entry[0] != entry[1]), key=lambda entry: -entry[2])
     rows = "".join(
         f"<tr><td>{escape(names[true])}<td>{escape(names[predicted])}<td>{count:,}</tr>"
         for true, predicted, count in wrong[:MOST_CONFUSIONS]
     )
     return (
-        f'<h2>What is taken for what</h2><div class="scroll"><table class="narrow"><thead><tr><th>true<th>predicted'
+        f'<h2>{words.taken}</h2><div class="scroll"><table class="narrow"><thead><tr><th>{words.row}<th>{words.column}'
         f"<th>{escape(evaluation.unit)}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _matrix(evaluation: Evaluation, classes: list[int], names: Sequence[str]) -> str:
+def _matrix(evaluation: Evaluation, classes: list[int], names: Sequence[str], words: Words) -> str:
     counts = {(true, predicted): count for true, predicted, count in evaluation.confusions}
     totals = {i: sum(count for (true, _), count in counts.items() if true == i) for i in classes}
     shares = evaluation.unit != "images"
@@ -144,7 +173,7 @@ def _matrix(evaluation: Evaluation, classes: list[int], names: Sequence[str]) ->
         for i in classes
     )
     return (
-        "<h2>Confusion matrix</h2><p class=hint>Rows are true classes, columns predicted ones; numbers are "
+        f"<h2>{words.matrix}</h2><p class=hint>Rows: {words.row}, columns: {words.column}; numbers are "
         f'{numbers}.</p><div class="scroll"><table class="matrix"><thead><tr>'
         f"<th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

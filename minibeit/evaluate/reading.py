@@ -48,16 +48,22 @@ class Reader(Generic[Item]):
 
     def batches(self, size: int) -> Iterator[tuple[list[Item], np.ndarray]]:
         """(items, arrays stacked): batches of `size`, of fewer at the end and where the shape of arrays changes."""
-        items: list[Item] = []
-        arrays: list[np.ndarray] = []
-        for item, array in self.each(AHEAD * size):
-            if arrays and (len(arrays) == size or array.shape != arrays[0].shape):
-                yield items, np.stack(arrays)
-                items, arrays = [], []
-            items.append(item)
-            arrays.append(array)
-        if arrays:
+        for items, arrays in self.groups(size, np.shape):
             yield items, np.stack(arrays)
+
+    def groups(self, size: int, key: Callable[[Any], Any]) -> Iterator[tuple[list[Item], list[Any]]]:
+        """(items, what `read` makes of them): `size` of them, fewer at the end and where the `key` of what is read
+        changes."""
+        items: list[Item] = []
+        read: list[Any] = []
+        for item, one in self.each(AHEAD * size):
+            if read and (len(read) == size or key(one) != key(read[0])):
+                yield items, read
+                items, read = [], []
+            items.append(item)
+            read.append(one)
+        if read:
+            yield items, read
 
     def measured(self, records: list[Record]) -> Measured[Record]:
         """What was found of what was read, beside what could not be."""

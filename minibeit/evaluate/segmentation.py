@@ -158,16 +158,17 @@ def _figures(
     if not len(counts):
         return tuple(Figure(name, float("nan")) for name in scores), ()
     intervals = segmentation_intervals(counts, seed=seed)
-    figures = tuple(_share(name, value, intervals[name]) for name, value in scores.items())
+    figures = tuple(share(name, value, intervals[name]) for name, value in scores.items())
     rows = []
     for i in np.flatnonzero(total[1] + total[2]).tolist():
-        iou = _share("iou", class_iou(total)[i], intervals["class_iou"][:, i])
-        accuracy = _share("accuracy", class_accuracy(total)[i], intervals["class_accuracy"][:, i])
+        iou = share("iou", class_iou(total)[i], intervals["class_iou"][:, i])
+        accuracy = share("accuracy", class_accuracy(total)[i], intervals["class_accuracy"][:, i])
         rows.append(ClassRow(i, names[i], int(total[1, i]), (iou, accuracy)))
     return figures, tuple(rows)
 
 
-def _share(name: str, value: Any, interval: np.ndarray) -> Figure:
+def share(name: str, value: Any, interval: np.ndarray) -> Figure:  # interval (2,)
+    """A share of pixels, and the interval around it."""
     return Figure(name, float(value), float(interval[0]), float(interval[1]))
 
 
@@ -186,8 +187,8 @@ class Gallery:
             return
         missed = counts[1] - counts[0]
         largest = int(missed.argmax())
-        share = missed[largest] / max(counts[1].sum(), 1)
-        text = f"mIoU {score:.1%}; most missed: {self.names[largest]}, {share:.1%} of the area"
+        part = missed[largest] / max(counts[1].sum(), 1)
+        text = f"mIoU {score:.1%}; most missed: {self.names[largest]}, {part:.1%} of the area"
         drawn = _drawn(image, truth, predicted, self.colours) if self.draw else ()
         self.worst = sorted([*self.worst, Worst(found.path, text, score, drawn)], key=lambda one: one.score)
         del self.worst[self.most :]

@@ -15,7 +15,7 @@ from .pack import TEXT_PER_BYTE, rounded, spaced, square_roots
 
 PARTS = ("bias_table", "query", "key", "value", "probs")
 ROOM = 17e6  # characters of a page for queries and keys
-ROOM_FOR_ROLLOUTS = 8e6
+ROOM_FOR_ROLLOUTS = 6.6e6
 CHECKED_ROWS = 16  # queries of each head whose probabilities are compared with the model's
 
 

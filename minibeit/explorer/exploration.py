@@ -18,10 +18,9 @@ from ..task_table import in_words
 from .attention import AttentionTrace
 from .outcome import OUTCOMES, Outcome, Progress, Seen
 from .page import page
-from .regions import Regions, regions_for
+from .regions import Regions, operations, regions_for, work_of
 
 FRAME_HEIGHT = 900  # pixels of the page within a notebook
-ON_GPU = 2e14  # products of all passes on a GPU
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def explore(
         raise ValueError(f"image: expected one image, found {len(pixels)}")
     check_tokenizer(model, tokenizer)
     grid = (pixels.shape[2] // config.patch_shape[0], pixels.shape[3] // config.patch_shape[1])
-    most = {"most": ON_GPU} if model.ops.backend == "cupy" else {}
-    regions = regions_for(grid, model.num_parameters(), mask_side, **most)
+    regions = regions_for(grid, operations(model, grid), mask_side, work_of(model))
     heads = config.num_attention_heads
     trace = AttentionTrace(model.ops, config.num_hidden_layers, heads, config.hidden_size // heads, grid)
     seen = Seen(model, pixels, as_seen(pixels[0], processor), regions, tokenizer, progress)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..colours import class_colours
 from ..errors import CheckpointError
-from ..evaluate.colours import class_colours
 from ..evaluate.drawing import as_png, levels
 from ..ops.reference import softmax
 from ..scores import is_regression, scores
@@ -17,6 +17,7 @@ from ..trace import Trace
 from .regions import Regions, covered, in_batches
 
 TOP = 5  # classes or visual tokens of an answer
+APART = 3  # tokens: what is farther away changes little of what a token decodes to
 Progress = Callable[[int, int], None]
 
 
@@ -110,8 +111,10 @@ def own_tokens(seen: Seen) -> np.ndarray:  # -> (gh, gw)
 def drawn_tokens(seen: Seen, own: np.ndarray, predicted: np.ndarray) -> dict[str, str]:
     """The image's own tokens decoded; and an image whose every region shows what it decodes to with the predicted
     tokens in it and the image's own around it.
+
+    Regions that are APART tokens or more from each other are decoded in one image.
     """
-    masks = seen.regions.masks().reshape(-1, *own.shape)
+    masks = seen.regions.apart(APART).reshape(-1, *own.shape)
     pooling = seen.tokenizer.pooling
     pieced = levels(seen.tokenizer.decode(own[None])[0]).copy()
     drawn = {"own_drawn": as_png(pieced)}

@@ -27,11 +27,9 @@ def page(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
         "script": "\n".join(map(part, SCRIPTS)),
     }
     text = part("page.html")
-    for name, content in parts.items():  # content is never searched: each mark stands once, in this order
-        before, mark, text_after = text.partition(f"<!--{name}-->")
-        if not mark:
-            raise ValueError(f"page.html: expected the mark <!--{name}-->")
-        text = before + content + text_after
+    for name, content in parts.items():  # no content holds a mark: names are escaped
+        before, _, after = text.partition(f"<!--{name}-->")
+        text = before + content + after
     return text
 
 

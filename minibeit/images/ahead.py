@@ -10,9 +10,12 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+import numpy as np
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MOST_WORKERS = 8
+AHEAD = 2  # batches that are read before they are computed
 
 
 def read_ahead(
@@ -31,6 +34,41 @@ def read_ahead(
     if count < 1 or limit < 0:
         raise ValueError(f"expected at least one worker and not less than 0 results, found {workers} and {most}")
     return _results(items, read, count, limit)
+
+
+def computed(
+    items: Iterable[Item],
+    read: Callable[[Item], np.ndarray],
+    compute: Callable[[np.ndarray], Iterable[Any]],
+    batch_size: int = 1,
+    workers: int | None = None,
+) -> Iterator[tuple[Item, Any]]:
+    """(item, its value) for all items in their order; the value is a ValueError where there is none.
+
+    `read` makes an array of an item, in threads ahead of `compute`, which makes a sequence of values of a batch of
+    arrays.  Arrays of different shapes do not share a batch.  Only ValueErrors of the two become values.
+    """
+
+    def tried(item: Item) -> tuple[Item, Any]:
+        try:
+            return item, read(item)
+        except ValueError as error:
+            return item, error
+
+    waiting: list[tuple[Item, Any]] = []
+    shape, count = None, 0
+    for item, array in read_ahead(items, tried, workers, AHEAD * batch_size):
+        good = isinstance(array, np.ndarray)
+        if good and count and array.shape != shape:
+            yield from _values(waiting, compute)
+            waiting, count = [], 0
+        waiting.append((item, array))
+        if good:
+            shape, count = array.shape, count + 1
+        if count in (0, batch_size):
+            yield from _values(waiting, compute)
+            waiting, count = [], 0
+    yield from _values(waiting, compute)
 
 
 def default_workers() -> int:
@@ -70,3 +108,15 @@ def _work(tasks: SimpleQueue[Any], read: Callable[[Any], Any]) -> None:
             except BaseException as error:
                 future.set_exception(error)
         del task, future, item  # while the thread waits it keeps nothing in memory
+
+
+def _values(waiting: list[tuple[Item, Any]], compute: Callable[[np.ndarray], Any]) -> Iterator[tuple[Item, Any]]:
+    arrays = [array for _, array in waiting if isinstance(array, np.ndarray)]
+    refused: ValueError | None = None
+    values: Iterator[Any] = iter(())
+    try:
+        values = iter(compute(np.stack(arrays)) if arrays else ())
+    except ValueError as error:
+        refused = error
+    for item, array in waiting:
+        yield item, (refused or next(values)) if isinstance(array, np.ndarray) else array

@@ -140,6 +140,12 @@ def check_choice(backend: str, dtype: str, device: int | None) -> None:
         raise ValueError(f"device: backend {backend} runs on the CPU and has no devices, found {device!r}")
 
 
+def dtype_of_file(stored: Any, backend: str | None) -> str:
+    """The dtype that `dtype="auto"` stands for: that of the file on a GPU, float32 elsewhere."""
+    on_gpu = (default_backend() if backend is None else backend) in GPU_BACKENDS
+    return str(stored) if on_gpu and stored in HALF_DTYPES else "float32"
+
+
 def host_dtype(dtype: str) -> str:
     """The NumPy dtype of a model's weights as read and of its outputs: float32 for half and low precision."""
     return "float32" if dtype in (*HALF_DTYPES, *LOW_DTYPES) else dtype

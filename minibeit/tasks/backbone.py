@@ -11,7 +11,7 @@ from ..trace import Trace
 from .base import BeitPreTrainedModel
 
 
-class BeitBackbone(BeitPreTrainedModel):
+class BeitBackbone(BeitPreTrainedModel[BackboneOutput]):
     """The hidden states named by the config's `out_features` or `out_indices`; "stem" (0) is the embeddings.
 
     With `add_fpn` there are four, and they pass through the feature pyramid of the segmentation model.

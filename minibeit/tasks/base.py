@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ..checkpoint.load import load_checkpoint
 from ..checkpoint.packed_file import Prepared, prepared_file, read_prepared, write_prepared
 from ..checkpoint.save import save_checkpoint
 from ..config import CONFIG_FIELDS, BeitConfig
-from ..errors import CheckpointError
+from ..errors import CheckpointError, unknown_keywords
+from ..foreign import as_torch, dtype_name, is_torch
 from ..loading_options import split_model_keywords
 from ..model.embeddings import patch_grid
 from ..model.encoder import encode
-from ..ops import get_ops, host_dtype
+from ..ops import dtype_of_file, get_ops, host_dtype
 from ..ops.low_precision import LOW_DTYPES, Spans, lowered
 from ..ops.portable import dump_portable, is_portable, restore_portable
+from ..outputs import ModelOutput
 from ..params import count_parameters, param_shapes, random_arrays, shapes, unflatten
 from ..trace import Scope, Trace
 from .capture import Capture
@@ -26,9 +30,10 @@ from .inputs import checked_mask, checked_pixels
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
+Output = TypeVar("Output", bound=ModelOutput)
 
 
-class BeitPreTrainedModel(EcosystemMethods):
+class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
     """A BEiT with the head of one task: config, parameters and the ops that compute with them.
 
     Without `arrays` or `prepared` the weights are random, determined by `seed`.  `dtype` is "float32" or "float64", on
@@ -75,7 +80,7 @@ class BeitPreTrainedModel(EcosystemMethods):
         cls: type[Self],
         path: str | os.PathLike[str],
         *,
-        dtype: str = "float32",
+        dtype: Any = "float32",
         backend: str | None = None,
         only: Any | None = None,
         num_threads: int | None = None,
@@ -90,9 +95,11 @@ class BeitPreTrainedModel(EcosystemMethods):
         TypeError.  Tensors that the checkpoint lacks because it was made for another task are drawn at random from
         `seed`, with a warning that lists them.  Another `image_size` or `num_labels`, or a bias table per block in
         place of a shared one, adapts the trained tensors, with a warning (see `load_checkpoint`).  A folder written by
-        `save_prepared` is mapped into memory and used without repacking.  Raises FileNotFoundError or CheckpointError
+        `save_prepared` is mapped into memory and used without repacking.  `dtype` may also be a dtype of NumPy or
+        PyTorch, or "auto": the file's on a GPU, float32 elsewhere.  Raises FileNotFoundError or CheckpointError
         in one sentence that names the file and the tensor.
         """
+        dtype, auto = ("float32", True) if dtype == "auto" else (dtype_name(dtype), False)
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
         loading, fields = split_model_keywords(keywords, CONFIG_FIELDS)
         file = prepared_file(Path(path) / loading.subfolder)
@@ -102,6 +109,8 @@ class BeitPreTrainedModel(EcosystemMethods):
         else:
             get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read
             config, arrays = load_checkpoint(path, cls.task, host_dtype(dtype), seed, keywords)
+            if auto:
+                options["dtype"] = dtype_of_file(config.extra.get("dtype", config.extra.get("torch_dtype")), backend)
             model = cls(config, **options, arrays=arrays)
         model.name_or_path = str(path)
         return model
@@ -124,18 +133,42 @@ class BeitPreTrainedModel(EcosystemMethods):
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Output:
         """The output of `forward` for the same arguments, computed by `num_threads` threads.
 
         `interpolate_pos_encoding` is accepted for the sake of code written for transformers and changes nothing:
         positions are always resized to the images at hand.  With
-        `return_dict=False` the output is a tuple of what is there.
+        `return_dict=False` the output is a tuple of what is there.  Its arrays are NumPy's, or tensors of PyTorch on
+        the CPU if `pixel_values` is such a tensor.
         """
         with self.ops.num_threads(self.num_threads if num_threads is None else num_threads):
-            output = self.forward(pixel_values, *args, **kwargs)
-        return output.to_tuple() if return_dict is False else output
+            output = self.forward(pixel_values, *args, **kwargs).named(self.config.id2label)
+        if is_torch(pixel_values):
+            output = output.converted(as_torch)
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
-    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Any:
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """For help(): a task's `__call__` has the parameters of its `forward`, and those that every call has."""
+        super().__init_subclass__(**keywords)
+        if "forward" not in vars(cls):
+            return
+        whole = BeitPreTrainedModel.__call__
+
+        own, common = inspect.signature(cls.forward), inspect.signature(whole).parameters.values()
+        added = [parameter for parameter in common if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        known = [*own.parameters, *(parameter.name for parameter in added)]
+
+        @functools.wraps(cls.forward)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if unknown := [name for name in kwargs if name not in known]:
+                raise unknown_keywords(type(self).__name__, unknown, known[1:])
+            return whole(self, *args, **kwargs)
+
+        call.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+        call.__name__, call.__qualname__ = "__call__", f"{cls.__qualname__}.__call__"
+        cls.__call__ = call  # type: ignore[method-assign]
+
+    def forward(self, pixel_values: Any, *args: Any, **kwargs: Any) -> Output:
         """Computes the output; defined by each task."""
         raise NotImplementedError
 

@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from ..foreign import dtype_name
+
 Self = TypeVar("Self", bound="EcosystemMethods")
+
+# What PyTorch's modules have beside these, and where it is to be found here.
+ELSEWHERE = {
+    "parameters": "model.arrays has the weights by name, model.num_parameters() counts them",
+    "named_parameters": "model.arrays has the weights by name",
+    "state_dict": "model.arrays has the weights by name, model.save_pretrained(folder) writes them",
+    "load_state_dict": "from_pretrained reads a state dict from its file",
+    "modules": "minibeit.Trace(...) collects what happens inside: model(pixel_values, trace=trace)",
+    "named_modules": "minibeit.Trace(...) collects what happens inside: model(pixel_values, trace=trace)",
+    "register_forward_hook": "minibeit.Trace(...) collects what happens inside: model(pixel_values, trace=trace)",
+    "zero_grad": "minibeit.value_and_grad gives the gradients of a batch",
+    "gradient_checkpointing_enable": "minibeit.value_and_grad gives the gradients of a batch",
+    "compile": "kernels are compiled when they are first needed",
+    "push_to_hub": "model.save_pretrained(folder) writes files that huggingface_hub uploads",
+    "bfloat16": "load it with from_pretrained(..., dtype='bfloat16', backend='cupy')",
+}
 
 
 class EcosystemMethods:
@@ -12,6 +30,10 @@ class EcosystemMethods:
 
     dtype: str
     ops: Any
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f"; {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def eval(self: Self) -> Self:
         """The model itself: noise is switched on by the call that wants it (`rng=`), never by a mode."""
@@ -33,8 +55,8 @@ class EcosystemMethods:
         Raises ValueError for another device or dtype: both are chosen when a model is loaded.
         """
         for place in (*places, device, dtype):
-            if place is not None:
-                self._check_place(str(place).removeprefix("torch."))
+            if place is not None and not isinstance(place, bool):  # non_blocking
+                self._check_place(str(place) if isinstance(place, int) else dtype_name(place))
         return self
 
     def cpu(self: Self) -> Self:
@@ -55,6 +77,8 @@ class EcosystemMethods:
 
     def _check_place(self, place: str) -> None:
         on_gpu = self.ops.backend == "cupy"
+        if place.isdecimal():
+            place = f"cuda:{place}"
         if place.startswith("cuda"):
             if not on_gpu:
                 raise ValueError(

@@ -11,7 +11,7 @@ from .base import BeitPreTrainedModel
 from .inputs import class_labels
 
 
-class BeitForImageClassification(BeitPreTrainedModel):
+class BeitForImageClassification(BeitPreTrainedModel[ImageClassifierOutput]):
     """The encoder, the pooled image vector, and a linear layer to K classes.  Source: BEiT section 2.6."""
 
     task = "image_classification"

@@ -11,7 +11,7 @@ from .base import BeitPreTrainedModel
 from .inputs import masked_labels
 
 
-class BeitForMaskedImageModeling(BeitPreTrainedModel):
+class BeitForMaskedImageModeling(BeitPreTrainedModel[MaskedLMOutput]):
     """The encoder, a layer norm, and a linear layer to `vocab_size` visual tokens.  Source: BEiT section 2.3."""
 
     task = "masked_image_modeling"

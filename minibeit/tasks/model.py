@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, TypeVar
 
 from ..config import BeitConfig
 from ..model.encoder import pool
@@ -10,8 +11,10 @@ from ..outputs import BeitModelOutputWithPooling
 from ..trace import Trace
 from .base import BeitPreTrainedModel
 
+Self = TypeVar("Self", bound="BeitModel")
 
-class BeitModel(BeitPreTrainedModel):
+
+class BeitModel(BeitPreTrainedModel[BeitModelOutputWithPooling]):
     """The bare encoder.  With `add_pooling_layer=False` there is no `pooler_output`."""
 
     task = "model"
@@ -19,6 +22,15 @@ class BeitModel(BeitPreTrainedModel):
     def __init__(self, config: BeitConfig, *, add_pooling_layer: bool = True, **options: Any) -> None:
         super().__init__(config, **options)
         self.add_pooling_layer = add_pooling_layer
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], path: str | os.PathLike[str], *, add_pooling_layer: bool = True, **keywords: Any
+    ) -> Self:
+        """The encoder of a checkpoint, see `BeitPreTrainedModel.from_pretrained`; without its pooling layer if so."""
+        model = super().from_pretrained(path, **keywords)
+        model.add_pooling_layer = add_pooling_layer
+        return model
 
     def forward(
         self,

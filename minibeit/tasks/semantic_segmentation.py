@@ -20,7 +20,7 @@ from .base import BeitPreTrainedModel
 from .inputs import label_map
 
 
-class BeitForSemanticSegmentation(BeitPreTrainedModel):
+class BeitForSemanticSegmentation(BeitPreTrainedModel[SemanticSegmenterOutput]):
     """The encoder, a feature pyramid, the UPerNet head, and in training an FCN head.  Source: BEiT appendix B.
 
     Which hidden states the pyramid reads depends on the config's `feature_convention`: see BeitConfig.

@@ -42,8 +42,8 @@ def read_image(path: str, processor: BeitImageProcessor) -> Image.Image:
 def normalised(image: np.ndarray, processor: BeitImageProcessor) -> np.ndarray:  # (h, w, C) or (h, w) -> (C, h, w)
     """What the processor makes of an image that has its final size."""
     pixels = image.reshape(*image.shape[:2], -1)
-    whole = dict(do_resize=False, do_center_crop=False, input_data_format="channels_last")
-    return processor(pixels, **whole).pixel_values[0]
+    whole = processor(pixels, do_resize=False, do_center_crop=False, input_data_format="channels_last")
+    return whole.pixel_values[0]
 
 
 def judged_pixels(path: str, processor: BeitImageProcessor) -> np.ndarray:  # -> (C, h, w)

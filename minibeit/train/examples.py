@@ -18,6 +18,7 @@ from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
 from ..images.opening import read_picture
 from ..strict_json import brief
+from .ranks import Ranks
 from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 
 MAP_FOLDERS = ("annotations", "labels", "masks")  # of label maps, beside images
@@ -75,49 +76,56 @@ def read_examples(
     seed: int = 0,
     names: Sequence[str] | None = None,
     workers: int = 2,
+    ranks: Ranks | None = None,
 ) -> Examples:
     """The examples of a folder of class folders, or of a CSV or JSON-lines file of paths and labels.
 
     A folder may hold `train` and `val` with the class folders in them.  A list has `path` and one of `label`,
     `labels` (separated by ; in CSV), `value` or `values`, and perhaps `split`; its paths are relative to it.  Where no
     split is given, `fraction` of each class is held out, drawn by `seed`.  `names` are the classes of a model that is
-    to keep them.  Every image is read once: those that cannot be are left out and named in `unreadable`.
+    to keep them.  Every image is read once: those that cannot be are left out and named in `unreadable`.  Several
+    `ranks` call it together, and each reads a part.
 
     Raises ValueError, one sentence, for data that nothing can be learned from; warns of images that are in both
     parts.
     """
     check_fraction(fraction)
-    path = Path(data)
-    problem, found = find_examples(path)
+    path, ranks = Path(data), ranks or Ranks()
+    problem, found = ranks.from_first(lambda: find_examples(path))
     classes = _classes(path, problem, found, names)
-    good, unreadable = _readable(found, workers)
+    good, unreadable = _readable(found, workers, ranks)
     _check_classes(path, problem, classes, found, good, fixed=names is not None)
     good = split(good, fraction, seed, lambda example: example.label if problem == SINGLE else "")
     return Examples(problem, classes, *parted(path, good), tuple(unreadable))
 
 
-def read_images(data: str | os.PathLike[str], fraction: float = 0.0, seed: int = 0, workers: int = 2) -> Examples:
+def read_images(
+    data: str | os.PathLike[str],
+    fraction: float = 0.0,
+    seed: int = 0,
+    workers: int = 2,
+    ranks: Ranks | None = None,
+) -> Examples:
     """The images of a folder at any depth, or of a list as `read_examples` takes it, whose labels are not looked at.
 
     Where a folder holds `train` and `val` (or the like), what is in the latter is held out.  Where no split is given,
     `fraction` of the images is held out, drawn by `seed`.  Raises ValueError, one sentence, for data without images;
-    warns of images that are in both parts.
+    warns of images that are in both parts.  Several `ranks` call it together, and each reads a part.
     """
     check_fraction(fraction)
-    path = Path(data)
-    if path.is_dir():
-        found = _unlabelled_in(path)
-    elif path.is_file():
-        found = listed_images(path)
-    else:
-        raise _nothing_there(path)
-    good, unreadable = _readable(found, workers)
+    path, ranks = Path(data), ranks or Ranks()
+    found = ranks.from_first(lambda: _unlabelled(path))
+    good, unreadable = _readable(found, workers, ranks)
     if not good:
         raise ValueError(f"{path}: expected images to learn from, found {len(found)}, none of which can be read")
     return Examples(UNLABELLED, (), *parted(path, split(good, fraction, seed)), tuple(unreadable))
 
 
-def _unlabelled_in(path: Path) -> list[Example]:
+def _unlabelled(path: Path) -> list[Example]:
+    if path.is_file():
+        return listed_images(path)
+    if not path.is_dir():
+        raise _nothing_there(path)
     parts = parts_of(path)
     return [Example(str(file), None, None if parts is None else parts[1] in file.parents) for file in images_in(path)]
 
@@ -270,7 +278,7 @@ def _check_classes(
         raise ValueError(f"{path}: expected at least one class, found no label in any line")
 
 
-def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[str]]:
+def _readable(found: list[Example], workers: int, ranks: Ranks) -> tuple[list[Example], list[str]]:
     """(examples whose images can be read, with the digest of their files; a sentence for each of the others)."""
 
     def look(example: Example) -> Example | str:
@@ -281,5 +289,5 @@ def _readable(found: list[Example], workers: int) -> tuple[list[Example], list[s
             return str(error)
 
     with ThreadPoolExecutor(workers) as pool:
-        looked = list(pool.map(look, found))
+        looked = ranks.divided(found, lambda part: list(pool.map(look, part)))
     return [e for e in looked if isinstance(e, Example)], [text for text in looked if isinstance(text, str)]

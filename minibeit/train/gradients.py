@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -44,7 +43,7 @@ def value_and_grad(
     recompute: bool = False,
     trace: Trace | None = None,
     weight: float = 1.0,
-    ready: Callable[[str, Array], Array] | None = None,
+    ready: Callable[[str, Array], Array | None] | None = None,
     **inputs: Any,
 ) -> Gradients:
     """The loss of one batch and its gradients; the model is not changed.
@@ -52,11 +51,12 @@ def value_and_grad(
     `inputs` (labels, bool_masked_pos) go to the model, whose own loss is taken; or `loss(ops, output)` makes another
     of its output, by ops.  `rng` switches dropout and stochastic depth on: the noise of this step (`Noise`), or a
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
-    batch norms use those of the batch, True each worker's own.  With `recompute` each block keeps its input alone and
+    batch norms use those of the batch, True its own alone.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
     the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch.
     `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
-    layers are still to come; what it returns takes the gradient's place.
+    layers are still to come; what it returns takes the gradient's place, and None drops it.  It may change the
+    parameter, which the rest of the backward does not read.
 
     Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
     raises it for.
@@ -91,7 +91,7 @@ def value_and_grad(
     return Gradients(float(values(made)), grads, plain, running)
 
 
-def _handing_over(watched: Any, ready: Callable[[str, Array], Array] | None) -> Callable[[Node], None]:
+def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | None) -> Callable[[Node], None]:
     names = {leaf: name for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
 
     def final(node: Node) -> None:
@@ -103,8 +103,8 @@ def _handing_over(watched: Any, ready: Callable[[str, Array], Array] | None) -> 
 
 def recorded(model: Any, tape: Tape, params: Any) -> Any:
     """`model` with `params` in place of its own, its ops noted by `tape`."""
-    twin = copy.copy(model)
-    twin.ops, twin.params = tape.ops, params
+    twin = object.__new__(type(model))  # copy.copy would make a model anew and pack its weights, in every step
+    vars(twin).update(vars(model), ops=tape.ops, params=params)
     return twin
 
 

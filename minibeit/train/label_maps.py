@@ -21,6 +21,7 @@ from ..images.transforms import IGNORED_LABEL, reduce_labels
 from ..strict_json import brief
 from ..text import one_line
 from .examples import MAP_FOLDERS, SHOWN
+from .ranks import Ranks
 from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
 
 ENDINGS = ("", "_labels", "_mask")  # what a map's name may have behind that of its image
@@ -120,6 +121,7 @@ def read_pairs(
     names: Sequence[str] | None = None,
     read_map: MapReader | None = None,
     workers: int = 2,
+    ranks: Ranks | None = None,
 ) -> Pairs:
     """The images and label maps of a folder, or of a CSV or JSON-lines file with `path`, `map` and perhaps `split`.
 
@@ -127,16 +129,16 @@ def read_pairs(
     `training` and `validation` in them (ADE20K), or the folder may, each with the two in it.  Where no split is given,
     `fraction` is held out, drawn by `seed`.  Without `names`, or a table of colours that has them, there are as many
     classes as the largest number asks for.  Every file is read once: what cannot be, or has no pixel that counts, is
-    left out and named in `left_out`.
+    left out and named in `left_out`.  Several `ranks` call it together, and each reads a part.
 
     Raises ValueError, one sentence, for data that nothing can be learned from, and FileNotFoundError.
     """
     check_fraction(fraction)
-    path, read_map = Path(data), read_map or MapReader()
-    found = find_pairs(path)
+    path, read_map, ranks = Path(data), read_map or MapReader(), ranks or Ranks()
+    found = ranks.from_first(lambda: find_pairs(path))
     if read_map.colours is not None and names is None:
         names = read_map.colours.names
-    good, areas, left_out = _looked_at(found, read_map, workers)
+    good, areas, left_out = _looked_at(found, read_map, workers, ranks)
     if not good:
         raise ValueError(
             f"{path}: none of the {len(found)} images and label maps can be learned from; the first: {left_out[0]}"
@@ -263,7 +265,9 @@ def _check_format(image: Image.Image, path: str) -> None:
         )
 
 
-def _looked_at(found: list[Pair], read_map: MapReader, workers: int) -> tuple[list[Pair], list[np.ndarray], list[str]]:
+def _looked_at(
+    found: list[Pair], read_map: MapReader, workers: int, ranks: Ranks
+) -> tuple[list[Pair], list[np.ndarray], list[str]]:
     """(pairs that can be learned from, how many pixels each class has in their maps (256,), a sentence for others)."""
 
     def look(pair: Pair) -> tuple[Pair, np.ndarray] | str:
@@ -279,7 +283,7 @@ def _looked_at(found: list[Pair], read_map: MapReader, workers: int) -> tuple[li
             return f"{pair.map}: every pixel is ignored, so there is nothing to learn from it"
         return replace(pair, digest=hashlib.sha256(content).hexdigest()), counts
 
-    looked = list(read_ahead(found, look, workers, 2 * workers))  # the first error ends it
+    looked = ranks.divided(found, lambda part: list(read_ahead(part, look, workers, 2 * workers)))  # to the first error
     good = [item for item in looked if not isinstance(item, str)]
     return (
         [pair for pair, _ in good],

@@ -24,7 +24,7 @@ from .batches import in_batches, order_of
 from .gradients import value_and_grad
 from .metrics import better, draw_curves, write_log
 from .objective import Batch, Objective
-from .optimizer import AdamW, AverageOfWeights, clipped, set_running
+from .optimizer import AdamW, AverageOfWeights, EarlyStep, clipped, set_running
 from .ranks import Ranks
 from .recipes import Recipe
 from .state import State, Stopped, StopSign, digest, load_state, save_state, stop_signals
@@ -197,12 +197,14 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         state = self.state
         batch = self.objective.for_step(batch, state.step / self.steps, (self.seed, state.step, MIXING))
-        found = self._learned(batch)
-        grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
+        rate = self.rate(state.step)
+        early = None if self.recipe.clip or self.sums is not None else EarlyStep(self.optimizer, rate)
+        found = self._learned(batch, early)
+        grads, norm = clipped(found.grads, self.recipe.clip or math.inf) if early is None else (found.grads, early.norm)
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
             raise NotFinite(self._sentence(self._first_not_finite(found, batch)))
-        rate = self.rate(state.step)
-        self.optimizer.step(grads, rate)
+        if early is None:
+            self.optimizer.step(grads, rate)
         if self.average is not None:
             self.average.update()
         state.step += 1
@@ -213,7 +215,7 @@ class Trainer:
         if self.ranks.first:
             self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
 
-    def _learned(self, batch: Batch) -> Learned:
+    def _learned(self, batch: Batch, early: EarlyStep | None = None) -> Learned:
         """What a batch teaches, of which `batch` is this rank's share: computed in pieces, summed over the ranks."""
         terms = max(float(self.ranks.total(np.array([float(self.objective.terms(batch))]))[0]), 1.0)
         if self.sums is not None:
@@ -222,16 +224,18 @@ class Trainer:
         for rows in np.array_split(np.arange(len(batch)), self.pieces):
             piece = batch.rows(rows) if self.pieces > 1 else batch
             share = self.objective.terms(piece) / terms if self.sums is not None else 1.0
-            parts.append(self._learned_of(piece, self.rows[rows], share, last=rows[-1] == len(batch) - 1))
+            ready = early if self.sums is None else functools.partial(self.sums.add, last=rows[-1] == len(batch) - 1)
+            parts.append(self._learned_of(piece, self.rows[rows], share, ready))
         if self.sums is not None:
             self.sums.end()
         sums = np.sum([(part.loss, part.right, part.answers) for part in parts], axis=0)
         loss, right, answers = self.ranks.total(sums).tolist()
         return Learned(loss, parts[-1].grads, right, int(answers))
 
-    def _learned_of(self, piece: Batch, samples: np.ndarray, share: float, last: bool) -> Learned:
-        """What a piece teaches, its loss being a share of the batch's."""
-        ready = None if self.sums is None else functools.partial(self.sums.add, last=last)
+    def _learned_of(
+        self, piece: Batch, samples: np.ndarray, share: float, ready: Callable[[str, Any], Any] | None
+    ) -> Learned:
+        """What a piece teaches, its loss being a share of the batch's; `ready` gets each gradient as it is complete."""
         found = value_and_grad(
             self.model,
             piece.pixels,

@@ -13,6 +13,7 @@ import numpy as np
 from ..params import flatten, unflatten
 from .gradients import matching
 
+CACHED = 1 << 15  # numbers
 SELDOM_DECAYED = ("cls_token", "position_embeddings")
 
 
@@ -93,8 +94,10 @@ class AdamW:
             self.slots.append(Slot(name, start, stop, rate, decay))
             start = stop
         self.weights = np.empty(start, model.dtype)
-        self.mean, self.square = np.zeros_like(self.weights), np.zeros_like(self.weights)
+        # Unlike those of zeros_like they take no memory until the first step, when the model's old arrays are gone.
+        self.mean, self.square = np.zeros(start, model.dtype), np.zeros(start, model.dtype)
         self.steps = np.zeros(len(self.slots), np.int64)
+        self._numbers = {slot.name: i for i, slot in enumerate(self.slots)}
         views = {slot.name: self.weights[slot.start : slot.stop].reshape(named[slot.name].shape) for slot in self.slots}
         for name, view in views.items():
             view[...] = named[name]
@@ -102,19 +105,46 @@ class AdamW:
 
     def step(self, grads: Any, rate: float) -> None:
         """One update by a tree of gradients; a parameter without a gradient stays as it is."""
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"learning rate: expected a number of at least 0, found {rate}")
+        _check_rate(rate)
         named = flatten(grads)
-        with self.ops.num_threads(self._num_threads):
-            for i, slot in enumerate(self.slots):
-                gradient = named.get(slot.name)
-                if gradient is not None:
-                    self.steps[i] += 1
-                    self._update(slot, gradient.reshape(-1), rate * slot.rate, int(self.steps[i]))
+        for slot in self.slots:
+            if named.get(slot.name) is not None:
+                self.update(slot.name, named[slot.name], rate)
 
-    def _update(self, slot: Slot, g: np.ndarray, rate: float, t: int) -> None:
+    def update(self, name: str, gradient: np.ndarray, rate: float) -> None:
+        """One update of one parameter."""
+        _check_rate(rate)
+        number = self._numbers[name]
+        slot = self.slots[number]
         w, m, v = (vector[slot.start : slot.stop] for vector in (self.weights, self.mean, self.square))
-        self.ops.adamw(w, g, m, v, (rate, slot.decay, self.betas, self.eps), t)
+        self.steps[number] += 1
+        settings = (rate * slot.rate, slot.decay, self.betas, self.eps)
+        with self.ops.num_threads(self._num_threads):
+            self.ops.adamw(w, gradient.reshape(-1), m, v, settings, int(self.steps[number]))
+
+
+class EarlyStep:
+    """A step that updates each parameter as soon as the backward has completed its gradient, which is then dropped.
+
+    So the gradients are never in memory together; it takes a step that needs none of them but its own: no clipping, no
+    sum over pieces.  Called with a name and a gradient, it returns what is to be kept of the gradient: nothing, but
+    from the first one on that is not finite all of them, and nothing is updated any more.
+    """
+
+    def __init__(self, optimizer: AdamW, rate: float) -> None:
+        self.optimizer, self.rate, self.squares = optimizer, rate, 0.0
+
+    def __call__(self, name: str, gradient: np.ndarray) -> np.ndarray | None:
+        self.squares += _sum_of_squares(gradient)
+        if not math.isfinite(self.squares):
+            return gradient
+        self.optimizer.update(name, gradient, self.rate)
+        return None
+
+    @property
+    def norm(self) -> float:
+        """The norm of all gradients so far."""
+        return math.sqrt(self.squares)
 
 
 def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:
@@ -142,7 +172,14 @@ def set_running(model: Any, running: Mapping[str, np.ndarray]) -> None:
 
 def global_norm(grads: Any) -> float:
     """The root of the sum of all squares."""
-    return math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in flatten(grads).values()))
+    return math.sqrt(sum(map(_sum_of_squares, flatten(grads).values())))
+
+
+def _sum_of_squares(g: np.ndarray) -> float:
+    """In float64, in parts that stay in the cache."""
+    flat = g.reshape(-1)
+    parts = (flat[i : i + CACHED] for i in range(0, flat.size, CACHED))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
 
 
 def clipped(grads: Any, largest: float) -> tuple[Any, float]:
@@ -183,6 +220,11 @@ class AverageOfWeights:
             yield
         finally:
             self.optimizer.weights[...] = own
+
+
+def _check_rate(rate: float) -> None:
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"learning rate: expected a number of at least 0, found {rate}")
 
 
 def _check(weight_decay: float, layer_decay: float, betas: tuple[float, float], eps: float) -> None:

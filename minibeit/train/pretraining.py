@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
-from ..masking import block_mask
+from ..masking import nonempty_block_mask
 from ..model.masked_modeling import IGNORE_INDEX
 from ..params import param_shapes
 from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
@@ -71,9 +71,7 @@ class MaskedModeling(Objective):
         return self._sample(*views, np.random.default_rng(int(example.digest[:DIGITS], 16)))
 
     def _sample(self, for_patches: Image.Image, for_tokens: Image.Image, rng: Random) -> Sample:
-        mask = block_mask(self.grid, self.count, rng)
-        if not mask.any():  # of few patches: every block was too large
-            mask.flat[rng.integers(mask.size)] = True
+        mask = nonempty_block_mask(self.grid, self.count, rng)
         return normalised(np.asarray(for_patches), self.processor), self._for_tokens(for_tokens), mask.reshape(-1)
 
     def _for_tokens(self, image: Image.Image) -> np.ndarray:  # -> (C, height, width)

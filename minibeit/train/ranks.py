@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
@@ -53,6 +54,15 @@ class Ranks:
     def from_first(self, make: Callable[[], Value]) -> Value:
         """What the first rank makes, in every rank."""
         return make()
+
+    def divided(self, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Value]]) -> list[Value]:
+        """work(items), a result for each item, of which every rank does its part; all results in every rank."""
+        parts = self.gathered(work(items[self.rank :: self.count]))
+        parts = self.from_first(lambda: parts)
+        made: list[Any] = [None] * len(items)
+        for rank, part in enumerate(parts):
+            made[rank :: self.count] = part
+        return made
 
     def copy_from_first(self, array: np.ndarray) -> None:
         """Overwrites an array by that of the first rank."""

@@ -27,6 +27,9 @@ OWN_FACTOR = 4.0
 TOTAL_FACTOR = 6.0  # one run is one draw of many errors that are alike: measured up to 3.2
 PEAK_FACTOR = 8.0  # for the largest single difference, which scatters more than a mean: measured up to 3.1
 
+# For the worst of all slices (features, tokens, heads, channels) of at least 32 elements: measured up to 3.8.
+SLICE_FACTOR = 8.0
+
 # Rounding a result once costs 0.29 EPS (uniform error over a step); an op that was lucky is no yardstick.
 FLOOR = 0.5
 FEW = 64  # elements; the rms of fewer scatters, so the floor is higher
@@ -85,10 +88,15 @@ def total_limit(yard: Yardstick, size: int, dtype: str, leeway: float = 1.0) -> 
     return TOTAL_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway
 
 
-def peak_limit(yard: Yardstick, dtype: str, leeway: float = 1.0) -> float:
-    """The largest single difference within budget, in units of the truth's rms."""
-    limit = PEAK_FACTOR * max(yard.peak, PEAK_FLOOR * EPS32) * _scale(dtype)
+def peak_limit(yard: Yardstick, dtype: str, leeway: float = 1.0, size: float = 0.0) -> float:
+    """The largest single difference within budget, in units of the truth's rms, at an element of that `size`."""
+    limit = PEAK_FACTOR * max(yard.peak, PEAK_FLOOR * EPS32, size * EPS32) * _scale(dtype)
     return limit * leeway
+
+
+def slice_limit(dtype: str, leeway: float = 1.0) -> float:
+    """The largest rms error of one slice within budget, in units of the yardstick's in that slice."""
+    return SLICE_FACTOR * _scale(dtype) * leeway
 
 
 def pixel_limit(expected: np.ndarray) -> float:

@@ -46,6 +46,11 @@ class Difference:
         """The largest difference in units of the truth's rms."""
         return self.max_abs / max(self.rms_truth, 1e-300)
 
+    @property
+    def worst_size(self) -> float:
+        """The truth's element at the largest difference, in units of the truth's rms."""
+        return abs(self.worst_truth) / max(self.rms_truth, 1e-300)
+
 
 def difference(found: np.ndarray, truth: np.ndarray) -> Difference:
     """All statistics.  Raises ValueError for arrays of different shapes; NaN or Inf make `rms_rel` infinite."""

@@ -27,7 +27,8 @@ from ..train.gradients import recorded
 from .budget import Yardstick
 from .difference import distance, heat_map
 from .gradient_diagnosis import diagnose
-from .lockstep import Job, Report, Row, judge
+from .judging import Row, judge
+from .lockstep import Job, Report
 from .trace_names import trace_shapes
 
 COTANGENT, GRADIENT = "cotangent.", "gradient."

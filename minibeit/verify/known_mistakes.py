@@ -15,22 +15,13 @@ import numpy as np
 
 from ..ops import reference
 from ..ops.activations import ACTIVATIONS
-from ..params import Attention, Conv, ConvBatchNorm, ConvTranspose, LayerNorm
+from ..params import Conv, ConvBatchNorm, ConvTranspose, LayerNorm
 from .float64_model import conv2d
+from .low_precision import half, int8
 
 Guess = tuple[str, Any]
 EPSILONS = (1e-12, 1e-6, 1e-5, 1e-3, 0.0)
 ROUNDED = {"bfloat16": "the weights are rounded to bfloat16", "float16": "the weights are rounded to float16"}
-
-
-def half(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` rounded to "float16" or "bfloat16", in float64."""
-    if dtype == "float16":
-        with np.errstate(over="ignore"):
-            return x.astype(np.float16).astype(np.float64)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32).astype(np.float64).reshape(x.shape)
 
 
 def _layer_norm(x: Any, norm: LayerNorm, eps: float) -> Iterator[Guess]:
@@ -60,7 +51,7 @@ def _layer_norm(x: Any, norm: LayerNorm, eps: float) -> Iterator[Guess]:
         yield f"the input is rounded to {dtype}", reference.layer_norm(half(x, dtype), norm, eps)
 
 
-def _layers(layer: Any) -> Iterator[tuple[str, Any]]:
+def layers(layer: Any) -> Iterator[tuple[str, Any]]:
     """(what is wrong, the layer with that fault) of a linear layer or a patch convolution."""
     weight = layer.weight
     if layer.bias is not None:
@@ -68,8 +59,6 @@ def _layers(layer: Any) -> Iterator[tuple[str, Any]]:
         yield "the bias is added twice", replace(layer, bias=2 * layer.bias)
     if weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
         yield "the weight is transposed", replace(layer, weight=np.ascontiguousarray(weight.T))
-    for dtype, text in ROUNDED.items():
-        yield text, replace(layer, weight=half(weight, dtype))
     if weight.ndim == 2:
         reordered = np.ascontiguousarray(weight.T).reshape(weight.shape)
         yield "the weight is read in the wrong order (in, out) for (out, in)", replace(layer, weight=reordered)
@@ -82,11 +71,30 @@ def _layers(layer: Any) -> Iterator[tuple[str, Any]]:
                 yield f"the weight is laid out {axes} instead of oihw", replace(layer, weight=moved)
 
 
+def rounded(x: Any, layer: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(what is rounded, the input, the layer) of a product in lower precision."""
+    for dtype, text in ROUNDED.items():
+        low = replace(layer, weight=half(layer.weight, dtype))
+        yield text, x, low
+        yield f"the input is rounded to {dtype}", half(x, dtype), layer
+        yield f"weights and input are rounded to {dtype}", half(x, dtype), low
+    tokens = int8(x.reshape(-1, x.shape[-1]), 0).reshape(x.shape)
+    inputs = (("a scale for each token", tokens), ("one scale for all", int8(x)))
+    weights = (("a scale for each output", int8(layer.weight, 0)), ("one scale for all", int8(layer.weight)))
+    for how, values in inputs:
+        yield f"the input is rounded to 8 bits, {how}", values, layer
+    for how, weight in weights:
+        low = replace(layer, weight=weight)
+        yield f"the weights are rounded to 8 bits, {how}", x, low
+        for other, values in inputs:
+            yield f"weights ({how}) and input ({other}) are rounded to 8 bits", values, low
+
+
 def _linear(x: Any, layer: Any) -> Iterator[Guess]:
-    for text, faulty in _layers(layer):
+    for text, faulty in layers(layer):
         yield text, reference.linear(x, faulty)
-    for dtype in ROUNDED:
-        yield f"the input is rounded to {dtype}", reference.linear(half(x, dtype), layer)
+    for text, inputs, faulty in rounded(x, layer):
+        yield text, reference.linear(inputs, faulty)
 
 
 def _linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
@@ -96,10 +104,10 @@ def _linear_activation(x: Any, layer: Any, activation: str) -> Iterator[Guess]:
             what = "no activation" if name == "linear" else f"activation {name}"
             with np.errstate(all="ignore"):
                 yield f"{what} instead of {activation}", function(y)
-    for text, faulty in _layers(layer):
+    for text, faulty in layers(layer):
         yield text, reference.linear_activation(x, faulty, activation)
-    for dtype in ROUNDED:
-        yield f"the input is rounded to {dtype}", reference.linear_activation(half(x, dtype), layer, activation)
+    for text, inputs, faulty in rounded(x, layer):
+        yield text, reference.linear_activation(inputs, faulty, activation)
 
 
 def _linear_residual(x: Any, layer: Any, scale: Any, residual: Any, keep: Any = None) -> Iterator[Guess]:
@@ -114,107 +122,10 @@ def _linear_residual(x: Any, layer: Any, scale: Any, residual: Any, keep: Any = 
     yield "the residual is missing", scaled
     yield "the residual is added twice", 2 * residual + scaled
     yield "the branch is missing", residual
-    for text, faulty in _layers(layer):
+    for text, faulty in layers(layer):
         yield text, reference.linear_residual(x, faulty, scale, residual)
-    for dtype in ROUNDED:
-        yield f"the input is rounded to {dtype}", reference.linear_residual(half(x, dtype), layer, scale, residual)
-
-
-def project(which: str) -> Callable[..., Iterator[Guess]]:
-    """Guesses for one of "query", "key", "value"."""
-
-    def guesses(x: Any, p: Attention, num_heads: int) -> Iterator[Guess]:
-        B, N, D = x.shape
-
-        def heads(layer: Any) -> np.ndarray:
-            return reference.linear(x, layer).reshape(B, N, num_heads, -1).transpose(0, 2, 1, 3)
-
-        own = getattr(p, which)
-        for text, faulty in _layers(own):
-            yield text, heads(faulty)
-        for other in ("query", "key", "value"):
-            layer = getattr(p, other)
-            if other != which:
-                yield f"the {other} projection is used for the {which}", heads(layer)
-            if own.bias is None and layer.bias is not None:
-                yield f"a bias is added, that of the {other}; keys have none", heads(replace(own, bias=layer.bias))
-        mixed = reference.linear(x, own).reshape(B, N, -1, num_heads).transpose(0, 3, 1, 2)
-        yield "heads are taken from the wrong axis: (d, H) instead of (H, d)", mixed
-        plain = reference.linear(x, own).reshape(B, num_heads, N, -1)
-        yield "the reshape to heads lacks its transpose", plain
-        yield "the scale 1 / sqrt(d) is already applied", heads(own) * (num_heads / D) ** 0.5
-
-    return guesses
-
-
-def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
-    """Guesses for the probabilities or for the context."""
-
-    def guesses(q: Any, k: Any, v: Any, bias: Any, return_probs: bool = False, keep: Any = None) -> Iterator[Guess]:
-        B, H, N, d = q.shape
-
-        good_table: Any = None
-        good_index: Any = None
-        if bias is not None:
-            good_table, good_index = bias.table, reference.relative_position_index(bias.grid)
-
-        def attend(factor: float = 1.0, table: Any = good_table, index: Any = good_index) -> Any:
-            return reference.attend(q * factor, k, v, table, index, return_probs=True)[1 if probs else 0]
-
-        root = float(d) ** 0.5
-        yield "the scores are not divided by sqrt(d)", attend(root)
-        yield "the scores are divided by sqrt(d) twice", attend(1 / root)
-        yield "the scores are divided by sqrt(D), the width, not by that of a head", attend(H**-0.5)
-        if bias is not None:
-            table, index, R = bias.table, good_index, bias.table.shape[0]
-            yield "the position bias is missing", attend(table=None)
-            yield "the position bias is transposed: query and key offsets swapped", attend(index=index.T)
-            for one, two in itertools.combinations((R - 3, R - 2, R - 1), 2):
-                swapped = index.copy()
-                swapped[index == one], swapped[index == two] = two, one
-                yield (
-                    f"rows {one} and {two} of the bias table (pairs with the CLS token) are swapped",
-                    attend(index=swapped),
-                )
-            yield "the rows for the CLS token are taken from the table's start", attend(index=_cls_first(index, R))
-            gh, gw = bias.grid
-            if gh != gw:
-                rows = (np.arange(gh * gw) % gw)[:, None] - np.arange(gh * gw) % gw + gw - 1
-                cols = (np.arange(gh * gw) // gw)[:, None] - np.arange(gh * gw) // gw + gh - 1
-                turned = index.copy()
-                turned[1:, 1:] = rows * (2 * gh - 1) + cols
-                yield "the bias table is read with height and width swapped", attend(index=turned)
-            yield (
-                "the position bias is added before the scores are divided by sqrt(d)",
-                attend(table=table / root),
-            )
-            for dtype in ROUNDED:
-                yield (
-                    f"the position bias is rounded to {dtype}",
-                    attend(table=half(table, dtype)),
-                )
-        good_context, good_probs = reference.attention(q, k, v, bias, return_probs=True)
-        if not probs:
-            split = good_context.reshape(B, N, H, d)
-            yield "heads are joined in the order (d, H) instead of (H, d)", split.swapaxes(2, 3).reshape(B, N, -1)
-            yield (
-                "the transpose before the heads are joined is missing",
-                np.ascontiguousarray(split.transpose(0, 2, 1, 3)).reshape(B, N, -1),
-            )
-            yield "the heads are in reverse order", split[:, :, ::-1].reshape(B, N, -1)
-            for dtype in ROUNDED:
-                rounded = (half(good_probs, dtype) @ v).transpose(0, 2, 1, 3).reshape(B, N, -1)
-                yield f"the probabilities are rounded to {dtype}", rounded
-        for dtype in ROUNDED:
-            context, p = reference.attention(half(q, dtype), half(k, dtype), half(v, dtype), bias, return_probs=True)
-            yield f"queries, keys and values are rounded to {dtype}", p if probs else context
-
-    return guesses
-
-
-def _cls_first(index: np.ndarray, R: int) -> np.ndarray:
-    moved = (index + 3) % R
-    return moved.astype(index.dtype)
+    for text, inputs, faulty in rounded(x, layer):
+        yield text, reference.linear_residual(inputs, faulty, scale, residual)
 
 
 # Maps ---------------------------------------------------------------------------------------------------------------
@@ -230,11 +141,25 @@ def _kernels(weight: np.ndarray, swap: bool) -> Iterator[tuple[str, np.ndarray]]
         yield text, half(weight, dtype)
 
 
+def _padded(x: Any, k: int, compute: Callable[[Any], Any]) -> Iterator[Guess]:
+    """A convolution of kernel size k whose borders see something else than zeros."""
+    r = k // 2
+    if not r or min(x.shape[2:]) <= r:
+        return
+    modes: tuple[tuple[Any, str], ...] = (
+        ("reflect", "mirrored"), ("edge", "repeated"), ("wrap", "continued on the other side")
+    )  # fmt: skip
+    for mode, what in modes:
+        wide = np.pad(x, ((0, 0), (0, 0), (r, r), (r, r)), mode)
+        yield f"borders are {what} instead of padded with zeros", compute(wide)[:, :, r:-r, r:-r]
+
+
 def _conv(x: Any, layer: Conv) -> Iterator[Guess]:
     for text, weight in _kernels(layer.weight, True):
         yield text, conv2d(x, replace(layer, weight=weight))
     if layer.bias is not None:
         yield "the bias is missing", conv2d(x, replace(layer, bias=None))
+    yield from _padded(x, layer.weight.shape[2], lambda wide: conv2d(wide, layer))
 
 
 def _after_conv(y: Any, layer: ConvBatchNorm) -> Iterator[Guess]:
@@ -265,6 +190,7 @@ def _conv_bn_relu(x: Any, layer: ConvBatchNorm) -> Iterator[Guess]:
     yield from _after_conv(conv2d(x, layer.conv), layer)
     for text, weight in _kernels(layer.conv.weight, True):
         yield text, reference.conv_bn_relu(x, replace(layer, conv=replace(layer.conv, weight=weight)))
+    yield from _padded(x, layer.conv.weight.shape[2], lambda wide: reference.conv_bn_relu(wide, layer))
 
 
 def _conv_bn_relu_resized(maps: Any, layer: ConvBatchNorm, size: tuple[int, int]) -> Iterator[Guess]:

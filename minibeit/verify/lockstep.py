@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,51 +15,20 @@ from ..config import BeitConfig
 from ..ops.table import TABLE
 from . import budget
 from .budget import Yardstick
-from .diagnosis import diagnose, fingerprint
-from .difference import Difference, difference, distance, heat_map
+from .diagnosis import Known, diagnose, fingerprint
+from .difference import distance, heat_map
 from .engine_arithmetic import draws
 from .float64_model import Call, Log, float32_model, truth_model
 from .informative import blind_spots, sentence
+from .judging import Row, judge
+from .low_precision import HALVES, half, imitation, stored_as
 from .release_memory import Unused
 from .streams import RunSource, Source, Stream
 from .trace_names import trace_shapes
 
 SAME_OP = ("attention.key", "attention.value", "attention.context")  # made by the op of the record before
 MORE_FROM_THIS_OP = ("attention.query", "attention.key", "attention.probs")
-NOTED = ("missing", "extra")  # not compared, which convicts nobody: what is there is judged over longer steps
-DIAGNOSED = 3  # guilty arrays that are looked into; later ones are rarely faults of their own
-
-
-@dataclass
-class Row:
-    """One recorded array: what was found and what it means.
-
-    `status`: "ok"; "own" (its own error is out of budget); "total" (only what it inherits is); "shape" (it could not be
-    compared); "missing" and "extra" (the same, and no fault); "nan"; "nan on both sides"; "yardstick" (PyTorch departs
-    from the reference).
-    """
-
-    name: str
-    status: str
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    ops: tuple[str, ...] = ()  # the ops that made it
-    since: str = ""  # the array from which the truth started, where the candidate lacks some between; "input" at first
-    own: Difference | None = None
-    total: Difference | None = None
-    inherited: float = math.nan  # relative rms: the truth's op on the candidate's inputs beside the truth
-    own_yard: Yardstick | None = None
-    total_yard: Yardstick | None = None
-    own_limit: float = math.nan
-    total_limit: float = math.nan
-    own_ratio: float = math.nan  # times the yardstick's error
-    total_ratio: float = math.nan
-    note: str = ""
-    heat: np.ndarray | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok" or self.status in NOTED
+DIAGNOSED = 5  # kinds of guilty arrays of which the first is looked into; later ones are rarely faults of their own
 
 
 @dataclass
@@ -74,6 +43,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     stopped: bool = False  # at the first row out of budget, as asked
     notes: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=lambda: ["*"])  # globs of the names that were judged
+    precision: str | None = None  # that the candidate is allowed
     blind: str = ""  # what these weights cannot show, a sentence
     seconds: float = 0.0
     origins: dict[str, str] = field(default_factory=dict)  # op -> the code that serves it
@@ -134,21 +105,28 @@ def check(
     leave_out: str | tuple[str, ...] = (),
     first: Row | None = None,
     notes: list[str] | None = None,
+    precision: str | None = None,
 ) -> Report:
     """Compares every array of `candidate` with the float64 truth, and its errors with those of float32.
 
     `yardstick` is another float32 implementation (PyTorch); without one NumPy's float32 run takes its place.  `only`
     are globs of the names to judge, `leave_out` of those the candidate is known not to have.  `heat` keeps heat maps.
-    `first` is a row that was judged before (the pixels), `notes` go with the verdict.  Sources are closed at the end.
+    `first` is a row that was judged before (the pixels), `notes` go with the verdict.  With `precision`, one of
+    `low_precision.PRECISIONS`, the yardstick is a run that imitates it.  Sources are closed at the end.
+    Raises ValueError for a precision together with another yardstick.
     """
+    if precision is not None and yardstick is not None:
+        raise ValueError(f"precision: {precision} is measured by a run that imitates it, not by {yardstick.label}")
     only = [only] if isinstance(only, str) else list(only)
     leave_out = (leave_out,) if isinstance(leave_out, str) else leave_out
     report = Report(
         candidate.label,
-        yardstick.label if yardstick else "NumPy float32",
+        yardstick.label if yardstick else f"an imitation of {precision}" if precision else "NumPy float32",
         job.config,
         job.task,
         {name: array.shape for name, array in job.inputs.items()},
+        only=only,
+        precision=precision,
         blind=sentence(blind_spots(job.arrays), len(job.arrays)),
     )
 
@@ -159,7 +137,7 @@ def check(
     if first is not None:
         report.rows.append(first)
     start = time.monotonic()
-    run = _Run(job, candidate, yardstick, wanted)
+    run = _Run(job, candidate, yardstick, wanted, precision)
     try:
         for row in run.rows(heat):
             report.add(row, progress, fail_fast)
@@ -176,7 +154,14 @@ def check(
 class _Run:
     """All runs in lockstep."""
 
-    def __init__(self, job: Job, candidate: Source, yardstick: Source | None, wanted: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        candidate: Source,
+        yardstick: Source | None,
+        wanted: Callable[[str], bool],
+        precision: str | None,
+    ) -> None:
         self.job, self.candidate, self.yardstick, self.wanted = job, candidate, yardstick, wanted
         # Everything else is an input of what is judged; the largest arrays of all are inputs of nothing.
         names = tuple(name for name in job.shapes() if wanted(name) or not name.endswith("attention.probs"))
@@ -185,23 +170,28 @@ class _Run:
         self.log = Log()
         truth = truth_model(job.config, job.task, job.arrays)
         replayed = truth_model(job.config, job.task, job.arrays, self.log)
-        single = float32_model(job.config, job.task, job.arrays)
+        single = free = float32_model(job.config, job.task, job.arrays)
+        if precision is not None:
+            single, free = (imitation(job.config, job.task, job.arrays, precision, stored) for stored in (False, True))
         self.truth = _stream(job, truth, names)
         self.replay = _stream(job, replayed, names)  # the truth's ops on the candidate's arrays
         self.replay32 = _stream(job, single, names)  # NumPy's float32 ops on the candidate's arrays
         # The yardstick: PyTorch and the truth's ops on its arrays; where it has none, a free run of NumPy.
         self.yard_replay = _stream(job, truth, names) if yardstick else None
         complete = yardstick is not None and set(names) <= set(yardstick.names)
-        self.numpy = None if complete else _stream(job, single, names)
+        self.numpy = None if complete else _stream(job, free, names)
         self.found: Any = None  # the candidate's and the yardstick's arrays of the record before
         self.theirs: Any = None
-        self.diagnosed = 0
+        self.diagnosed: set[str] = set()
+        self.precision = precision
+        self.blocks = replayed.params.beit.encoder
         self.steady = 0.0, 0.0  # the yardstick's total error at the last array that is not tiny
         self.leeway = 1.0  # the widest error budget of the ops so far
         self.calls: list[Call] = []  # of the last record that an op made
         self.gap: set[str] = set()  # ops of arrays that the candidate lacks, since the last one that it has
         self.since = "input"  # the last array that it has
         self.before: Any = None  # the candidate's array before this one
+        self.value: Any = None  # the candidate's values, until its context has come
         self.states: dict[str, np.ndarray] = {}  # fingerprints of the candidate's hidden states
 
     def close(self) -> None:
@@ -238,14 +228,20 @@ class _Run:
             raise ValueError(f"{name}: {label} gives shape {theirs.shape}, expected {truth.shape}")
         self._take_calls(name)
         row = None
+        if self.precision in HALVES and found is not None and self._is_stored(name, found):
+            single = half(single, self.precision)
         if self.wanted(name):
             yards = self._yards(single, exact, free, truth, theirs, their_exact)
-            row = self._row(name, found, exact, truth, yards, heat)
+            row = self._row(name, found, exact, truth, yards, single, heat)
         if found is not None and found.shape != truth.shape:
             self.found = None
         self._mind_the_gap(name)
         self._remember(name)
         return row
+
+    def _is_stored(self, name: str, found: np.ndarray) -> bool:
+        """Whether the candidate keeps this array in its low precision."""
+        return self.precision in (self.candidate.dtypes.get(name), found.dtype.name, stored_as(found))
 
     def _take_calls(self, name: str) -> None:
         calls = self.log.take()
@@ -262,6 +258,10 @@ class _Run:
         self.before = self.found
         if not name.endswith(MORE_FROM_THIS_OP):
             self.calls = []
+        if name.endswith("attention.value"):
+            self.value = self.found
+        elif name.endswith("attention.context"):
+            self.value = None
         if self.found is not None and (name == "embeddings" or name.endswith(".output")):
             self.states[name] = fingerprint(self.found)
 
@@ -281,7 +281,14 @@ class _Run:
         return Yardstick(numpy_own, distance(theirs, their_exact)), Yardstick(total, total)
 
     def _row(
-        self, name: str, found: Any, exact: Any, truth: Any, yards: tuple[Yardstick, Yardstick], heat: bool
+        self,
+        name: str,
+        found: Any,
+        exact: Any,
+        truth: Any,
+        yards: tuple[Yardstick, Yardstick],
+        single: Any,
+        heat: bool,
     ) -> Row:
         ops = tuple(dict.fromkeys(call.op for call in self.calls if TABLE[call.op].is_arithmetic))
         if found is None:
@@ -293,69 +300,42 @@ class _Run:
             return row
         leeway = max((TABLE[op].error_budget for op in {*row.ops, *self.gap}), default=1.0)
         self.leeway = max(self.leeway, leeway)
-        judge(row, found, exact, truth, yards, (leeway, self.leeway))
+        held_to = "float32" if self.precision else None
+        slices = None if self.precision == "int8" else single  # a scale for several features is coarse for the small
+        judge(row, found, exact, truth, yards, (leeway, self.leeway), slices, held_to)
+        if row.status == "own" and name.endswith("context") and self._follows(found, row):
+            row.status, row.note = "total", "it is what the probabilities before it give"
         if row.status == "yardstick" and self.yardstick:
             row.note = f"{self.yardstick.label} {row.note}"
         if heat:
             row.heat = heat_map(found, exact)
-        if row.status in ("own", "nan") and self.diagnosed < DIAGNOSED:
-            self.diagnosed += 1
-            row.note = diagnose(name, found, exact, self.calls, self.before, self.states) or row.note
+        kind = re.sub(r"\d+", "*", name)
+        if row.status in ("own", "nan") and kind not in self.diagnosed and len(self.diagnosed) < DIAGNOSED:
+            self.diagnosed.add(kind)
+            known = Known(self.before, self.states, self.blocks, self._noise(row), self.precision)
+            row.note = diagnose(name, found, exact, self.calls, known, row.slice) or row.note
         return row
+
+    def _follows(self, found: np.ndarray, row: Row) -> bool:
+        """Whether a context out of budget is the product of the candidate's own probabilities and values."""
+        probs = self.before
+        if self.value is None or probs is None or probs.ndim != 4 or not np.isfinite(found).all():
+            return False
+        product = probs.astype(np.float64) @ self.value.astype(np.float64)
+        context = product.transpose(0, 2, 1, 3).reshape(found.shape)
+        return distance(found, context)[0] <= row.own_limit
+
+    @staticmethod
+    def _noise(row: Row) -> float:
+        """What rounding leaves in this array, an rms."""
+        if row.own is None or row.own_yard is None:
+            return 0.0
+        return max(row.own_yard.rms, budget.FLOOR * budget.EPS32) * row.own.rms_truth
 
     def _extra(self) -> Iterator[Row]:
         for name in self.candidate.names:
             if name not in self.names and not name.startswith("input.") and self.wanted(name):
                 yield Row(name, "extra", note="the model of this config and task makes no array of this name")
-
-
-def judge(
-    row: Row,
-    found: np.ndarray,
-    exact: np.ndarray,
-    truth: np.ndarray,
-    yards: tuple[Yardstick, Yardstick],
-    leeway: tuple[float, float] = (1.0, 1.0),
-) -> None:
-    """Gives `row` its numbers and status: `found` beside `exact`, the float64 op on the candidate's own inputs, and
-    beside `truth`, the float64 run.
-
-    `yards` and `leeway`, factors of the budget, are those of the own and of the total error.
-    """
-    row.own, row.total = difference(found, exact), difference(found, truth)
-    row.inherited = distance(exact, truth)[0]
-    row.own_yard, row.total_yard = yards
-    row.own_limit = budget.own_limit(row.own_yard, found.size, row.dtype, leeway[0])
-    row.own_ratio = budget.ratio(row.own.rms_rel, row.own_yard.shown, found.size, row.dtype)
-    row.total_limit = budget.total_limit(row.total_yard, found.size, row.dtype, leeway[1])
-    row.total_ratio = budget.ratio(row.total.rms_rel, row.total_yard.shown, found.size, row.dtype)
-    if not row.own.finite:
-        _judge_special(row, row.own)
-    elif row.own.rms_rel > row.own_limit or row.own.peak_rel > budget.peak_limit(row.own_yard, row.dtype, leeway[0]):
-        row.status = "own"
-    elif row.own_yard.suspicious:
-        row.status = "yardstick"
-        row.note = (
-            f"itself departs from the float64 reference here by {row.own_yard.shown:.1e}, more than rounding can: "
-            "the two define this step differently"
-        )
-    elif row.total.rms_rel > row.total_limit:
-        row.status = "total"
-
-
-def _judge_special(row: Row, d: Difference) -> None:
-    if (d.nan_found, d.inf_found) == (d.nan_truth, d.inf_truth):
-        row.status = "nan on both sides"
-        row.note = (
-            f"{d.nan_found} NaN and {d.inf_found} infinite values on both sides: weights or input are not finite, "
-            "so nothing can be said about the implementation"
-        )
-    else:
-        row.status = "nan"
-        row.note = (
-            f"{d.nan_found} NaN and {d.inf_found} infinite values where the float64 op has {d.nan_truth} and "
-            f"{d.inf_truth}: an overflow, a division by zero or memory that was never written"
-        )
 
 
 def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:

@@ -13,8 +13,8 @@ import numpy as np
 from ..images.types import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD
 from . import budget
 from .difference import difference
+from .judging import Row
 from .known_mistakes import Guess
-from .lockstep import Row
 
 NAME = "input.pixel_values"
 EXPLAINED = 0.01  # of the error may be left by a mistake that is named

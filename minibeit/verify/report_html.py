@@ -9,7 +9,8 @@ import numpy as np
 from ..ops.table import ARITHMETIC, names_of
 from ..text import html as escape
 from .difference import ULP_EDGES, Difference
-from .lockstep import Report, Row
+from .judging import Row
+from .lockstep import Report
 from .report_html_parts import SCRIPT, STYLE, heat_png
 from .report_text import STATUS, times, verdict, worst
 

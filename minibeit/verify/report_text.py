@@ -10,7 +10,8 @@ from typing import Any
 from ..text import json_text, one_line, shown_name
 from ..text import markdown as md
 from .difference import ULP_EDGES, Difference
-from .lockstep import Report, Row
+from .judging import Row
+from .lockstep import Report
 
 STATUS = {
     "ok": "ok",
@@ -73,8 +74,8 @@ def _blame(report: Report) -> str:
         if row.status == "yardstick":
             return f"FAIL: {row.name}: {row.note}."
         return (
-            f"FAIL: no op is out of budget by itself, but {row.name} is {row.total_ratio:.1f}x as far from the truth "
-            f"as {report.yardstick}: many small errors of one sign, such as a precision lost everywhere."
+            f"FAIL: no array that was judged is out of budget by itself, but {row.name} is {row.total_ratio:.1f}x as "
+            f"far from the truth as {report.yardstick}: {_between(row, report)}."
         )
     sentences = [f"FAIL: the first array with an error of its own is {guilty.name}{_made_by(guilty, report)}."]
     if guilty.own is not None:
@@ -85,7 +86,12 @@ def _blame(report: Report) -> str:
             if math.isfinite(guilty.own.rms_rel)
             else "It is not finite."
         )
-        if guilty.own.rms_rel <= guilty.own_limit:
+        if guilty.slice is not None:
+            sentences.append(
+                f"That is within it, but in one slice, the worst, the error is {times(guilty.slice.ratio).strip()}x as "
+                "large as rounding leaves there."
+            )
+        elif guilty.own.rms_rel <= guilty.own_limit:
             sentences.append(f"That is within it, but single elements are far off: {worst(guilty.own)}.")
     if guilty.note:
         sentences.append(f"Diagnosis: {guilty.note}.")
@@ -99,6 +105,15 @@ def _blame(report: Report) -> str:
     if report.stopped:
         sentences.append("Stopped there, as asked.")
     return " ".join(sentences)
+
+
+def _between(row: Row, report: Report) -> str:
+    """Where the error of an array without a guilty one before it must have come from."""
+    if report.only == ["*"]:
+        return "small errors of many ops that add up"
+    before = report.rows[: report.rows.index(row)]
+    last = next((other.name for other in reversed(before) if other.ok and other.total is not None), "the input")
+    return f"the fault lies between {last} and it, in arrays that --only {' '.join(report.only)} leaves out"
 
 
 def _coverage(report: Report) -> Iterator[str]:
@@ -179,6 +194,8 @@ def as_json(report: Report) -> str:
         "origins": report.origins,
         "notes": report.notes,
         "hidden_by_weights": report.blind,
+        "guilty": [row.name for row in report.rows if not row.ok and row.status not in ("total", "yardstick")],
+        "precision": report.precision,
         "seconds": round(report.seconds, 2),
         "ulp_edges": list(ULP_EDGES),
         "rows": rows,
@@ -202,6 +219,7 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "total_yardstick": None if row.total_yard is None else vars(row.total_yard),
         "own_ratio": row.own_ratio,
         "own_limit": row.own_limit,
+        "slice": None if row.slice is None else vars(row.slice),
         "total_ratio": row.total_ratio,
         "total_limit": row.total_limit,
     }

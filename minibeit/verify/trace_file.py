@@ -7,6 +7,7 @@ checked against the model:
     task               "image_classification", ... (a key of minibeit.task_table.TASKS)
     made_by            who computed it, for the report
     weights_sha256     of all weights, see `weights_hash`
+    precision          "bfloat16", "float16" or "int8", of an engine that computes so and writes float32
     origins, versions  JSON, for the record
 
 Tensors `input.pixel_values` and `input.bool_masked_pos` are the arrays of the call; with them a trace needs no separate
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,12 @@ from ..task_table import TASKS
 from ..trace import Trace
 from .budget import pixel_limit
 from .lockstep import Job
+from .low_precision import HALVES, PRECISIONS
 from .streams import TraceSource, host
 
 FORMAT = "minibeit-trace"
 INPUT = "input."
+MOST = 0.9  # of the arrays of a trace are stored in the precision that it was computed in
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bool": "BOOL", "int32": "I32", "int64": "I64"}
 IGNORED_SETTINGS = (  # fields of a config that change no number of an inference
     "architectures",
@@ -90,6 +94,19 @@ class TraceFile(Mapping[str, np.ndarray]):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: the config in its metadata cannot be used: {error}") from error
 
+    @property
+    def precision(self) -> str | None:
+        """The low precision that it says it was computed in, or that nearly all of its arrays are stored in."""
+        said = self.metadata.get("precision")
+        if said not in (None, "float32", *PRECISIONS):
+            raise ValueError(
+                f"{self.path}: expected a precision of float32, {', '.join(PRECISIONS)} in its metadata, found {said!r}"
+            )
+        if said is not None:
+            return None if said == "float32" else said
+        stored = Counter(self.dtypes.values())
+        return next((dtype for dtype in HALVES if stored[dtype] >= MOST * len(self.dtypes) > 0), None)
+
     def inputs_for(self, task: str) -> dict[str, np.ndarray]:
         """The arrays of the call, none if the trace does not have them.  Raises ValueError for any other input."""
         taken = ("pixel_values", "bool_masked_pos") if task in TASKS and TASKS[task].masked else ("pixel_values",)
@@ -124,6 +141,7 @@ def save_trace(
     select: str | tuple[str, ...] = "*",
     dtype: str = "float32",
     origins: Mapping[str, str] | None = None,
+    precision: str | None = None,
 ) -> None:
     """Runs `run(trace)` and writes every array that `select` names as it comes: none is kept in memory.
 
@@ -135,7 +153,8 @@ def save_trace(
     entries = {INPUT + name: (array.dtype.name, array.shape) for name, array in job.inputs.items()}
     entries |= {name: (dtype, shape) for name, shape in shapes.items()}
     with atomic_write(path) as file:
-        start = file.write(_header(entries, provenance(job, made_by, origins)))
+        facts = provenance(job, made_by, origins) | ({} if precision is None else {"precision": precision})
+        start = file.write(_header(entries, facts))
         offsets = _offsets(entries)
         for array in job.inputs.values():
             file.write(np.ascontiguousarray(array).data)

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 PLACES = (0, 2, 3)  # the axes of a map over which a channel is summed
-Reduce = Callable[[np.ndarray], np.ndarray]  # adds an array up over all workers; for one worker the identity
+Reduce = Callable[[np.ndarray], np.ndarray]  # adds an array up over all ranks; for one rank the identity
 ChannelSums = Callable[[np.ndarray, "np.ndarray | None"], np.ndarray]  # as `channel_sums`
 
 
@@ -109,7 +109,7 @@ class Moments:
 
     mean: np.ndarray  # (C,)
     var: np.ndarray  # (C,), the mean square deviation
-    count: float | None = None  # values per channel over all workers; None: running statistics, which are constants
+    count: float | None = None  # values per channel over all ranks; None: running statistics, which are constants
     reduce: Reduce | None = None
 
 
@@ -121,7 +121,7 @@ def channel_sums(x: np.ndarray, mean: np.ndarray | None) -> np.ndarray:  # (B, C
 
 
 def batch_moments(x: np.ndarray, reduce: Reduce, sums: ChannelSums = channel_sums) -> Moments:  # (B, C, h, w)
-    """Mean and mean square deviation of every channel over the batches of all workers, in float64."""
+    """Mean and mean square deviation of every channel over the batches of all ranks, in float64."""
     *totals, count = reduce(np.append(sums(x, None), x.size / x.shape[1]))
     mean = np.asarray(totals) / count
     return Moments(mean, reduce(sums(x, mean)) / count, float(count), reduce)
@@ -130,7 +130,7 @@ def batch_moments(x: np.ndarray, reduce: Reduce, sums: ChannelSums = channel_sum
 class BatchStatistics:
     """Makes batch norms use the statistics of the batch, and remembers what running statistics become of them.
 
-    `reduce` adds an array up over all workers, in every worker alike (batch norm over all of them, "SyncBN"); without
+    `reduce` adds an array up over all ranks, in every rank alike (batch norm over all of them, "SyncBN"); without
     it each normalises its own batch.  New running statistic = (1 - momentum) old + momentum batch's, the batch's
     variance being the unbiased one, as in PyTorch.
     """
@@ -179,7 +179,7 @@ def batch_norm_backward(
     """With r = 1 / sqrt(var + 1e-5) and h = (x - mean) r, sums and means taken per channel:
 
     dweight = sum of g h,  dbias = sum of g,  dx = g weight r  with running statistics, which are constants;
-    dx = weight r (g - mean(g) - h mean(g h))  with the batch's own, the means going over all workers.
+    dx = weight r (g - mean(g) - h mean(g h))  with the batch's own, the means going over all ranks.
     """
     hat, r = _normalised(x, saved)
     d_weight, d_bias = total(g * hat, PLACES), total(g, PLACES)

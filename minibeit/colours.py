@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..labels import palette
+from .labels import palette
 
 Colour = tuple[int, int, int]
 ADE20K_CLASSES = 150

@@ -1,0 +1,137 @@
+"""What engines of low precision lose, imitated in NumPy: the yardstick for traces in bfloat16, float16 and int8.
+
+16 bits: parameters, the inputs of every op and, where an engine keeps its results so, the results are rounded; products
+are added up in float32; scores and probabilities of attention are rounded as PyTorch's eager attention rounds them.
+int8: the weights of products are rounded to 255 steps, one scale for each output channel; their inputs likewise, with
+one scale for each array, which is the coarsest that engines do (dynamically, or calibrated well).  Everything between
+products is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ..config import BeitConfig
+from ..ops.table import ARITHMETIC, names_of
+from ..params import Attention, ConvBatchNorm, LayerNorm
+from .float64_model import float32_model
+
+HALVES = ("bfloat16", "float16")
+PRECISIONS = (*HALVES, "int8")
+STEPS = 127  # of int8, on either side of 0
+FEW = 16  # elements; fewer are on a coarse grid by chance
+QUANTISED = (
+    "linear", "linear_activation", "linear_residual", "project_qkv", "attention", "conv2d", "conv_bn_relu",
+    "conv_bn_relu_resized", "conv_transpose", "conv_transpose_bn_gelu",
+)  # fmt: skip
+
+
+def half(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` rounded to "float16" or "bfloat16", in float64."""
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float64)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    bits = bits + 0x7FFF + ((bits >> 16) & 1) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32).astype(np.float64).reshape(x.shape)
+
+
+def int8(x: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """`x` rounded to 255 steps of one scale, or of one for each index of `axis`: symmetric, as products need it."""
+    others = None if axis is None else tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+    largest = np.abs(x).max(axis=others, keepdims=True, initial=0)
+    scale = np.where(largest > 0, largest / STEPS, 1).astype(x.dtype)
+    return np.rint(x / scale) * scale
+
+
+def stored_as(x: np.ndarray) -> str | None:
+    """The 16-bit precision in which every element of `x` can be stored, bfloat16 first; None for neither."""
+    if x.size < FEW or x.dtype.kind != "f":
+        return None
+    return next((dtype for dtype in HALVES if np.array_equal(half(x, dtype), x)), None)
+
+
+def imitation(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], precision: str, stored: bool) -> Any:
+    """A NumPy model that computes in one of PRECISIONS; with `stored`, 16-bit results are rounded as well."""
+    if precision in HALVES:
+        arrays = {name: _rounded(array, precision) for name, array in arrays.items()}
+    model = float32_model(config, task, arrays)
+    wrap = _halved if precision in HALVES else _quantised
+    names = names_of(ARITHMETIC) if precision in HALVES else QUANTISED
+    changed = {name: wrap(name, getattr(model.ops, name), precision, stored) for name in names}
+    model.ops = SimpleNamespace(**{**vars(model.ops), **changed})
+    return model
+
+
+def _rounded(x: Any, precision: str) -> Any:
+    """Arrays rounded, alone or in lists and tuples; anything else unchanged."""
+    if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
+        return type(x)(_rounded(part, precision) for part in x)
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        return half(x, precision).astype(np.float32)
+    return x
+
+
+def _halved(name: str, op: Callable[..., Any], precision: str, stored: bool) -> Callable[..., Any]:
+    """An op on rounded arrays; parameters are rounded before, once."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(_rounded(arg, precision) for arg in args)
+        run = _eager_attention(precision) if name == "attention" else op
+        result = run(*args, **kwargs)
+        return _rounded(result, precision) if stored else result
+
+    return call
+
+
+def _eager_attention(precision: str) -> Callable[..., Any]:
+    """`reference.attention` whose scores, bias and probabilities are rounded one after the other."""
+    from ..ops.reference import relative_position_index, softmax
+
+    def attention(q: Any, k: Any, v: Any, bias: Any, return_probs: bool = False, keep: Any = None) -> Any:
+        B, H, N, d = q.shape
+        context = np.empty((B, N, H, d), q.dtype)
+        probs = np.empty((B, H, N, N), q.dtype) if return_probs else None
+        index = None if bias is None else relative_position_index(bias.grid)
+        for h in range(H):
+            scores = _rounded(q[:, h] @ k[:, h].swapaxes(1, 2), precision) * q.dtype.type(d**-0.5)
+            if index is not None:
+                scores = _rounded(scores + bias.table[:, h][index], precision)
+            p = _rounded(softmax(scores), precision)
+            if probs is not None:
+                probs[:, h] = p
+            context[:, :, h] = p @ v[:, h]
+        context = context.reshape(B, N, H * d)
+        return context if probs is None else (context, probs)
+
+    return attention
+
+
+def _quantised(name: str, op: Callable[..., Any], precision: str, stored: bool) -> Callable[..., Any]:
+    """An op whose products are of integers: weights by output channel, inputs by array."""
+
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if name == "attention":
+            return op(int8(x), int8(args[0]), int8(args[1]), *args[2:], **kwargs)
+        inputs = [int8(part) for part in x] if isinstance(x, list) else int8(x)
+        layer = _with_int8_weights(args[0], 1 if "transpose" in name else 0)
+        return op(inputs, layer, *args[1:], **kwargs)
+
+    return call
+
+
+def _with_int8_weights(layer: Any, axis: int) -> Any:
+    """A layer with its weights rounded along the axis of its output channels; norms stay as they are."""
+    if isinstance(layer, LayerNorm):
+        return layer
+    if isinstance(layer, Attention):
+        names = ("query", "key", "value")
+        return replace(layer, **{name: _with_int8_weights(getattr(layer, name), axis) for name in names})
+    if isinstance(layer, ConvBatchNorm):
+        return replace(layer, conv=_with_int8_weights(layer.conv, axis))
+    return replace(layer, weight=int8(layer.weight, axis))
