@@ -142,7 +142,7 @@ class Segment(Work):
 
     Images are pairs of a path or address and {kind: path of the file to write}, of which "labels" and "legend" must be
     there and "overlay", "figure" and "scores" may be.  `how` says which views are computed, `colours` are those of the
-    classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels` (the path of the map),
+    classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels` (the map's path),
     `classes` (those that occur, with `index`, `label`, `pixels` and `share`, the largest first), `error`.
     """
 
