@@ -12,6 +12,7 @@ for a shard: those do not depend on what else the machine does.  For the ratio i
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
@@ -87,9 +88,12 @@ def report(what: str, runs: dict[int, list[Took]], count: int, shards: int) -> N
 
 def measure(args: argparse.Namespace, folder: Path) -> None:
     """Runs the rounds."""
+    logging.disable(logging.WARNING)  # Dask says much when clusters end
     work, images = made(folder, args.width, args.blocks, args.images)
     nothing, empty = Nothing(work.model, work.processor), images * args.empty
-    clusters = [LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0") for n in WORKERS]
+    clusters = [
+        LocalCluster(n_workers=n, threads_per_worker=1, dashboard_address=":0", silence_logs=50) for n in WORKERS
+    ]
     clients = [Client(cluster, set_as_default=False) for cluster in clusters]
     full: dict[int, list[Took]] = {n: [] for n in WORKERS}
     none: dict[int, list[Took]] = {n: [] for n in WORKERS}
