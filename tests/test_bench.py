@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import make, tiny_config
 
-from minibeit.bench import contestants, flops, measure, report, roof, worker, workloads
+from minibeit.bench import contestants, flops, low_precision, measure, report, roof, worker, workloads
 from minibeit.bench.measure import Plan, Result, Table
 from minibeit.bench.profile import profile, watched
 from minibeit.cli import bench
@@ -309,7 +309,7 @@ def test_times_and_bars_are_two_files(tmp_path):
 
 
 def test_the_suite_is_the_table_of_the_readme(monkeypatch):
-    monkeypatch.setattr(measure, "missing", lambda name: [] if name == "torch" else [name])
+    monkeypatch.setattr(measure, "missing", lambda name, *_: [] if name == "torch" else [name])
     races = bench._suite(parse("--suite", "readme", "--threads", 2))
     names = [workload.name for workload, _ in races]
     assert names == [
@@ -321,3 +321,31 @@ def test_the_suite_is_the_table_of_the_readme(monkeypatch):
         "base 640 segmentation",
     ]
     assert all({"numba", "torch"} <= set(plan.contestants) <= {"numba", "numpy", "torch"} for _, plan in races)
+
+
+# Low precision ------------------------------------------------------------------------------------------------------
+
+
+def test_low_precision_is_measured_beside_float32(monkeypatch):
+    monkeypatch.setattr(measure, "missing", lambda name, dtype="float32": ["nncf"] if name == "openvino" else [])
+    said = []
+    assert measure.choose_peers(None, said.append, dtype="int8") == ("onnxruntime",)
+    assert said == ["OpenVINO is left out: nncf not installed"]
+    with pytest.raises(
+        ValueError, match="--against: expected none or some of torch, openvino in bfloat16, found 'onnx"
+    ):
+        measure.choose_peers(["onnxruntime"], said.append, dtype="bfloat16")
+    ((workload, plan),) = bench._races(parse("--dtype", "int8", "--size", "digits", "--against", "none"))
+    assert plan.contestants == ("numba-float32", "numba") and plan.dtype == "int8"
+    assert contestants.label("numba-float32") == "minibeit numba, float32"
+
+
+def test_float32_and_int8_of_the_same_weights(tmp_path):
+    pytest.importorskip("numba")
+    folder = workloads.write_checkpoint(DIGITS, tmp_path)
+    x = workloads.pixels(DIGITS)
+    outputs = {
+        name: contestants.load(name, DIGITS, folder, tmp_path, 1, "int8")(x) for name in ("numba-float32", "numba")
+    }
+    found = worker.differences(outputs)
+    assert found["numba-float32"] == 0 and 1e-4 < found["numba"] < low_precision.AGREE["int8"]

@@ -79,7 +79,7 @@ def test_the_command_measures_a_step(tmp_path, capsys):
 
 
 def test_who_takes_part(monkeypatch):
-    monkeypatch.setattr(measure, "missing", lambda name: [])
+    monkeypatch.setattr(measure, "missing", lambda name, *_: [])
     ((workload, plan),) = bench._races(parse("--train"))
     assert plan.contestants == ("numba", "numba-recompute", "torch", "inductor")
     assert (workload.batch_size, workload.image_size, workload.training) == (8, 224, True)

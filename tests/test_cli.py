@@ -58,7 +58,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["clasify", "x.png"], ["classify"], ["classify", "x.png", "--top-k", "0"], ["classify", "x", "--nope"]],
+    [[], ["classify"], ["classify", "x.png", "--top-k", "0"], ["classify", "x", "--nope"]],
 )
 def test_wrong_usage_is_exit_code_2(capsys, words):
     code, out, err = run(capsys, *words)

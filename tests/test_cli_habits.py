@@ -84,6 +84,13 @@ def test_tokens_are_not_told(capsys, monkeypatch):
     assert "secret" not in run(capsys, "--version", "--verbose")[1]
 
 
+def test_a_misspelt_command_names_the_nearest(capsys):
+    code, out, err = run(capsys, "clasify", "a.png")
+    assert (code, out) == (2, "")
+    assert err == "minibeit: error: there is no command 'clasify'; did you mean classify? minibeit --help lists all\n"
+    assert run(capsys, "zzz")[2] == "minibeit: error: there is no command 'zzz'; minibeit --help lists all\n"
+
+
 # Streams -------------------------------------------------------------------------------------------------------------
 
 

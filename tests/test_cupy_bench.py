@@ -70,7 +70,7 @@ def test_allowed_differences(monkeypatch):
 
 
 def test_peers_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(measure, "missing", lambda name: [])
+    monkeypatch.setattr(measure, "missing", lambda name, *_: [])
     assert measure.choose_peers(None, print, on_gpu=True) == ("torch-cuda", "torch-compiled")
     assert Plan(("cupy", "torch-cuda"), 1).on_gpu
     assert not Plan(("numba", "torch"), 1).on_gpu
@@ -104,8 +104,10 @@ def test_report_tells_the_device():
     ("words", "message"),
     [
         (["--backend", "cupy"], "no NVIDIA GPU was found"),
-        (["--backend", "numba", "--dtype", "bfloat16"], "--dtype and --device go with --backend cupy alone"),
-        (["--device", "1"], "--dtype and --device go with --backend cupy alone"),
+        (["--backend", "numba", "--dtype", "float16"], "--dtype float16 and --device go with --backend cupy alone"),
+        (["--device", "1"], "--dtype float16 and --device go with --backend cupy alone"),
+        (["--backend", "cupy", "--dtype", "int8"], "--dtype int8 and bfloat16 measure a forward pass"),
+        (["--train", "--dtype", "int8"], "--dtype int8 and bfloat16 measure a forward pass"),
         (["--backend", "cupy", "numba"], "--backend cupy is measured by itself"),
     ],
 )

@@ -12,10 +12,17 @@ import pytest
 pytest.importorskip("numba")
 
 from conftest import distance, random_weights, tiny_config
-from tolerances import BFLOAT16_LINEAR, BFLOAT16_SAME, INT8_LINEAR, INT8_SAME
+from tolerances import (
+    BFLOAT16_ATTENTION,
+    BFLOAT16_ATTENTION_SAME,
+    BFLOAT16_LINEAR,
+    BFLOAT16_SAME,
+    INT8_LINEAR,
+    INT8_SAME,
+)  # fmt: skip
 
 import minibeit
-from minibeit.ops import get_ops, numba_cpu, reference
+from minibeit.ops import PositionBias, get_ops, numba_cpu, reference
 from minibeit.ops.low_precision import (
     MAKERS,
     Int8Linear,
@@ -32,12 +39,13 @@ from minibeit.params import (
     FeaturePyramid,
     Linear,
     UperHead,
+    table_rows,
 )  # fmt: skip
 
 if not numba_cpu.COMPILED:
     pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
 
-from minibeit.ops.numba_cpu.low_arguments import HEADER_BYTES
+from minibeit.ops.numba_cpu.low_arguments import HEADER_BYTES, bfloat16_route
 from minibeit.ops.numba_cpu.low_precision import level_rows, pack_low
 
 OPS = get_ops("numba", dtype="int8")
@@ -177,6 +185,52 @@ def test_a_packed_layer_can_be_unpacked(dtype):
         assert np.array_equal(getattr(plain, name), getattr(layer, name))
 
 
+# Attention ----------------------------------------------------------------------------------------------------------
+
+
+def attention_case(B, H, grid, d, bias=True):
+    N = grid[0] * grid[1] + 1
+    q, k, v = normal(1, B, N, 3, H, d).transpose(2, 0, 3, 1, 4)
+    return q, k, v, PositionBias(normal(9, table_rows(grid), H), grid) if bias else None
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 5), (4, 8), (1, 33), (7, 9), (3, 17)])
+@pytest.mark.parametrize(("H", "d"), [(1, 64), (2, 16), (3, 5), (2, 40), (1, 83)])
+def test_attention_is_that_of_the_reference(grid, H, d):
+    """Where the CPU multiplies bfloat16; elsewhere it is float32, from which that differs by its rounding."""
+    case = attention_case(2, H, grid, d)
+    found, truth = OPS.attention(*case), reference.attention_of_low_precision(*case)
+    if bfloat16_route().name == "vdpbf16ps":
+        assert distance(found, truth) <= BFLOAT16_ATTENTION_SAME
+    else:
+        assert distance(found, reference.attention(*case)) < 1e-6
+    assert distance(truth, reference.attention(*case)) < BFLOAT16_ATTENTION
+
+
+@pytest.mark.parametrize("N", [1, 2, 11, 12, 13, 31, 32, 33, 64, 65, 80, 400])
+def test_attention_without_bias(N):
+    case = attention_case(1, 2, (N - 1, 1), 24, bias=False)
+    assert distance(OPS.attention(*case), reference.attention(*case)) < BFLOAT16_ATTENTION
+
+
+def test_nan_in_a_query_spoils_its_row_only_and_in_a_key_all_rows():
+    q, k, v, _ = (a if a is None else np.array(a) for a in attention_case(1, 2, (13, 1), 16, bias=False))
+    q[0, 1, 3, 2] = np.nan
+    y = OPS.attention(q, k, v, None).reshape(14, 2, 16)
+    assert np.isnan(y[3, 1]).all() and np.isfinite(y[:, 0]).all() and np.isfinite(np.delete(y[:, 1], 3, 0)).all()
+    q[0, 1, 3, 2] = 0
+    k[0, 0, 13, 0] = np.nan
+    y = OPS.attention(q, k, v, None).reshape(14, 2, 16)
+    assert np.isnan(y[:, 0]).all() and np.isfinite(y[:, 1]).all()
+
+
+def test_probabilities_are_asked_for_in_float32():
+    case = attention_case(1, 2, (3, 3), 16)
+    context, probs = OPS.attention(*case, return_probs=True)
+    truth = reference.attention(*case, return_probs=True)
+    assert np.array_equal(context, truth[0]) and np.array_equal(probs, truth[1])
+
+
 # Maps ---------------------------------------------------------------------------------------------------------------
 
 C = 64
@@ -282,7 +336,8 @@ def test_a_prepared_model_gives_the_same_bits(name, dtype, tmp_path):
     model = made(name, dtype)
     for folder, portable in ((tmp_path / "packed", False), (tmp_path / "portable", True)):
         model.save_prepared(folder, portable=portable)
-        again = getattr(minibeit, name).from_pretrained(folder, backend="numba", dtype=dtype)
+        again = getattr(minibeit, name).from_pretrained(folder, backend="numba", dtype="auto")
+        assert again.dtype == dtype
         assert np.array_equal(getattr(again(PIXELS), CLASSES[name]), getattr(model(PIXELS), CLASSES[name]))
     with pytest.raises(minibeit.CheckpointError, match=f"holds {dtype} weights, but dtype float32 was asked for"):
         getattr(minibeit, name).from_pretrained(tmp_path / "packed", backend="numba")

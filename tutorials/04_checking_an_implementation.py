@@ -168,6 +168,11 @@ assert not caught[1e-7]
 # cannot guarantee: such a bug looks like noise, to the verifier as to anyone who looks at the outputs. To detect
 # smaller ones, run the port in float64 if it can: a float64 trace is held to float64 accuracy.
 #
+# The same holds for what is small beside the budget everywhere: an epsilon of 1e-12 for 1e-13, or in bfloat16 one of
+# 1e-3. And no verifier sees what the weights do not show: a bias that is 0, or a table of zeros, may as well be left
+# out. The verdict then says *as far as these weights can show*; `--test-weights` makes weights that show everything.
+# [The page on traces](../docs/verify.md) lists what stays invisible, with measured counts.
+#
 # ## 5. A trace from elsewhere
 #
 # The other implementation need not run here or be written in Python. It only has to write its arrays to a safetensors

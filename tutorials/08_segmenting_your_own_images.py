@@ -24,7 +24,7 @@ from skimage import data, filters, measure
 
 from minibeit import BeitForSemanticSegmentation, BeitImageProcessor
 from minibeit.cli import main as minibeit
-from minibeit.cli.pictures import overlay
+from minibeit.drawing import overlay
 from minibeit.metrics import areas, class_iou, confusion_matrix, segmentation_scores
 from minibeit.train.augment_maps import augmented
 from minibeit.train.label_maps import read_pairs

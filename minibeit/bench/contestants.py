@@ -1,8 +1,8 @@
 """The contestants behind one interface: each turns a checkpoint folder into a function from pixels to an output array.
 
-All get the same weights, in float32 (see `gpu` for other dtypes), and the same number of threads, and are used as
-usual: transformers' classes under `inference_mode`, ONNX Runtime and OpenVINO with a model exported from them once, at
-a fixed shape.
+All get the same weights, in float32 (see `gpu` and `low_precision` for other dtypes), and the same number of threads,
+and are used as usual: transformers' classes under `inference_mode`, ONNX Runtime and OpenVINO with a model exported
+from them once, at a fixed shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..task_table import CLASSES
-from . import gpu, training
+from . import gpu, low_precision, training
 from .workloads import TASKS, Workload, model_class, pixels
 
 Forward = Callable[[np.ndarray], np.ndarray]
@@ -32,14 +32,17 @@ PEERS["inductor"] = PEERS["torch"]  # in training only
 EXPORTED = {"onnxruntime": "model.onnx", "openvino": "model.xml", **training.MARKS}
 
 
-def missing(name: str) -> list[str]:
+def missing(name: str, dtype: str = "float32") -> list[str]:
     """The packages that a peer needs and that are not installed."""
-    return [package for package in PEERS.get(name, ()) if importlib.util.find_spec(package) is None]
+    needed = (*PEERS.get(name, ()), *(low_precision.PACKAGES.get(name, ()) if dtype == "int8" else ()))
+    return [package for package in needed if importlib.util.find_spec(package) is None]
 
 
 def version(name: str) -> str:
     """Versions of the computing packages, for the report."""
-    packages = {name: ("minibeit", name.partition("-")[0]) for name in (*BACKENDS, *training.BACKENDS)}
+    packages = {
+        name: ("minibeit", name.partition("-")[0]) for name in (*BACKENDS, *training.BACKENDS, *low_precision.LABELS)
+    }
     packages |= {name: ("torch", "transformers") for name in ("torch", *gpu.PEERS["torch"], *training.PEERS)}
     return ", ".join(f"{package} {_version(package)}" for package in packages.get(name, (name,)))
 
@@ -64,11 +67,13 @@ def label(name: str) -> str:
     return _LABELS.get(name, name)
 
 
-_LABELS = training.BACKENDS | training.PEERS | {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_LABELS = (
+    training.BACKENDS | training.PEERS | low_precision.LABELS | {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+)
 
 
-def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
-    """Writes the exported model that a peer runs, if it needs one, into `exports`."""
+def export(name: str, workload: Workload, folder: Path, exports: Path, dtype: str = "float32") -> None:
+    """Writes the exported model that a peer runs, if it needs one, into `exports`; for int8 a quantised one."""
     if name not in EXPORTED:
         return
     if workload.training:  # compiles, which takes minutes and may fail
@@ -86,11 +91,15 @@ def export(name: str, workload: Workload, folder: Path, exports: Path) -> None:
         if name == "onnxruntime":
             program = torch.onnx.export(module, (example,), dynamo=True, verbose=False)
             program.save(str(exports / EXPORTED[name]), external_data=True)
+            if dtype == "int8":
+                low_precision.quantise_onnx(exports / EXPORTED[name])
         else:
             openvino = import_module("openvino")
             traced = torch.jit.trace(module, example, check_trace=False, strict=False)  # the check costs minutes
             model = openvino.convert_model(traced, example_input=example, input=[list(example.shape)])
             openvino.save_model(model, str(exports / EXPORTED[name]), compress_to_fp16=False)
+            if dtype == "int8":
+                low_precision.quantise_openvino(exports / EXPORTED[name], workload)
 
 
 def load(
@@ -108,6 +117,8 @@ def load(
     """
     if workload.training:
         return training.load(name, workload, folder, threads)
+    if name == low_precision.FLOAT32:
+        name, dtype = "numba", "float32"
     if name in BACKENDS:
         model = model_class(workload.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
         return gpu.minibeit_forward(model, _output) if name in gpu.CONTESTANTS else lambda x: _output(model(x))
@@ -115,7 +126,7 @@ def load(
         torch = import_module("torch")
         return gpu.torch_forward(torch, transformers_model(workload, folder), _output, name, dtype, device)
     return {"torch": _load_torch, "onnxruntime": _load_onnx, "openvino": _load_openvino}[name](
-        workload, folder, exports, threads
+        workload, folder, exports, threads, dtype
     )
 
 
@@ -147,11 +158,13 @@ def _first_output(model: Any) -> Any:
     return FirstOutput().eval()
 
 
-def _load_torch(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+def _load_torch(workload: Workload, folder: Path, exports: Path, threads: int, dtype: str) -> Forward:
     import torch
 
     torch.set_num_threads(threads)
     model = transformers_model(workload, folder)
+    if dtype == "bfloat16":
+        return low_precision.torch_forward(torch, model, _output)
 
     def forward(x: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -160,7 +173,7 @@ def _load_torch(workload: Workload, folder: Path, exports: Path, threads: int) -
     return forward
 
 
-def _load_onnx(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+def _load_onnx(workload: Workload, folder: Path, exports: Path, threads: int, dtype: str) -> Forward:
     onnxruntime = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -172,11 +185,12 @@ def _load_onnx(workload: Workload, folder: Path, exports: Path, threads: int) ->
     return lambda x: session.run(None, {name: x})[0]
 
 
-def _load_openvino(workload: Workload, folder: Path, exports: Path, threads: int) -> Forward:
+def _load_openvino(workload: Workload, folder: Path, exports: Path, threads: int, dtype: str) -> Forward:
     openvino = import_module("openvino")
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 on CPUs that have it
+        # The default is bfloat16 on CPUs that have it, also for what int8 leaves.
+        "INFERENCE_PRECISION_HINT": "f32" if dtype == "float32" else "bf16",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
     }

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import flops, gpu, training
+from . import flops, gpu, low_precision, training
 from .contestants import EXPORTED, FORWARD_PEERS, label, missing, version
 from .profile import Entry
 from .workloads import TASKS, Workload, write_checkpoint
@@ -37,7 +37,7 @@ class Plan:
     starts: int = 1
     explicit: bool = False  # the user named the peers: if one fails, that is an error
     seconds: float = SECONDS
-    dtype: str = "float32"  # others on a GPU only
+    dtype: str = "float32"
     device: int | None = None
 
     @property
@@ -154,16 +154,21 @@ def cpu_name() -> str:
 
 
 def choose_peers(
-    names: Sequence[str] | None, say: Say, on_gpu: bool = False, in_training: bool = False
+    names: Sequence[str] | None,
+    say: Say,
+    on_gpu: bool = False,
+    in_training: bool = False,
+    dtype: str = "float32",
 ) -> tuple[str, ...]:
     """The peers to measure: those named, or all installed.  Raises ValueError or ImportError for named ones."""
     chosen: list[str] = []
-    known = tuple(gpu.PEERS if on_gpu else training.PEERS if in_training else FORWARD_PEERS)
+    low = None if on_gpu else low_precision.PEERS.get(dtype)
+    known = low or tuple(gpu.PEERS if on_gpu else training.PEERS if in_training else FORWARD_PEERS)
     for name in known if names is None else names:
         if name not in known:
-            place = " on a GPU" if on_gpu else " in training" if in_training else ""
+            place = " on a GPU" if on_gpu else " in training" if in_training else f" in {dtype}" if low else ""
             raise ValueError(f"--against: expected none or some of {', '.join(known)}{place}, found {name!r}")
-        absent = missing(name)
+        absent = missing(name, dtype)
         if absent and names is not None:
             raise ImportError(f"--against {name} needs {' and '.join(absent)}: pip install {' '.join(absent)}")
         if absent:
@@ -185,13 +190,14 @@ def measure(workload: Workload, plan: Plan, folder: Path, say: Say) -> Table:
     skipped: list[str] = []
     jobs = {}
     for name in plan.contestants:
-        exports = folder / f"{workload.model}-{workload.batch_size}-{name}"
+        own = plan.dtype if plan.dtype == "int8" else "float32"  # of the exported model
+        exports = folder / f"{workload.model}-{workload.batch_size}-{name}{'-int8' if own == 'int8' else ''}"
         job = dict(workload=workload.to_dict(), folder=str(checkpoint), exports=str(exports))
         options: dict[str, Any] = dict(dtype=plan.dtype, device=plan.device)
         if name in EXPORTED and not (exports / EXPORTED[name]).exists():
             verb = "compiled" if workload.training else "exported"
             say(f"{workload.name}: being {verb} for {label(name)}")
-            problem = _lines(dict(job, job="export", name=name), plan.threads)[-1].get("error")
+            problem = _lines(dict(job, job="export", name=name, dtype=own), plan.threads)[-1].get("error")
             if problem and plan.explicit:
                 raise ValueError(f"{label(name)}: {workload.name} cannot be {verb}: {problem}")
             if problem:
@@ -235,7 +241,7 @@ def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: l
 def _allowed_difference(workload: Workload, plan: Plan) -> float:
     if plan.on_gpu:
         return gpu.allowed_difference(plan.dtype)
-    return AGREE_TRAINED if workload.training else AGREE
+    return AGREE_TRAINED if workload.training else low_precision.AGREE.get(plan.dtype, AGREE)
 
 
 def _start(result: Result, job: dict[str, Any], threads: int) -> None:

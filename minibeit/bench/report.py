@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import atomic_write
 from .contestants import label, version
+from .low_precision import FLOAT32
 from .measure import Result, Table
 from .profile import Entry
 
@@ -22,6 +23,7 @@ TRAINED = (
     "products in the backward for each of the forward, none for what is computed twice; the outputs that agree are the "
     "gradients of the patch embedding. With one image batch norms keep their running statistics."
 )
+BESIDE = " (and float32 in the first row)"
 FORMAT = 1
 
 
@@ -70,8 +72,8 @@ def footer(machine: dict[str, Any], tables: Sequence[Table]) -> list[str]:
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, load {load}; {machine['time']}",
         f"Python {machine['python']}, {', '.join(versions)}",
-        f"{tables[0].dtype}, random weights, medians of {_range(rounds)} rounds in which "
-        "the contestants took turns in one process, after their outputs had been found to agree.",
+        f"{tables[0].dtype}{BESIDE if FLOAT32 in names else ''}, random weights, medians of {_range(rounds)} rounds in "
+        "which the contestants took turns in one process, after their outputs had been found to agree.",
         "The roof is what this CPU multiplies and adds from registers, on the same threads.",
     ]
     if "gpu" in machine:

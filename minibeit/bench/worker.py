@@ -43,9 +43,11 @@ def main() -> int:
     return 0
 
 
-def run_export(name: str, workload: dict[str, Any], folder: str, exports: str) -> Iterator[dict[str, Any]]:
+def run_export(
+    name: str, workload: dict[str, Any], folder: str, exports: str, dtype: str = "float32"
+) -> Iterator[dict[str, Any]]:
     """Exports the model for a peer."""
-    export(name, Workload(**workload), Path(folder), Path(exports))
+    export(name, Workload(**workload), Path(folder), Path(exports), dtype)
     yield {"exported": True}
 
 

@@ -76,8 +76,12 @@ def _main(words: list[str]) -> int:
     if not words:
         _parser(None).print_help(sys.stderr)
         return 2
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        note(f"error: there is no command {command!r}; {_hint(command)}minibeit --help lists all")
+        return 2
     try:
-        args = _parser(next((word for word in words if not word.startswith("-")), None)).parse_args(words)
+        args = _parser(command).parse_args(words)
     except SystemExit as exit:  # argparse has said why, or shown the help
         with suppress(OutputError):
             flush()
@@ -88,6 +92,13 @@ def _main(words: list[str]) -> int:
     with warnings.catch_warnings(), nullcontext() if quiet else _log_on_stderr():
         warnings.showwarning = _show_warning
         return _run(args)
+
+
+def _hint(command: str) -> str:
+    from ..errors import nearest
+
+    near = nearest(command, COMMANDS)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 @contextmanager
@@ -117,6 +128,14 @@ class _Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
+class _WithRoom(argparse.RawDescriptionHelpFormatter):
+    """Help in which the longest command stands beside its explanation; argparse forgets that commands are indented."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._action_max_length = max(map(len, COMMANDS)) + 4
+
+
 def whole_parser() -> argparse.ArgumentParser:
     """The parser with all commands and their arguments."""
     return _parser(None, arguments=COMMANDS)
@@ -131,7 +150,7 @@ def _parser(command: str | None, arguments: Sequence[str] = ()) -> argparse.Argu
         prog="minibeit",
         description=DESCRIPTION,
         epilog=None if command in COMMANDS else EPILOG.format(digits=_shipped_images()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_WithRoom,
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     parser.add_argument("--verbose", action="store_true", help="with --version: also CPU, libraries and folders")

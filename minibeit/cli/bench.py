@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from ..bench.workloads import Workload
 
 HELP = "measure speed, memory and cold start, also of PyTorch, ONNX Runtime and OpenVINO"
-GPU_OPTIONS = "--dtype and --device go with --backend cupy alone"
+GPU_OPTIONS = "--dtype float16 and --device go with --backend cupy alone"
+LOW_OPTIONS = "--dtype int8 and bfloat16 measure a forward pass of --backend numba or numpy"
 DESCRIPTION = """\
 Measures models of the published shapes with random weights: milliseconds (median and least), images per second,
 GFLOP/s, the share of what this CPU can multiply and add at all, the peak of the memory of a process that does nothing
 else, and the time from the start of such a process to its first output.
 
-All contestants get the same weights, float32 and the same number of threads, and take turns in one process.  Nothing is
+All contestants get the same weights, dtype and number of threads, and take turns in one process.  Nothing is
 timed before their outputs have been found to agree.  Other work on the machine spoils the figures.
 """
 EXAMPLES = """\
@@ -32,6 +33,7 @@ EXAMPLES = """\
   minibeit bench --size large --batch-size 1 8 --against torch,openvino --json times.json
   minibeit bench --suite readme
   minibeit bench --train --batch-size 8 --against torch,inductor
+  minibeit bench --dtype int8 --batch-size 1 8
 """
 TASK_NAMES = ("classification", "mim", "segmentation", "backbone")
 SIZE_NAMES = ("base", "large", "digits")
@@ -52,7 +54,7 @@ SUITES: dict[str, tuple[tuple[str, str, int, int, tuple[str, ...], int], ...]] =
     ),
 }
 CHOSEN_BY_SUITE = {"train": False, "task": None, "size": None, "image_size": None, "batch_size": None, "against": None,
-                   "cold_start": False, "backend": ["numba"]}  # fmt: skip
+                   "cold_start": False, "backend": ["numba"], "dtype": "float32"}  # fmt: skip
 TRAINED_BATCH = {"segmentation": 1}  # where it is not 8
 
 
@@ -77,7 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["numba"],
         help="minibeit's own (default numba); with cupy PyTorch runs on the GPU too, eager and compiled",
     )
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="on a GPU")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "int8", "bfloat16", "float16"],
+        default="float32",
+        help="int8 is measured on the CPU, beside float32; float16 on a GPU; bfloat16 on either",
+    )
     parser.add_argument("--device", type=int, metavar="N", help="number of the GPU (default 0)")
     parser.add_argument(
         "--against",
@@ -151,9 +158,13 @@ def _gpu(args: argparse.Namespace) -> dict[str, str]:
     if args.train and (args.task == "backbone" or "cupy" in args.backend):
         raise UsageError("--train measures tasks with a loss (classification, mim, segmentation) on numba and numpy")
     if "cupy" not in args.backend:
-        if args.dtype != "float32" or args.device is not None:
+        if args.dtype == "float16" or args.device is not None:
             raise UsageError(GPU_OPTIONS)
+        if args.dtype != "float32" and args.train:
+            raise UsageError(LOW_OPTIONS)
         return {}
+    if args.dtype == "int8":
+        raise UsageError(LOW_OPTIONS)
     if args.backend != ["cupy"]:
         raise UsageError("--backend cupy is measured by itself, against PyTorch on the same GPU")
     from ..bench.gpu import check
@@ -196,9 +207,11 @@ def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:
         raise UsageError(str(error)) from error
     on_gpu = args.backend == ["cupy"]
     own = dict.fromkeys(args.backend)
+    if args.dtype in ("int8", "bfloat16") and not on_gpu:
+        own = dict.fromkeys(("numba-float32", *own))
     if args.train and "numba" in own:
         own["numba-recompute"] = None
-    contestants = (*own, *choose_peers(named, note, on_gpu, args.train))
+    contestants = (*own, *choose_peers(named, note, on_gpu, args.train, args.dtype))
     starts = 5 if args.cold_start else 1
     plan = Plan(
         contestants, _threads(args), args.repeats, starts, named is not None, dtype=args.dtype, device=args.device

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ImageError
     from ..explorer.exploration import explore
     from ..files import atomic_write
+    from ..tasks import task_class
 
     output = Path(args.output)
     if output.suffix.lower() not in (".html", ".htm"):
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     task = task_of(args.model)
     if args.tokenizer and task != "masked_image_modeling":
         raise UsageError("--tokenizer: is for checkpoints of masked image modelling, which the given one is not")
-    model = load_model(class_of(task), args, fetched=True)
+    model = load_model(task_class(task), args, fetched=True)
     tokenizer = load_tokenizer(args) if args.tokenizer else None
     processor = load_processor(args.model, model.config, args.quiet)
     names = STDIN_NAME if image.copy else Path(args.image).name, Path(args.model).name
@@ -93,15 +94,6 @@ def task_of(model: str) -> str:
 
     file = prepared_file(model)
     return (read_prepared(file).task if file else open_checkpoint(model).task) or BARE
-
-
-def class_of(task: str) -> Any:
-    """The class of a task's models."""
-    import minibeit
-
-    from ..task_table import TASKS
-
-    return getattr(minibeit, TASKS[task].class_name)
 
 
 def _report(args: argparse.Namespace, facts: dict[str, Any], size: int) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STDIN, STDIN_NAME = "-", "standard input"
 MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
+SHARD_READERS = 1  # threads that read ahead for a shard on Dask, since each thread of a worker has a shard
 
 
 class Found:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cluster.works import READERS
 from .cluster import measured_on_dask
-from .inputs import check_finite, check_outputs
+from .inputs import SHARD_READERS, check_finite, check_outputs
 from .loading import config_of, load_model, load_processor, load_tokenizer
 from .reports import reports
 from .terminal import StatusLine, UsageError
@@ -51,7 +50,7 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
 
     measured, seconds = measured_on_dask(
         args,
-        lambda images: judged_images(compute, images, outputs, read, batch_size=batch_size, workers=READERS),
+        lambda images: judged_images(compute, images, outputs, read, batch_size=batch_size, workers=SHARD_READERS),
         JUDGED,
         model,
         facts,
@@ -105,7 +104,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     classes = len(names)
     measured, seconds = measured_on_dask(
         args,
-        lambda some: segmented_images(predict, some, classes, **reading, workers=READERS),
+        lambda some: segmented_images(predict, some, classes, **reading, workers=SHARD_READERS),
         SEGMENTED,
         model,
         facts,
@@ -184,7 +183,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
     measured, seconds = measured_on_dask(
         args,
         lambda some: predicted_images(
-            network, config, processor, tokenizer, some, batch_size=batch_size, workers=READERS
+            network, config, processor, tokenizer, some, batch_size=batch_size, workers=SHARD_READERS
         ),
         PREDICTED,
         model,

@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..cli.inputs import Result, results_of, unusable
+from ..cli.inputs import SHARD_READERS, Result, results_of, unusable
 from .extra import needed
 from .places import copies
 
-READERS = 1  # threads that read images ahead for a shard, since each thread of a worker has one
 BLOCKS, BLOCK = 64, 512  # elements of each array that a model is recognised by
 PREDICTION = {"labels": "label", "indices": "index", "scores": "score", "logits": "logit"}  # column: of a prediction
 
@@ -56,7 +55,7 @@ class Work:
         raise NotImplementedError
 
     def _results(self, images: Sequence[str], compute: Callable[[np.ndarray], np.ndarray]) -> Iterator[Result]:
-        return results_of(copies(images), self.processor, compute, self.batch_size, READERS)
+        return results_of(copies(images), self.processor, compute, self.batch_size, SHARD_READERS)
 
     def _table(self, rows: Iterable[dict[str, Any]], columns: Sequence[tuple[str, Any]]) -> Any:
         """The rows as a table with the columns `file` and `error` around the given ones."""
@@ -164,9 +163,8 @@ class Segment(Work):
         pa = needed("pyarrow")
         found = copies([image for image, _ in images])
         files = ({kind: Path(path) for kind, path in paths.items()} for _, paths in images)
-        rows = list(
-            segmented(zip(found, files), self.model, self.processor, self.how, list(self.colours), self.mark, READERS)
-        )
+        drawn = self.how, list(self.colours), self.mark, SHARD_READERS
+        rows = list(segmented(zip(found, files), self.model, self.processor, *drawn))
         fields = [("index", pa.int32()), ("label", pa.string()), ("pixels", pa.int64()), ("share", pa.float64())]
         columns = [("height", pa.int32()), ("width", pa.int32()), ("labels", pa.string())]
         return self._table(rows, [*columns, ("classes", pa.list_(pa.struct(fields)))])

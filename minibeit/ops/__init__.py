@@ -71,19 +71,22 @@ def get_ops(
     backend = default_backend() if backend is None else backend
     check_choice(backend, dtype, device)
     only = None if only is None else tuple(only)
-    ops: dict[str, Callable[..., Any]] = {name: getattr(reference, name) for name in TABLE}
+    low = backend not in GPU_BACKENDS and dtype in LOW_DTYPES
+    called = {"attention": "attention_of_low_precision"} if low else {}
+    ops: dict[str, Callable[..., Any]] = {name: getattr(reference, called.get(name, name)) for name in TABLE}
     origin = dict.fromkeys(TABLE, "numpy")
     module = BACKENDS[backend]
     if module is not None:
         fast = import_module(f".{module}", __package__)
         for name in _wanted(backend, only):
-            ops[name], origin[name] = getattr(fast, name), backend
+            ops[name], origin[name] = getattr(fast, called.get(name, name)), backend
         if backend in GPU_BACKENDS:
             ops = fast.on_device(ops, origin, dtype, device)
         else:
             ops = _beside_fast_ops(ops, origin, fast, keep_source=only is not None)
-    if backend not in GPU_BACKENDS and dtype in LOW_DTYPES:
-        ops = _of_low_precision(ops, dtype)
+    if low:
+        release = None if module is None else getattr(fast, "release_pages", None)
+        ops = _of_low_precision(ops, dtype, release)
     return _Namespace((backend, only, dtype, device), backend=backend, origin=origin, **ops)
 
 
@@ -110,7 +113,9 @@ def _beside_fast_ops(
     return ops
 
 
-def _of_low_precision(ops: dict[str, Callable[..., Any]], dtype: str) -> dict[str, Callable[..., Any]]:
+def _of_low_precision(
+    ops: dict[str, Callable[..., Any]], dtype: str, release: Callable[[Any], None] | None
+) -> dict[str, Callable[..., Any]]:
     """`ops` that prepare weights in `dtype`; all arrays are float32, whatever a model calls its dtype."""
     prepare, stage, asarray = (ops[name] for name in ("prepare", "stage", "asarray"))
 
@@ -119,7 +124,7 @@ def _of_low_precision(ops: dict[str, Callable[..., Any]], dtype: str) -> dict[st
 
     return {
         **ops,
-        "prepare": functools.wraps(prepare)(lambda params: prepare(lowered(params, dtype))),
+        "prepare": functools.wraps(prepare)(lambda params: prepare(lowered(params, dtype, done=release))),
         "stage": array_op(stage),
         "asarray": array_op(asarray),
     }

@@ -11,8 +11,8 @@ Which layers: those of the blocks, the head of masked modelling, and in the segm
 the size of its map: transposed and 1x1 convolutions, and the parts of 3x3 ones that read maps to be enlarged (see
 `LowConv`).  float32 stay
 - layer norms, softmax, activations and the residual stream, whose errors would add up from block to block;
-- the products of attention, 4 % of all at 224 pixels: neither side is a weight that could be prepared, and softmax
-  raises an error of the scores to a factor of the result;
+- in int8 the products of attention, 4 % of all at 224 pixels and 26 % at 640, are bfloat16: softmax raises an error of
+  the scores to a factor of the result, and a token's largest score would take the levels of all others;
 - the patch embedding and the layers that make the outputs, 1 %: an error of the first goes through every block, one of
   the last stands in the result as it is (masked modelling's, with 8192 outputs, is 7 % and only picks the largest);
 - 3x3 convolutions of maps of full size: Winograd's algorithm saves the four products in five that int8 would, exactly.
@@ -139,6 +139,11 @@ def integer_products(
     return (centred @ weight.T.astype(np.float64)).astype(np.int32)
 
 
+def rounded(x: np.ndarray) -> np.ndarray:  # (...) -> (...)
+    """The nearest numbers that are bfloat16, in the dtype of x."""
+    return bfloat16_to_float32(float32_to_bfloat16(x)).astype(x.dtype, copy=False)
+
+
 def low_linear(x: np.ndarray, layer: Int8Linear | BFloat16Linear) -> np.ndarray:  # (..., in) -> (..., out)
     """The layer as this module's docstring defines it, in float32."""
     rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]), np.float32)
@@ -193,14 +198,22 @@ def lowered(
     dtype: str,
     maker: Maker | None = None,
     spans: Sequence[Spans] | None = None,
+    done: Callable[[np.ndarray], None] | None = None,
 ) -> Any:
     """The tree of parameters with its layers of low precision (see above) made by `maker`, by default that of `dtype`.
 
     For int8, scales are migrated first (`migrated`), by the `spans` of every block if they were measured.  What is of
-    low precision already stays.
+    low precision already stays.  `done` is called with every matrix that was rounded and is not needed again.
     """
-    make = MAKERS[dtype] if maker is None else maker
+    chosen = MAKERS[dtype] if maker is None else maker
     measured = iter(spans or ())
+
+    release = done or (lambda matrix: None)
+
+    def make(layer: Linear, factor: np.ndarray | None = None) -> Any:
+        made = chosen(layer, factor)
+        release(layer.weight)
+        return made
 
     def low(layer: Any) -> Any:
         return make(layer) if isinstance(layer, Linear) else layer
@@ -210,7 +223,11 @@ def lowered(
             block = migrated(node, next(measured, None)) if dtype == "int8" and maker is None else node
             a = block.attention
             attention = Attention(low(a.query), low(a.key), low(a.value), low(a.output))
-            return dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            made = dataclasses.replace(block, attention=attention, fc1=low(block.fc1), fc2=low(block.fc2))
+            if block is not node:  # its matrices were copies
+                for layer in (node.attention.query, node.attention.key, node.attention.value, node.fc1):
+                    release(layer.weight)
+            return made
         if isinstance(node, MaskedImageModeling):
             return dataclasses.replace(node, beit=walk(node.beit), lm_head=low(node.lm_head))
         if isinstance(node, FeaturePyramid):

@@ -96,8 +96,8 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
         `seed`, with a warning that lists them.  Another `image_size` or `num_labels`, or a bias table per block in
         place of a shared one, adapts the trained tensors, with a warning (see `load_checkpoint`).  A folder written by
         `save_prepared` is mapped into memory and used without repacking.  `dtype` may also be a dtype of NumPy or
-        PyTorch, or "auto": the file's on a GPU, float32 elsewhere.  Raises FileNotFoundError or CheckpointError
-        in one sentence that names the file and the tensor.
+        PyTorch, or "auto": the file's on a GPU and of a prepared file, float32 elsewhere.  Raises FileNotFoundError or
+        CheckpointError in one sentence that names the file and the tensor.
         """
         dtype, auto = ("float32", True) if dtype == "auto" else (dtype_name(dtype), False)
         options: dict[str, Any] = dict(dtype=dtype, backend=backend, only=only, num_threads=num_threads, device=device)
@@ -105,6 +105,8 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
         file = prepared_file(Path(path) / loading.subfolder)
         if file is not None:
             prepared = read_prepared(file, fields)
+            if auto:
+                options["dtype"] = prepared.dtype
             model = cls(prepared.config, **options, prepared=prepared)
         else:
             get_ops(backend, only, dtype, device)  # reports a missing backend before gigabytes are read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def world() -> MpiRanks:
 class MpiRanks(Ranks):
     """The ranks of MPI's world.  `handed_over` counts the bytes of gradients that were given to MPI to be summed.
 
-    Sums are MPI's Allreduce, whose result is the same in every rank and in every run of as many ranks.
+    Sums are MPI's Iallreduce, whose result is the same in every rank and in every run of as many ranks.
     """
 
     def __init__(self, mpi: Any) -> None:
@@ -45,17 +46,20 @@ class MpiRanks(Ranks):
 
     def total(self, numbers: np.ndarray) -> np.ndarray:
         made = np.empty_like(numbers)
-        self._comm.Allreduce(np.ascontiguousarray(numbers), made)
+        self._wait([self._comm.Iallreduce(np.ascontiguousarray(numbers), made)])
         return made
 
     def gathered(self, value: Value) -> list[Value]:
+        self._wait([self._comm.Ibarrier()])
         return self._comm.gather(value) or []
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        return self._comm.bcast(make() if self.first else None)
+        made = make() if self.first else None
+        self._wait([self._comm.Ibarrier()])
+        return self._comm.bcast(made)
 
     def copy_from_first(self, array: np.ndarray) -> None:
-        self._comm.Bcast(array)
+        self._wait([self._comm.Ibcast(array)])
 
     def begin_sum(self, array: np.ndarray) -> None:
         self.handed_over += array.nbytes
@@ -65,13 +69,26 @@ class MpiRanks(Ranks):
         self._mpi.Request.Testall(self._begun)  # MPI moves data only while it is called
 
     def end_sums(self) -> None:
-        self._mpi.Request.Waitall(self._begun)
+        self._wait(self._begun)
         self._begun = []
+
+    def _wait(self, requests: list[Any]) -> None:
+        """Waits for what others have to do, and lets them: MPI's own waiting keeps a core busy, and Ctrl-C out."""
+        while not self._mpi.Request.Testall(requests):
+            _give_way()
 
     def cores(self, usable: int) -> int:
         own = _own_cores()
         shares = sum(1 / sum(core in cores for cores in self._cores) for core in own)
         return max(1, int(usable * shares / len(own) + 1e-9))
+
+
+def _give_way() -> None:
+    """Lets another process run on this core, if one wants to."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+    else:
+        time.sleep(0)
 
 
 def _own_cores() -> frozenset[int]:

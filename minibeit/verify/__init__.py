@@ -3,9 +3,11 @@
 streams         runs that stop at every recorded array, so that several advance together
 float64_model   the truth                              trace_names     what is recorded, without computing it
 difference      how far apart two arrays are           budget          how far off float32 may be
+slices          the worst feature, token or head       judging         the verdict over one array
 lockstep        all of it together: `check(Job(...), candidate, yardstick) -> Report`
-engine_arithmetic   float32 as PyTorch computes it     informative     what the given weights cannot show
-diagnosis       what an error means                    known_mistakes  the mistakes people make, op by op
+engine_arithmetic   float32 as PyTorch computes it     low_precision   what 16 and 8 bits lose
+informative     what the given weights cannot show     diagnosis       what an error means
+known_mistakes, attention_mistakes   the mistakes people make, op by op
 pixels          the image processor's part             release_memory  pages of weights that are not in use
 torch_runner, timm_runner   PyTorch as a yardstick     trace_file      traces on disk, from anywhere
 gradients       the backward in the same way           gradient_diagnosis, gradient_files, torch_gradients   its parts

@@ -179,4 +179,4 @@ def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
 
 
 LEAN = {op.__name__: op for op in (conv2d, conv_bn_relu, conv_bn_relu_resized, conv_transpose, resize_bilinear)}
-ENGINES = {op.__name__: op for op in (engine_arithmetic.mean_patches, engine_arithmetic.resize_bicubic)}
+ENGINES = {name: getattr(engine_arithmetic, name) for name in ("mean_patches", "resize_bicubic", "linear_activation")}

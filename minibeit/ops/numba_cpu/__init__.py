@@ -28,6 +28,7 @@ COMPILED = os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 if COMPILED:
     from .losses import cross_entropy
+    from .memory import release_pages
     from .ops import *
     from .optimizer import adamw
     from .prepare import prepare

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .arguments import ATTENTION
+from .low_arguments import ATTENTION_BFLOAT16, bfloat16_route
 from .machine_code import Kernel
 from .memory import NOTHING, operand, result
 from .operands import contiguous, scalar
@@ -20,6 +21,9 @@ _TASKS_PER_THREAD = 8
 
 
 _attention = Kernel("minibeit.ops.numba_cpu.kernels.attention", "attention", arguments=ATTENTION)
+_attention_bfloat16 = Kernel(
+    "minibeit.ops.numba_cpu.kernels.attention_bfloat16", "attention_bfloat16", arguments=ATTENTION_BFLOAT16
+)
 
 
 def can_fuse(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> bool:
@@ -33,8 +37,13 @@ def can_fuse(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> b
     return alike and gh * gw + 1 == N and bias.table.shape == (offsets + 3, H) and bias.table.dtype == np.float32
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.ndarray:  # (B, H, N, d) -> (B, N, D)
-    """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread."""
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None, bfloat16: bool = False
+) -> np.ndarray:  # (B, H, N, d) -> (B, N, D)
+    """softmax(q k^T / sqrt(d) + bias) v for every head; scores of MR query rows are alive at a time in each thread.
+
+    With `bfloat16` what is multiplied is rounded to it, on a CPU that multiplies such numbers.
+    """
     B, H, N, d = q.shape
     context, output, context_bytes = result((B, N, H * d))
     table, offsets, layout = NOTHING, 0, (0, 0, 0)
@@ -45,7 +54,8 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> np.
         q=operand(q), k=operand(k), v=operand(v), context=output, scale=scalar(d**-0.5), table=table
     )
     tasks, numbers, scratch = _work(q.shape, q.strides[:3], context_bytes, offsets, layout, get_num_threads())
-    run(_attention, tasks, operands, numbers, scratch)
+    short = bfloat16 and bfloat16_route().name == "vdpbf16ps"
+    run(_attention_bfloat16 if short else _attention, tasks, operands, numbers, scratch)
     return context
 
 
@@ -69,5 +79,6 @@ def _work(
         grid_columns=grid_columns,
     )  # fmt: skip
     up = -(-N // LANES) * LANES
-    floats = up * d + -(-d // LANES) * LANES * N + MR * (up + 16 + NR + 1) + offsets + 2 * LANES + 64
+    wide = -(-d // LANES) * LANES
+    floats = up * wide + wide * N + MR * (up + 16 + NR + 1) + offsets + 3 * LANES + 64 + wide
     return B * H * -(-N // query_rows), numbers, 4 * floats + 128

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from llvmlite import binding as llvm
 
-from .arguments import Arguments
+from .arguments import ATTENTION, Arguments
 from .target import target_machine
 
 HEADER_BYTES = 64
@@ -147,5 +147,7 @@ INT8_PRODUCT = Arguments(
         "panel_bytes",
     ),
 )
+
+ATTENTION_BFLOAT16 = Arguments(ATTENTION.operand_names, ATTENTION.number_names)
 
 BFLOAT16_PRODUCT = Arguments(INT8_PRODUCT.operand_names, INT8_PRODUCT.number_names)

@@ -37,6 +37,7 @@ from .queue import flush, synchronous
 from .target import SHORT_SUM, STEPS
 
 _GELUS = ("gelu", "gelu_python")
+_low_attention = synchronous(reference.attention_of_low_precision)
 _numpy = SimpleNamespace(**{name: synchronous(getattr(reference, name)) for name in TABLE})
 
 
@@ -110,6 +111,20 @@ def attention(
     if return_probs or keep is not None or not is_float32(q, k, v) or q.size == 0 or not can_fuse(q, k, v, bias):
         return _numpy.attention(q, k, v, bias, return_probs, keep)
     return attend(q, k, v, bias)
+
+
+def attention_of_low_precision(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    bias: Any | None,
+    return_probs: bool = False,
+    keep: np.ndarray | None = None,
+) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
+    """See `low_precision.attention`; on a CPU without products of bfloat16 they are of float32."""
+    if return_probs or keep is not None or not is_float32(q, k, v) or q.size == 0 or not can_fuse(q, k, v, bias):
+        return _low_attention(q, k, v, bias, return_probs, keep)
+    return attend(q, k, v, bias, bfloat16=True)
 
 
 @synchronous

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...params import Attention, Conv, LayerNorm, Linear
 from ..activations import ACTIVATIONS
-from ..low_precision import LOW, low_linear
+from ..low_precision import LOW, low_linear, rounded
 from ..table import PositionBias
 from .arrays import relative_position_index
 
@@ -123,6 +123,33 @@ def attention(
     """
     table, index = (None, None) if bias is None else (bias.table, cached_index(bias.grid))
     return attend(q, k, v, table, index, return_probs, keep)
+
+
+def attention_of_low_precision(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    bias: PositionBias | None,
+    return_probs: bool = False,
+    keep: np.ndarray | None = None,
+) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
+    """`attention` in the dtypes of `low_precision`: queries, scaled keys, values and exponentials are rounded to
+    bfloat16 before they are multiplied; sums, bias, maxima and the softmax's denominator are float32.
+
+    Probabilities that are returned, or multiplied by `keep`, are not rounded.
+    """
+    if return_probs or keep is not None:
+        return attention(q, k, v, bias, return_probs, keep)
+    B, H, N, d = q.shape
+    context = np.empty((B, N, H, d), q.dtype)
+    for h in range(H):
+        scaled = rounded(k[:, h] * q.dtype.type(d**-0.5))
+        scores = rounded(q[:, h]) @ scaled.swapaxes(1, 2)  # (B, N, N)
+        if bias is not None:
+            scores += bias.table[:, h][cached_index(bias.grid)]
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        context[:, :, h] = rounded(e) @ rounded(v[:, h]) / e.sum(-1, keepdims=True)
+    return context.reshape(B, N, H * d)
 
 
 def attend(

@@ -71,7 +71,7 @@ def _scale_row(source, size, factor, target):
 
 
 @njit(error_model="numpy")
-def _reverse_table(table, table_bytes, head, offsets, reversed_):
+def reverse_table(table, table_bytes, head, offsets, reversed_):
     """One head's column of the bias table, last offset first, so that the bias of one query row lies in runs."""
     for r in range(offsets):
         store_float(reversed_ + 4 * (offsets - 1 - r), load_float(table + r * table_bytes + 4 * head))
@@ -80,7 +80,7 @@ def _reverse_table(table, table_bytes, head, offsets, reversed_):
 
 
 @njit(error_model="numpy")
-def _bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
+def bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
     """Bias of one query row over all tokens.
 
     Against the patches of one grid row the offsets fall by one from patch to patch: a run of the reversed table.  Runs
@@ -105,16 +105,16 @@ def _bias_row(scores, query, rows, columns, reversed_, to_cls, row0, corner):
 
 
 @njit(error_model="numpy")
-def _last_scores(scores, count, tail):
+def last_scores(scores, count, tail):
     """The scores from `tail` on, -inf beyond the last token."""
     return first_lanes(load(scores + 4 * tail), count - tail, splat(_LOW))
 
 
 @njit(error_model="numpy")
-def _largest_score(scores, count, padded_count):
+def largest_score(scores, count, padded_count):
     """max s of one row."""
     tail = padded_count - LANES
-    largest = _last_scores(scores, count, tail)
+    largest = last_scores(scores, count, tail)
     for k in range(0, tail, LANES):
         largest = maximum(load(scores + 4 * k), largest)
     return max_lanes(largest)
@@ -124,7 +124,7 @@ def _largest_score(scores, count, padded_count):
 def _exponentials(scores, count, padded_count, largest):
     """exp(s - max s) in place, zeros beyond the last token; returns the sum.  A NaN anywhere makes the sum NaN."""
     tail, top = padded_count - LANES, splat(largest)
-    total = exp(_last_scores(scores, count, tail) - top)
+    total = exp(last_scores(scores, count, tail) - top)
     store(scores + 4 * tail, total)
     for k in range(0, tail, LANES):
         value = exp(load(scores + 4 * k) - top)
@@ -134,7 +134,7 @@ def _exponentials(scores, count, padded_count, largest):
 
 
 @njit(error_model="numpy")
-def _store_context(tile, count, columns, factors, context, context_bytes):
+def store_context(tile, count, columns, factors, context, context_bytes):
     """Context rows = tile / sum of the row's exponentials."""
     for i in range(count):
         _scale_row(tile + i * NR * 4, columns, load_float(factors + 4 * i), context + i * context_bytes)
@@ -157,7 +157,7 @@ def _weigh_values(n, scores, score_bytes, count, values, width, tile, context, c
 
 
 @njit(error_model="numpy")
-def _prefetch_rows(address, row_bytes, count, size):
+def prefetch_rows(address, row_bytes, count, size):
     """Prefetches `count` rows of `size` elements, which lie too far apart for the CPU to foresee."""
     for i in range(count):
         for byte in range(0, 4 * size, 64):
@@ -191,7 +191,7 @@ def attention(args, task, thread):
     to_cls = row0 = corner = _ZERO
     if table != 0:
         offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
-        _reverse_table(table, table_bytes, head, offsets, reversed_)
+        reverse_table(table, table_bytes, head, offsets, reversed_)
         row0 = load_float(table + offsets * table_bytes + 4 * head)
         to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
         corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
@@ -204,10 +204,10 @@ def attention(args, task, thread):
         target = p.context + (image * count + row) * context_bytes + head * size * 4
         if chunk == chunks - 1:
             for part in (p.q, p.k, p.v):
-                _prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
+                prefetch_rows(part + following + row * row_bytes, row_bytes, n, size)
         if table != 0:
             for i in range(n):
-                _bias_row(scores + i * score_bytes, row + i, grid_rows, grid_columns, reversed_, to_cls, row0, corner)
+                bias_row(scores + i * score_bytes, row + i, grid_rows, grid_columns, reversed_, to_cls, row0, corner)
         for first in range(0, whole_keys, NR):
             b, here = keys + first * size * 4, scores + 4 * first
             more = here if table != 0 else 0
@@ -217,7 +217,7 @@ def attention(args, task, thread):
             more = here if table != 0 else 0
             multiply_narrow_tile(n, queries, row_bytes, b, here, score_bytes, size, more, score_bytes, b, 0, b, 0)
         for i in range(n):  # of all rows first: no row's exponentials wait for a maximum
-            store_float(factors + 4 * i, _largest_score(scores + i * score_bytes, count, padded_count))
+            store_float(factors + 4 * i, largest_score(scores + i * score_bytes, count, padded_count))
         for i in range(n):
             largest = load_float(factors + 4 * i)
             total = _exponentials(scores + i * score_bytes, count, padded_count, largest)
@@ -225,8 +225,8 @@ def attention(args, task, thread):
         for first in range(0, whole_values, NR):
             here = target + 4 * first
             _weigh_values(n, scores, score_bytes, count, values + first * count * 4, NR, tile, here, context_bytes)
-            _store_context(tile, n, NR, factors, here, context_bytes)
+            store_context(tile, n, NR, factors, here, context_bytes)
         for first in range(whole_values, size, LANES):
             here = target + 4 * first
             _weigh_values(n, scores, score_bytes, count, values + first * count * 4, LANES, tile, here, context_bytes)
-            _store_context(tile, n, min(LANES, size - first), factors, here, context_bytes)
+            store_context(tile, n, min(LANES, size - first), factors, here, context_bytes)

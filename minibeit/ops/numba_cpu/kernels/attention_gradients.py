@@ -7,7 +7,7 @@ from numba import njit
 
 from ..arguments import ATTENTION_BACKWARD, QUERY_ROWS
 from ..target import LANES, MR, NR, STEPS
-from .attention import _bias_row, _exponentials, _largest_score, _pack_keys, _pack_values, _reverse_table, _scale_row
+from .attention import _exponentials, _pack_keys, _pack_values, _scale_row, bias_row, largest_score, reverse_table
 from .micro import multiply_narrow_tile, multiply_tile
 from .vector import (
     first_lanes,
@@ -48,7 +48,7 @@ def _multiply(rows, a, a_bytes, steps, panels, columns, c, c_bytes, onto):
 @njit(error_model="numpy")
 def _normalise(scores, count, padded_count):
     """Scores of one row become probabilities, zeros beyond the last token."""
-    total = _exponentials(scores, count, padded_count, _largest_score(scores, count, padded_count))
+    total = _exponentials(scores, count, padded_count, largest_score(scores, count, padded_count))
     _scale_row(scores, padded_count, _ONE / total, scores)
 
 
@@ -82,7 +82,7 @@ def _add_bias_row(gradient, query, rows, columns, bins, offsets):
     y, x = (query - 1) // columns, (query - 1) % columns
     _add_to(others + 4, load_float(gradient))
     width = 2 * columns - 1
-    index = (y + rows - 1) * width + x + columns - 1  # see _bias_row
+    index = (y + rows - 1) * width + x + columns - 1  # see bias_row
     run_, source = bins + 4 * ((2 * rows - 1) * width - 1 - index), gradient + 4
     for _ in range(rows):
         for k in range(0, columns, LANES):
@@ -138,7 +138,7 @@ def attention_backward(args, task, thread):
     to_cls = row0 = corner = _ZERO
     offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
     if table != 0:
-        _reverse_table(table, table_bytes, head, offsets, reversed_)
+        reverse_table(table, table_bytes, head, offsets, reversed_)
         row0 = load_float(table + offsets * table_bytes + 4 * head)
         to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
         corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
@@ -155,7 +155,7 @@ def attention_backward(args, task, thread):
             scores, ds = probs + row * score_bytes, gradient + row * score_bytes
             if table != 0:
                 for i in range(n):
-                    _bias_row(
+                    bias_row(
                         scores + i * score_bytes, first + row + i, grid_rows, grid_columns, reversed_, to_cls, row0,
                         corner,
                     )  # fmt: skip

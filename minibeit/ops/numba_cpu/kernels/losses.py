@@ -7,7 +7,7 @@ from numba import njit
 
 from ..arguments import LOG_SUMS, LOSS_ROWS, SOFTMAX_GRADIENT
 from ..target import LANES
-from .attention import _exponentials, _largest_score
+from .attention import _exponentials, largest_score
 from .vector import exp, load, load_float, reader, splat, store, store_float
 
 _ZERO = np.float32(0)
@@ -30,7 +30,7 @@ def log_sums(args, task, thread):
     padded = (width + LANES - 1) // LANES * LANES
     for i in range(task * LOSS_ROWS, min((task + 1) * LOSS_ROWS, p.count)):
         _copy(p.logits + i * p.row_bytes, row, width)
-        largest = _largest_score(row, width, padded)
+        largest = largest_score(row, width, padded)
         store_float(p.largest + 4 * i, largest)
         store_float(p.sums + 4 * i, _exponentials(row, width, padded, largest))
 

@@ -140,7 +140,8 @@ _BFLOAT16 = {
 
 _ROW8, _ROW16 = (NR * kind.column_bytes for kind in (_INT8, _BFLOAT16))  # bytes of a panel for a step
 _multiply_int8 = tile_product(VECTORS, _INT8)
-_multiply_bfloat16 = tile_product(VECTORS, _BFLOAT16)
+multiply_bfloat16 = tile_product(VECTORS, _BFLOAT16)
+multiply_narrow_bfloat16 = tile_product(1, _BFLOAT16)
 
 
 # Rows ---------------------------------------------------------------------------------------------------------------
@@ -179,25 +180,53 @@ def _emit_store_levels(builder, address, scaled, zero):
     builder.store(builder.trunc(level, narrow), pointer(builder, address, narrow)).align = 1
 
 
-def _emit_store_bfloat16(builder, address, value):
-    """The nearest bfloat16, even ones of two; NaN stays NaN."""
+def _bfloat16_bits(builder, value):
+    """The nearest bfloat16 of every lane, even ones of two, in the upper 16 bits; NaN stays NaN."""
     bits = builder.bitcast(value, INTS)
     odd = builder.and_(builder.lshr(bits, _integers(16)), _integers(1))
     bits = builder.add(builder.add(bits, odd), _integers(0x7FFF))
-    bits = builder.select(builder.fcmp_unordered("uno", value, value), _integers(0x7FC00000), bits)
-    if _HALF_BYTES == 4:
-        bits = builder.and_(bits, _integers(-65536))
-        builder.store(bits, pointer(builder, address, INTS)).align = 4
-        return
+    return builder.select(builder.fcmp_unordered("uno", value, value), _integers(0x7FC00000), bits)
+
+
+def _bfloat16_halves(builder, value):
+    """The same as 16-bit integers; by the CPU's own conversion, which takes denormal numbers for 0, if there is one."""
     narrow = ir.VectorType(_I16, LANES)
-    builder.store(builder.trunc(builder.lshr(bits, _integers(16)), narrow), pointer(builder, address, narrow)).align = 2
+    if _ROUTE16.name == "vdpbf16ps":
+        kind = ir.FunctionType(narrow, [FLOATS])
+        name = f"llvm.x86.avx512bf16.cvtneps2bf16.{32 * LANES}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [value])
+    return builder.trunc(builder.lshr(_bfloat16_bits(builder, value), _integers(16)), narrow)
+
+
+def _emit_store_bfloat16(builder, address, value):
+    """LANES elements of 16 bits."""
+    halves = _bfloat16_halves(builder, value)
+    builder.store(halves, pointer(builder, address, halves.type)).align = 2
+
+
+def _emit_store_row(builder, address, value):
+    """LANES elements in the route's form."""
+    if _HALF_BYTES == 2:
+        _emit_store_bfloat16(builder, address, value)
+        return
+    bits = builder.and_(_bfloat16_bits(builder, value), _integers(-65536))
+    builder.store(bits, pointer(builder, address, INTS)).align = 4
+
+
+def _emit_store_pairs(builder, address, first, second):
+    """LANES pairs of 16 bits: an element of the one, an element of the other."""
+    low, high = (builder.zext(_bfloat16_halves(builder, value), INTS) for value in (first, second))
+    pairs = builder.or_(low, builder.shl(high, _integers(16)))
+    builder.store(pairs, pointer(builder, address, INTS)).align = 4
 
 
 _rounded = vector_intrinsic((types.float32,), types.intp, _emit_rounded)
 _store_int = vector_intrinsic((types.intp, types.intp), types.void, _emit_store_int)
 _load_int32 = vector_intrinsic((types.intp,), types.intp, _emit_load_int32)
 _store_levels = vector_intrinsic((types.intp, vector, types.intp), types.void, _emit_store_levels)
-_store_bfloat16 = vector_intrinsic((types.intp, vector), types.void, _emit_store_bfloat16)
+_store_row = vector_intrinsic((types.intp, vector), types.void, _emit_store_row)
+store_bfloat16 = vector_intrinsic((types.intp, vector), types.void, _emit_store_bfloat16)
+store_bfloat16_pairs = vector_intrinsic((types.intp, vector, vector), types.void, _emit_store_pairs)
 
 
 @njit(error_model="numpy")
@@ -244,9 +273,9 @@ def round_rows(args, task, thread):
     for row in range(task * LEVEL_ROWS, min((task + 1) * LEVEL_ROWS, p.count)):
         source, target = p.x + row * p.x_bytes, p.y + row * p.y_bytes + HEADER_BYTES
         for k in range(0, whole, LANES):
-            _store_bfloat16(target + k * _HALF_BYTES, load(source + 4 * k))
+            _store_row(target + k * _HALF_BYTES, load(source + 4 * k))
         _copy_tail(source + 4 * whole, width - whole, tail)
-        _store_bfloat16(target + whole * _HALF_BYTES, load(tail))
+        _store_row(target + whole * _HALF_BYTES, load(tail))
 
 
 # Products -----------------------------------------------------------------------------------------------------------
@@ -361,7 +390,7 @@ def bfloat16_product(args, task, thread):
             addend = residual + i * residual_bytes + column
             ahead = following + (beside * tiles + i // MR) * steps * ahead_step
             target, target_bytes = (here, y_bytes) if direct else (tile, NR * 4)
-            _multiply_bfloat16(
+            multiply_bfloat16(
                 rows,
                 x + i * x_bytes,
                 x_bytes,
