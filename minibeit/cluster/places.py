@@ -7,18 +7,16 @@ import re
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ..cli.inputs import MOST_STDIN, STDIN, Found, find_images, natural
-from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
 from ..images.ahead import read_ahead
 from ..text import one_line
 from .extra import needed
 
-Result = TypeVar("Result")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # at least two letters, so that C:// is a path
 LIST = ".txt"  # an image in each line
 FETCHERS = 16  # files that are fetched at once, for a shard
@@ -137,17 +135,6 @@ def copies(places: Sequence[str]) -> Iterator[Found]:
     if not any(map(is_address, places)):
         return map(Found, places)
     return read_ahead(places, _copy, FETCHERS, 2 * FETCHERS)
-
-
-def with_copy(read: Callable[[str], Result], place: str) -> Result:
-    """`read` of a path, or of a copy of what is at an address.  Raises ImageError if it cannot be fetched."""
-    entry = _copy(place)
-    if entry.error is not None:
-        raise ImageError(entry.error)
-    try:
-        return read(entry.source)
-    except ImageError as error:
-        raise ImageError(entry.named(str(error))) from error
 
 
 def _copy(place: str) -> Found:
