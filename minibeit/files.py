@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,7 +55,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         if fcntl is None:
             file.close()
-        os.replace(temporary, target)
+        _replace(temporary, target)
 
 
 @contextmanager
@@ -139,6 +140,17 @@ def _target(path: str | os.PathLike[str]) -> Path | None:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
     special = real.exists() and not real.is_file() and not real.is_dir()
     return None if special else real
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Renames; Windows refuses to replace a file that a program has open or mapped, as a loaded model has its own."""
+    try:
+        os.replace(temporary, target)
+    except PermissionError as error:
+        if sys.platform != "win32" or not target.is_file():
+            raise
+        reason = "cannot be replaced while it is in use, as by a model that was loaded from it; write to another folder"
+        raise PermissionError(error.errno, reason, os.fspath(target)) from None
 
 
 @contextmanager

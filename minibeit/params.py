@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .config import BeitConfig
+from .machine import available_memory
 
 BATCH_NORM_EPS = 1e-5  # PyTorch's default; no BEiT config has a key for it
 Leaf = Any  # a shape tuple, an array, or an array packed by a backend's `prepare`
@@ -343,24 +343,16 @@ def random_arrays(
     Normal(0, initializer_range) for the weights of linear layers and convolutions, `layer_scale_init_value` for
     lambda_1 and lambda_2, ones for the scales and variances of norms, zeros for everything else (tokens, position
     embeddings, bias tables and biases).  Raises ValueError, before anything is allocated, if the arrays would take more
-    than the machine's memory.
+    than the free memory.
     """
-    needed, memory = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values())), _memory_bytes()
-    if needed > memory:
+    needed, memory = np.dtype(dtype).itemsize * sum(map(math.prod, shapes.values())), available_memory(swap=True)
+    if memory is not None and needed > memory:
         raise ValueError(
             f"config: random weights of these {len(shapes)} shapes take {needed:,} bytes, more than the {memory:,} of "
-            "this machine's memory; make the sizes smaller"
+            "memory that are free; make the sizes smaller"
         )
     rng = np.random.default_rng(seed)
     return {name: _random_array(name, shape, config, rng).astype(dtype) for name, shape in shapes.items()}
-
-
-def _memory_bytes() -> float:
-    """The machine's main memory in bytes; infinite if the system does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
 
 
 def _random_array(name: str, shape: tuple[int, ...], config: BeitConfig, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Images per second of decoding alone, of the model alone, and of both at the same time, in turns.
 
-    python tests/measure_read_ahead.py [IMAGES] [ROUNDS]
+    python tests/measure_read_ahead.py [IMAGES] [ROUNDS] [draft]
 
 60 JPEGs of 12 megapixels, base at 224x224 with random weights, batches of 8, as `minibeit classify` has them.  Beside
 each rate stand the processor seconds for an image: where images and model share all CPUs, no order of work can exceed
@@ -47,9 +47,10 @@ def timed(work, part: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    count, rounds = (int(word) for word in (*sys.argv[1:], 60, 3)[:2])
+    draft = sys.argv[-1] == "draft"
+    count, rounds = (int(word) for word in (*sys.argv[1 : len(sys.argv) - draft], 60, 3)[:2])
     config = BeitConfig(num_labels=1000, use_relative_position_bias=True)
-    model, processor = BeitForImageClassification(config), BeitImageProcessor()
+    model, processor = BeitForImageClassification(config), BeitImageProcessor(draft=draft)
     batch = np.random.default_rng(0).standard_normal((BATCH, 3, 224, 224)).astype(np.float32)
     model(batch)
     with tempfile.TemporaryDirectory() as folder:

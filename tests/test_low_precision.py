@@ -9,11 +9,11 @@ import pytest
 from conftest import distance, random_weights, tiny_config
 from safetensors import safe_open
 from segmentation_data import QUICK, pair_folder, scene, trainer
-from tolerances import BFLOAT16_LINEAR, BFLOAT16_MODEL, INT8_LINEAR, INT8_MODEL
+from tolerances import BFLOAT16_LINEAR, BFLOAT16_MODEL, INT8_LINEAR, INT8_MODEL, SHORT
 
 import minibeit
 from minibeit.errors import CheckpointError
-from minibeit.ops import get_ops, low_precision, reference
+from minibeit.ops import get_ops, low_precision, reference, short_winograd
 from minibeit.ops.low_precision import (
     LONGEST_SUM,
     MAKERS,
@@ -25,7 +25,7 @@ from minibeit.ops.low_precision import (
     quantise_weight,
 )
 from minibeit.ops.portable import dump_portable, restore_portable
-from minibeit.params import Linear, flatten, shapes, unflatten
+from minibeit.params import Conv, Linear, flatten, shapes, unflatten
 from minibeit.tasks.calibration import channel_spans
 from minibeit.tokenizer.config import DalleTokenizerConfig
 
@@ -100,6 +100,15 @@ def test_a_layer_is_near_its_float32_self(dtype, limit):
     found = reference.linear(x, MAKERS[dtype](layer))
     assert found.dtype == np.float32
     assert 0.3 * limit < distance(found, reference.linear(x, layer)) < limit
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 4, 4), (2, 3, 5, 7), (1, 1, 1, 1), (1, 64, 16, 16)])
+def test_short_winograd_is_the_convolution_but_for_its_rounding(shape, monkeypatch):
+    x, conv = normal(0, *shape), Conv(normal(1, 6, shape[1], 3, 3) / np.float32(3 * shape[1] ** 0.5), None)
+    truth = reference.conv2d(x, conv)
+    assert distance(short_winograd.short_conv(x, conv.weight), truth) < SHORT
+    monkeypatch.setattr(short_winograd, "rounded", lambda array: array)
+    assert distance(short_winograd.short_conv(x, conv.weight), truth) < 2e-6
 
 
 # Models -------------------------------------------------------------------------------------------------------------

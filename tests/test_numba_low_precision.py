@@ -19,6 +19,8 @@ from tolerances import (
     BFLOAT16_SAME,
     INT8_LINEAR,
     INT8_SAME,
+    SHORT,
+    SHORT_SAME,
 )  # fmt: skip
 
 import minibeit
@@ -26,6 +28,7 @@ from minibeit.ops import PositionBias, get_ops, numba_cpu, reference
 from minibeit.ops.low_precision import (
     MAKERS,
     Int8Linear,
+    ShortPart,
     integer_products,
     lowered,
     quantise_rows,
@@ -278,6 +281,7 @@ def test_maps(dtype, B, h, w):
             (x, PYRAMID.deconv1, PYRAMID.bn),
         ),
         ("conv_bn_relu", (x, head.lateral_convs[0]), (x, fast_head.lateral_convs[0]), (x, HEAD.lateral_convs[0])),
+        ("conv_bn_relu", (x, head.fpn_convs[0]), (x, fast_head.fpn_convs[0]), (x, HEAD.fpn_convs[0])),
         (
             "conv_bn_relu_resized",
             (maps, head.fpn_bottleneck, size),
@@ -286,8 +290,14 @@ def test_maps(dtype, B, h, w):
         ),
     ):
         found, truth = getattr(OPS, name)(*fast), getattr(reference, name)(*slow)
-        assert distance(found, truth) <= 3 * same(dtype), name
-        assert distance(truth, getattr(reference, name)(*plain)) < (INT8_LINEAR if dtype == "int8" else BFLOAT16_LINEAR)
+        loss = distance(truth, getattr(reference, name)(*plain))
+        if dtype == "bfloat16":
+            assert distance(found, truth) <= 3 * BFLOAT16_SAME and loss < BFLOAT16_LINEAR, name
+        elif any(isinstance(part, ShortPart) for part in getattr(slow[1], "parts", ())):
+            assert distance(found, truth) <= (SHORT_SAME if bfloat16_route().name == "vdpbf16ps" else SHORT), name
+            assert loss < SHORT, name
+        else:
+            assert distance(found, truth) <= 3 * INT8_SAME and loss < INT8_LINEAR, name
 
 
 # Models -------------------------------------------------------------------------------------------------------------

@@ -200,6 +200,25 @@ def test_the_trace_says_its_precision_or_the_user_does(capsys, files):
     assert code == 2 and "expected a precision of float32, bfloat16, float16, int8" in err
 
 
+def test_scales_that_minibeits_int8_moves_from_norms_to_weights_are_no_error(capsys, tmp_path):
+    made = made_for("image_classification")
+    arrays = {name: array.copy() for name, array in made.arrays.items()}
+    arrays["beit.encoder.1.norm1.weight"][3] *= 100  # what is moved: one feature larger than the others
+    made.arrays = arrays
+    config = made.config.replace(architectures=["BeitForImageClassification"])
+    save_checkpoint(tmp_path / "model", config, made.task, arrays)
+    words = ("verify", "-m", tmp_path / "model", "-q")
+    int8_words = (*words, "--dtype", "int8", "--backend", "numba")
+    code, out, _ = run(capsys, *int8_words)
+    assert code == 0 and "an imitation of int8" in out
+    assert run(capsys, *int8_words, "--save-trace", tmp_path / "t.safetensors")[0] == 0
+    code, out, _ = run(capsys, *words, "--against", tmp_path / "t.safetensors")
+    assert code == 0 and "an imitation of int8" in out
+    trace = TraceFile(tmp_path / "t.safetensors")
+    report = check(replace(made, inputs=trace.inputs), trace.source(), precision="int8")
+    assert report.guilty is not None and report.guilty.name == "encoder.1.norm1"  # had nothing been moved in the truth
+
+
 def test_a_trace_stored_in_16_bits_is_of_that_precision(tmp_path):
     made = made_for("image_classification")
     arrays = trace_of(made)

@@ -21,7 +21,9 @@ def about() -> Iterator[str]:
     yield f"Python {platform.python_version()} ({platform.python_implementation()}), {platform.platform()}"
     yield f"CPU: {_said(_cpu)}"
     yield f"threads: {_said(_threads)} of {os.cpu_count()} cores"
+    yield f"memory: {_said(_memory)}"
     yield f"backend: {_said(_backend)}"
+    yield f"compiled for: {_said(_target)}"
     yield f"compiled kernels: {_said(_kernels)}"
     yield f"libraries: {', '.join(_versions(LIBRARIES, missing=True))}"
     yield f"extras: {', '.join(_versions(EXTRAS)) or 'none'}"
@@ -46,6 +48,20 @@ def _threads() -> str:
     from ..ops.numba_cpu.pool import default_num_threads
 
     return str(default_num_threads())
+
+
+def _memory() -> str:
+    from ..machine import available_memory
+
+    found = available_memory()
+    return "not told by this system" if found is None else f"{found / 1e9:.1f} GB can be had"
+
+
+def _target() -> str:
+    from ..ops.numba_cpu.target import TILE, target
+
+    triple, name, _ = target()
+    return f"{name} ({triple}), tile {TILE.name} {TILE.rows}x{TILE.columns}"
 
 
 def _backend() -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..text import shown_name
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
 from .inputs import Found, Result, add_image_arguments, run_batches
-from .loading import add_model_arguments, load_model, load_processor, shipped_checkpoint
+from .loading import add_draft_argument, add_model_arguments, load_model, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out, positive, print_csv_line, print_json_line, print_json_list
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
+    add_draft_argument(parser)
     parser.add_argument(
         "--labels",
         metavar="FILE",
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             f"found {len(names)}"
         )
     processor = load_processor(args.model, model.config, args.quiet)
+    processor.draft = processor.draft or args.draft
     if args.dask is not None:
         from ..cluster import Classify
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
 from .inputs import Result, add_image_arguments, check_output, failed, run_batches
-from .loading import add_model_arguments, config_of, load_processor
+from .loading import add_draft_argument, add_model_arguments, config_of, load_processor
 from .terminal import UsageError, note, out, positive
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
+    add_draft_argument(parser)
     add_cluster_arguments(parser)
 
 
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             reshape_hidden_states=False,
         )
     processor = load_processor(args.model, model.config, args.quiet)
+    processor.draft = processor.draft or args.draft
     if args.dask is not None:
         from ..cluster import Features
 

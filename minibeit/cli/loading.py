@@ -113,6 +113,15 @@ def check_head(model: str, task: str, fetched: bool = False) -> None:
     check_head(model, task, Loading(local_files_only=fetched))
 
 
+def add_draft_argument(parser: argparse.ArgumentParser) -> None:
+    """--draft, for commands that resize whole images."""
+    parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="decode large JPEGs at a half, a quarter or an eighth of their size: much faster, a little less exact",
+    )
+
+
 def load_processor(model: str, config: BeitConfig, quiet: bool = False) -> Any:
     """The image processor of a checkpoint that was loaded; where it has none, a plain one, described on stderr."""
     from ..file_names import PROCESSOR_NAME, beside

@@ -36,6 +36,7 @@ EXAMPLES = """\
 REPORTS = (".html", ".json", ".md")
 PRECISIONS = ("bfloat16", "float16", "int8")  # of `verify.low_precision`, which is imported when it computes
 PROBS = "*.attention.probs"
+NORMS, MIGRATED = "norms", "migrated"  # an entry in the metadata of traces of minibeit's int8
 BLOCK = 0.4  # share of patches hidden when a model of masked image modelling gets a random input
 
 
@@ -224,6 +225,8 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     library = args.yardstick or (args.against if args.against in ("torch", "timm") else None)
     yardstick = None if library is None else _pytorch(library, job, leave_out)
     first, notes = _pixels(args, job, trace)
+    if trace.metadata.get(NORMS) == MIGRATED if trace is not None else args.dtype == "int8":
+        job = _migrated(job)
     if not args.quiet:
         out(HEADER)
         if first is not None:
@@ -247,6 +250,15 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     _write_reports(args, report)
     out(verdict(report))
     return exit_code(args, report)
+
+
+def _migrated(job: Job) -> Job:
+    """The job of a model whose scales were moved from norms to weights, as minibeit's int8 moves them."""
+    from dataclasses import replace
+
+    from ..verify.low_precision import migrated_arrays
+
+    return replace(job, arrays=migrated_arrays(job.config, job.task, job.arrays))
 
 
 def exit_code(args: argparse.Namespace, report: Report) -> int:
@@ -326,7 +338,7 @@ def _save_trace(args: argparse.Namespace, job: Job) -> int:
         save_trace(args.save_trace, job, source.run, source.label, select)
     else:
         model = _model(args, job)
-        label = f"minibeit {model.ops.backend} {args.dtype}"
+        label, low = f"minibeit {model.ops.backend} {args.dtype}", _precision(args, None)
         save_trace(
             args.save_trace,
             job,
@@ -335,7 +347,7 @@ def _save_trace(args: argparse.Namespace, job: Job) -> int:
             select,
             host_dtype(args.dtype),
             model.ops.origin,
-            _precision(args, None),
+            {"precision": low, NORMS: MIGRATED} if low == "int8" else {"precision": low} if low else {},
         )
     out(f"wrote {args.save_trace}")
     return 0

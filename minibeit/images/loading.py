@@ -68,9 +68,9 @@ def load_image(
     return pixels_of(item, name, channels, input_data_format, value_range)
 
 
-def decoded(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[str, Any]:
+def decoded(item: Any, name: str, apply_exif_orientation: bool = True, needed: int | None = None) -> tuple[str, Any]:
     """(name for messages, PIL image with its pixels in memory, upright) of a path or PIL image; arrays as they are."""
-    return opened(item, name, apply_exif_orientation) if is_picture(item) else (name, item)
+    return opened(item, name, apply_exif_orientation, needed) if is_picture(item) else (name, item)
 
 
 def pixels_of(

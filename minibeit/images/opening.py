@@ -47,13 +47,16 @@ def is_picture(item: Any) -> bool:
     return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or _is_file(item)
 
 
-def opened(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[str, Image.Image]:
+def opened(
+    item: Any, name: str, apply_exif_orientation: bool = True, needed: int | None = None
+) -> tuple[str, Image.Image]:
     """(name for messages, PIL image with its pixels in memory) of anything that `is_picture`.
 
-    Raises ImageError, naming file or argument, as `read_picture` does.
+    Of the JPEGs among files and bytes with `needed` a half, a quarter or an eighth of the height and width is decoded,
+    if at least `needed` pixels are left of either.  Raises ImageError, naming file or argument, as `read_picture` does.
     """
     if isinstance(item, (str, os.PathLike)):
-        return str(item), read_picture(item, apply_exif_orientation)
+        return str(item), read_picture(item, apply_exif_orientation, needed)
     with _locks.of(item):
         if isinstance(item, Image.Image):
             return _loaded(item, name, apply_exif_orientation)
@@ -63,10 +66,12 @@ def opened(item: Any, name: str, apply_exif_orientation: bool = True) -> tuple[s
         if len(item) == 0:
             raise ImageError(f"{name}: expected an image, found no bytes")
         with reading(name), _open(io.BytesIO(item)) as image:
-            return name, _decoded(image, name, apply_exif_orientation)
+            return name, _decoded(image, name, apply_exif_orientation, needed)
 
 
-def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = True) -> Image.Image:
+def read_picture(
+    path: str | os.PathLike[str], apply_exif_orientation: bool = True, needed: int | None = None
+) -> Image.Image:
     """The decoded image of a file (of an animation the first frame), rotated upright according to its EXIF data.
 
     `path` may be a file:// URL.  Raises ImageError, naming the file, if it is missing, empty, truncated, no image, or a
@@ -84,7 +89,7 @@ def read_picture(path: str | os.PathLike[str], apply_exif_orientation: bool = Tr
         if file.stat().st_size == 0:
             raise ImageError(f"{name}: expected an image, found an empty file")
         with _open(file) as image:
-            return _decoded(image, name, apply_exif_orientation)
+            return _decoded(image, name, apply_exif_orientation, needed)
 
 
 def most_pixels() -> int:
@@ -132,8 +137,10 @@ def _open(source: Any) -> Image.Image:
         return Image.open(source)
 
 
-def _decoded(image: Image.Image, name: str, apply_exif_orientation: bool) -> Image.Image:
+def _decoded(image: Image.Image, name: str, apply_exif_orientation: bool, needed: int | None) -> Image.Image:
     _check_pixels(image, name)
+    if needed is not None:
+        image.draft(None, (needed, needed))
     image.load()
     vars(image).pop("_decoder", None)  # a WebP decoder holds two more frames
     return _upright(image) if apply_exif_orientation else image

@@ -15,6 +15,7 @@ from .transforms import LARGEST_RESULT
 
 LARGEST_EDGE = 1 << 16  # pixels
 MOST_CHANNELS = 1 << 12
+DRAFT = 2  # times as many pixels as are asked for, so that the filter of the resizing still has its say
 LARGEST_NUMBER = 1e6  # limit for factor, mean and standard deviation; the largest in use are 255
 
 _SIZE_KEYS = (
@@ -44,6 +45,7 @@ class ImageSettings:
     image_std: Any = (0.5, 0.5, 0.5)
     compat: str | None = None
     value_range: float | None = None
+    draft: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -80,6 +82,11 @@ class ImageSettings:
         """C of the model, from the lengths of mean and standard deviation; None if both are single numbers."""
         lengths = [len(v) for v in (self.image_mean, self.image_std) if isinstance(v, list)]
         return lengths[0] if lengths else None
+
+    @property
+    def needed(self) -> int | None:
+        """With `draft` how many pixels height and width of a decoded image need at least; None for all that it has."""
+        return DRAFT * max(self.size.values()) if self.draft and self.do_resize else None
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen, except for its own checks

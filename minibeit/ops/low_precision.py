@@ -15,7 +15,8 @@ the size of its map: transposed and 1x1 convolutions, and the parts of 3x3 ones 
   the scores to a factor of the result, and a token's largest score would take the levels of all others;
 - the patch embedding and the layers that make the outputs, 1 %: an error of the first goes through every block, one of
   the last stands in the result as it is (masked modelling's, with 8192 outputs, is 7 % and only picks the largest);
-- 3x3 convolutions of maps of full size: Winograd's algorithm saves the four products in five that int8 would, exactly.
+- 3x3 convolutions of maps of full size go by Winograd's algorithm, which saves three products in four, as int8 would;
+  for int8 its products are bfloat16, whose error it raises to that of an int8 layer.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class FullPart:
 
 
 @dataclass(frozen=True)
+class ShortPart(FullPart):
+    """The same with products of bfloat16 in Winograd's algorithm (see `short_winograd`)."""
+
+
+@dataclass(frozen=True)
 class LowConv:
     """A 3x3 convolution of maps of several sizes, the batch norm behind it folded in, and its ReLU.
 
@@ -89,7 +95,7 @@ class LowConv:
     maps are multiplied at their own size: their part is one layer (9 * out, in), tap after tap.
     """
 
-    parts: tuple[Any, ...]  # for each map: FullPart, or a layer of low precision
+    parts: tuple[Any, ...]  # for each map: FullPart, ShortPart, or a layer of low precision
     bias: Any  # (out,)
 
 
@@ -233,7 +239,7 @@ def lowered(
         if isinstance(node, FeaturePyramid):
             return _low_pyramid(node, make)
         if isinstance(node, UperHead):
-            return _low_head(node, make)
+            return _low_head(node, make, ShortPart if dtype == "int8" else FullPart)
         if isinstance(node, tuple):
             return tuple(map(walk, node))
         if dataclasses.is_dataclass(node):
@@ -256,7 +262,7 @@ def _low_pyramid(p: FeaturePyramid, make: Maker) -> FeaturePyramid:
     return dataclasses.replace(p, deconv1=first, deconv2=deconv(p.deconv2), deconv3=deconv(p.deconv3))
 
 
-def _low_head(p: UperHead, make: Maker) -> UperHead:
+def _low_head(p: UperHead, make: Maker, whole: type[FullPart]) -> UperHead:
     def conv_1x1(layer: Any) -> Any:
         if not isinstance(layer, ConvBatchNorm):
             return layer
@@ -271,12 +277,13 @@ def _low_head(p: UperHead, make: Maker) -> UperHead:
         shares = [weight[:, first : first + out] for first in range(0, channels, out)]
         taps = [share.transpose(2, 3, 0, 1).reshape(9 * out, -1) for share in shares[full:]]
         small = [make(Linear(matrix, None), np.tile(scale, 9)) for matrix in taps]
-        return LowConv((*(FullPart(share, scale) for share in shares[:full]), *small), bias)
+        return LowConv((*(whole(share, scale) for share in shares[:full]), *small), bias)
 
     return dataclasses.replace(
         p,
         psp_bottleneck=conv_3x3(p.psp_bottleneck, 0),
         lateral_convs=tuple(map(conv_1x1, p.lateral_convs)),
+        fpn_convs=tuple(conv_3x3(layer, 1) for layer in p.fpn_convs),
         fpn_bottleneck=conv_3x3(p.fpn_bottleneck, 1),
     )
 

@@ -27,6 +27,7 @@ from ..trace import Scope, Trace
 from .capture import Capture
 from .ecosystem import EcosystemMethods
 from .inputs import checked_mask, checked_pixels
+from .memory import check_call, check_weights
 
 Array = Any
 Self = TypeVar("Self", bound="BeitPreTrainedModel")
@@ -71,6 +72,7 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
         if prepared is not None:
             self.params = self._restored(prepared)
         else:
+            check_weights(config, self.task, self.ops.backend, self._itemsize)
             if arrays is None:
                 self._arrays = random_arrays(config, param_shapes(config, self.task), seed, host_dtype(dtype))
             self.params = self.ops.prepare(unflatten(shapes(config, self.task), self.arrays))
@@ -256,7 +258,13 @@ class BeitPreTrainedModel(EcosystemMethods, Generic[Output]):
         """Raises ValueError if the config does not suit the task."""
 
     def _pixels(self, pixel_values: Any) -> Array:  # -> (B, C, height, width)
-        return checked_pixels(self.ops, pixel_values, self.config, self.dtype)
+        pixels = checked_pixels(self.ops, pixel_values, self.config, self.dtype)
+        check_call(self.config, self.task, pixels.shape, self.ops.backend, self._itemsize)
+        return pixels
+
+    @property
+    def _itemsize(self) -> int:
+        return 8 if self.dtype == "float64" else 4
 
     def _mask(self, bool_masked_pos: Any, pixels: Array) -> Array | None:  # -> (B, P)
         gh, gw = patch_grid(pixels, self.config)

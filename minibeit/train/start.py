@@ -16,6 +16,7 @@ from ..file_names import PROCESSOR_NAME, beside
 from ..hub import resolve
 from ..image_processor import BeitImageProcessor
 from ..loading_options import FETCHED
+from ..machine import available_memory
 from ..ops import get_ops
 from ..params import flatten, param_shapes
 from ..tasks.image_classification import BeitForImageClassification
@@ -187,16 +188,6 @@ def memory_needed(config: BeitConfig, average: bool, recompute: bool, task: str)
         height, width = config.image_shape
         kept += 4 * (HEAD_MAPS * D * 16 * gh * gw + SCORE_MAPS * config.num_labels * height * width)
     return Need(4 * numbers * (6 if average else 5), kept + passing + pixels)
-
-
-def available_memory() -> int | None:
-    """The bytes that can be had without swapping; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return None
 
 
 def check_memory(

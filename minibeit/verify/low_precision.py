@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..config import BeitConfig
+from ..ops.low_precision import migrated
 from ..ops.table import ARITHMETIC, names_of
-from ..params import Attention, ConvBatchNorm, LayerNorm
+from ..params import Attention, ConvBatchNorm, LayerNorm, flatten, shapes, unflatten
 from .float64_model import float32_model
 
 HALVES = ("bfloat16", "float16")
@@ -66,6 +67,14 @@ def imitation(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], p
     changed = {name: wrap(name, getattr(model.ops, name), precision, stored) for name in names}
     model.ops = SimpleNamespace(**{**vars(model.ops), **changed})
     return model
+
+
+def migrated_arrays(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters with scales moved from norms to weights as minibeit's int8 moves them: the same function, to the
+    bit, but other numbers between a norm and the products after it."""
+    params = unflatten(shapes(config, task), arrays)
+    blocks = tuple(migrated(block) for block in params.beit.encoder)
+    return dict(flatten(replace(params, beit=replace(params.beit, encoder=blocks))))
 
 
 def _rounded(x: Any, precision: str) -> Any:

@@ -141,7 +141,7 @@ def save_trace(
     select: str | tuple[str, ...] = "*",
     dtype: str = "float32",
     origins: Mapping[str, str] | None = None,
-    precision: str | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> None:
     """Runs `run(trace)` and writes every array that `select` names as it comes: none is kept in memory.
 
@@ -153,8 +153,7 @@ def save_trace(
     entries = {INPUT + name: (array.dtype.name, array.shape) for name, array in job.inputs.items()}
     entries |= {name: (dtype, shape) for name, shape in shapes.items()}
     with atomic_write(path) as file:
-        facts = provenance(job, made_by, origins) | ({} if precision is None else {"precision": precision})
-        start = file.write(_header(entries, facts))
+        start = file.write(_header(entries, provenance(job, made_by, origins) | dict(facts or {})))
         offsets = _offsets(entries)
         for array in job.inputs.values():
             file.write(np.ascontiguousarray(array).data)

@@ -246,6 +246,7 @@ FMA_CHAINS = Arguments(operands=(), numbers=("steps",))  # multiply-adds in each
 
 # The pool -----------------------------------------------------------------------------------------------------------
 
+SCHED_YIELD, TICK_COUNT = "sched_yield", "GetTickCount64"  # on Windows the first is a name for SwitchToThread
 SHARES = 64  # of a job's tasks, one for each thread; further threads begin with another one's
 HEADER = 4  # int64 numbers before the arguments in a job's record: function, tasks, threads, how many arguments
 

@@ -117,7 +117,7 @@ def alone() -> Iterator[None]:
     place = folder()
     with ExitStack() as stack:
         if place is not None:
-            with suppress(OSError):
+            with suppress(OSError, ImportError):  # a system without locks of files
                 _wait_for(stack.enter_context(open(place / "lock", "ab", opener=_open_own)).fileno())
         yield
 

@@ -6,7 +6,9 @@ import math
 import os
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from ...machine import GROUPS, MEMBERSHIP, control_groups
 
 
 def usable_cpus() -> int:
@@ -18,33 +20,16 @@ def usable_cpus() -> int:
 
 @lru_cache(maxsize=1)
 def _own_quota() -> float | None:
-    return cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return cpu_quota()
 
 
-def cpu_quota(membership: Path, root: Path) -> float | None:
+def cpu_quota(membership: Path = MEMBERSHIP, root: Path = GROUPS) -> float | None:
     """CPUs that the control groups of this process and those around them pay for; None if that is not limited.
 
-    `membership` is a file like /proc/self/cgroup, `root` a folder like /sys/fs/cgroup.  Version 2 has one hierarchy and
-    `cpu.max` ("max 100000" or "150000 100000"); version 1 one for each controller and `cpu.cfs_quota_us` (-1: none).
+    Version 2 has `cpu.max` ("max 100000" or "150000 100000"), version 1 `cpu.cfs_quota_us` (-1: none).
     Source: the Linux kernel's Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
     """
-    quotas: list[float] = []
-    try:
-        lines = membership.read_text().splitlines()
-    except (OSError, ValueError):
-        return None
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            mounts = [root, root / "unified"]
-        elif "cpu" in controllers.split(","):
-            mounts = [root / controllers, root / "cpu"]
-        else:
-            continue
-        group = PurePosixPath(path.lstrip("/"))
-        for folder in (group, *group.parents):  # within a container some of them are not to be seen
-            quotas += [quota for mount in mounts for quota in _quota(mount / folder)]
+    quotas = [quota for group in control_groups("cpu", membership, root) for quota in _quota(group)]
     return min(quotas, default=None)
 
 

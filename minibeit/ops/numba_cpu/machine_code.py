@@ -21,7 +21,7 @@ from typing import Any
 from llvmlite import binding as llvm
 
 from . import cache
-from .arguments import Arguments
+from .arguments import SCHED_YIELD, TICK_COUNT, Arguments
 from .target import target_machine
 
 _lock = threading.RLock()  # one thread loads or compiles
@@ -51,6 +51,8 @@ class Kernel:
         """The address of the machine code: in memory, from disk, or compiled now."""
         with _lock:
             if not self._address:
+                if sys.platform == "win32":
+                    _name_functions_of_windows()
                 engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
                 engine.add_object_file(llvm.ObjectFileRef.from_data(self._code()))
                 engine.finalize_object()
@@ -96,6 +98,16 @@ class Kernel:
             from .kernels.compiler import compile_kernel
 
             return compile_kernel(getattr(import_module(self.module), self.name), self.name, self.arity)
+
+
+def _name_functions_of_windows() -> None:
+    """Tells LLVM where kernels find what they call; elsewhere it finds the C library by itself.
+
+    SwitchToThread takes nothing and returns an int, as sched_yield does.
+    """
+    system = ctypes.windll.kernel32  # type: ignore[attr-defined, unused-ignore]
+    for name, function in ((SCHED_YIELD, system.SwitchToThread), (TICK_COUNT, system.GetTickCount64)):
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
 
 
 @contextmanager

@@ -17,14 +17,14 @@ from .pack import PackedLinear
 from .packed import Packed
 from .spread import PackedLowTaps, PackedTaps, convolve_enlarged, enlarge_into
 from .target import LANES, NR, STEPS
-from .winograd import After, PackedWinograd, convolve
+from .winograd import After, PackedShortWinograd, PackedWinograd, convolve
 
 
 @dataclass(frozen=True)
 class PackedConv(Packed):
     """A 3x3 convolution with folded batch norm, in parts that each read their own share of the input channels."""
 
-    parts: tuple[PackedWinograd | PackedTaps | PackedLowTaps, ...]
+    parts: tuple[PackedWinograd | PackedShortWinograd | PackedTaps | PackedLowTaps, ...]
     bias: np.ndarray  # (out,)
     source: Any = None
 
@@ -68,7 +68,7 @@ def conv_3x3(maps: Sequence[np.ndarray], layer: PackedConv, size: tuple[int, int
     y = padded((maps[0].shape[0], *size, layer.out))
     for i, (x, part) in enumerate(zip(maps, layer.parts, strict=True)):
         bias, cut = layer.bias if i == 0 else None, relu and i == len(maps) - 1
-        if isinstance(part, PackedWinograd):
+        if isinstance(part, (PackedWinograd, PackedShortWinograd)):
             same_size = x if x.shape[2:] == size else resize(x, size)
             convolve(to_channels_last(same_size), part, bias, After(cut), y)
         else:

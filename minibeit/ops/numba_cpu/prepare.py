@@ -24,7 +24,7 @@ from ...params import (
     UperHead,
 )  # fmt: skip
 from ..folding import fold
-from ..low_precision import LOW, FullPart, LowConv, LowDeconv
+from ..low_precision import LOW, FullPart, LowConv, LowDeconv, ShortPart
 from .convs import pack_conv
 from .low_precision import PackedLow, pack_low, pack_low_deconv
 from .maps import PackedConv, PackedDeconv
@@ -34,7 +34,7 @@ from .pack import PackedLinear, pack_matrix, padded_bias
 from .packed import Packed
 from .spread import PackedLowTaps, PackedTaps, pack_low_taps, pack_taps
 from .target import LANES, NR
-from .winograd import PackedWinograd, pack_winograd
+from .winograd import PackedShortWinograd, PackedWinograd, pack_short_winograd, pack_winograd
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,12 @@ def _pack_low_conv(layer: LowConv, keep_source: bool) -> Any:
     out = len(layer.bias)
     if out % NR or out % LANES:
         return layer
-    parts: list[PackedWinograd | PackedLowTaps] = [
-        pack_winograd(part.weight, part.scale) if isinstance(part, FullPart) else pack_low_taps(part, out)
+    parts: list[PackedWinograd | PackedShortWinograd | PackedLowTaps] = [
+        pack_low_taps(part, out)
+        if not isinstance(part, FullPart)
+        else pack_short_winograd(part.weight, part.scale)
+        if isinstance(part, ShortPart)
+        else pack_winograd(part.weight, part.scale)
         for part in layer.parts
     ]
     return PackedConv(tuple(parts), aligned_copy(layer.bias), layer if keep_source else None)

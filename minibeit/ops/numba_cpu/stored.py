@@ -25,8 +25,9 @@ _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a weight
 
 
 def _layout(dtype: str) -> str:
-    route = {"int8": int8_route, "bfloat16": bfloat16_route}.get(dtype)
-    return LAYOUT if route is None else f"{LAYOUT}, {dtype} for {route().name}"
+    routes = {"int8": (int8_route, bfloat16_route), "bfloat16": (bfloat16_route,)}.get(dtype, ())
+    names = " and ".join(route().name for route in routes)
+    return f"{LAYOUT}, {dtype} for {names}" if names else LAYOUT
 
 
 def dump(params: Any) -> tuple[str, dict[str, np.ndarray]]:

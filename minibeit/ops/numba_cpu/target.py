@@ -25,12 +25,17 @@ declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
 @dataclass(frozen=True)
 class Tile:
-    """Register tile of the matrix product: `rows` x (`vectors` * `lanes`) accumulators, all held in registers."""
+    """Register tile of the matrix product: `rows` x (`vectors` * `lanes`) accumulators, all held in registers.
+
+    `unroll` is how many steps of the sum one round of the loop does: where registers are left over for what LLVM loads
+    early, more save instructions; where none are, it would spill accumulators.
+    """
 
     name: str
     rows: int
     vectors: int
     lanes: int
+    unroll: int = 4
 
     @property
     def columns(self) -> int:
@@ -69,7 +74,7 @@ def choose_tile() -> Tile:
     if "vfmadd" in text:
         return Tile("avx2", rows=6, vectors=2, lanes=8)  # 12 accumulators of 16 registers
     if "fmla" in text:
-        return Tile("neon", rows=12, vectors=2, lanes=4)  # 24 accumulators of 32 registers
+        return Tile("neon", rows=6, vectors=4, lanes=4, unroll=1)  # 24 accumulators of 32 registers, 10 more values
     return Tile("portable", rows=4, vectors=2, lanes=4)  # 8 accumulators of 16 registers, multiply and add apart
 
 

@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ...checkpoint.formats.lazy_tensors import float32_to_bfloat16
 from .arguments import PLAIN, POINTS, PRODUCT, TRANSFORM_INPUT, TRANSFORM_OUTPUT, TRANSFORM_WEIGHT
 from .gemm import panel_group, run_products
+from .low_arguments import COLUMNS, bfloat16_route
+from .low_precision import PackedLow, level_rows, run_low
 from .machine_code import Kernel
 from .memory import NOTHING, Operand, aligned, constant_operand, operand, result
 from .operands import scalar
@@ -37,6 +40,21 @@ class PackedWinograd(Packed):
     @property
     def channels(self) -> int:
         return self.panels.shape[2]
+
+
+@dataclass(frozen=True)
+class PackedShortWinograd(Packed):
+    """The same with products of bfloat16: the panels of the 36 products, one after another."""
+
+    products: PackedLow  # `out` and `width` are those of one
+
+    @property
+    def channels(self) -> int:
+        return self.products.width
+
+    @property
+    def out(self) -> int:
+        return self.products.out
 
 
 @dataclass(frozen=True)
@@ -70,9 +88,27 @@ def pack_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd:
     return PackedWinograd(panels, out)
 
 
+def pack_short_winograd(weight: np.ndarray, scale: np.ndarray) -> PackedWinograd | PackedShortWinograd:
+    """The same for products of bfloat16; of float32 on a CPU that does not multiply such numbers."""
+    whole, route = pack_winograd(weight, scale), bfloat16_route()
+    if route.name != "vdpbf16ps":
+        return whole
+    points, count, channels, _ = whole.panels.shape
+    steps = -(-channels // route.elements)
+    panels = aligned((points * count, steps, NR, route.elements), np.uint16)
+    columns = aligned((points * count, COLUMNS, NR))
+    if not isinstance(weight, Hollow):
+        columns[...] = 0
+        for panel, packed in zip(whole.panels.reshape(-1, channels, NR), panels):
+            pairs = np.zeros((steps * route.elements, NR), np.uint16)
+            pairs[:channels] = float32_to_bfloat16(panel)
+            packed[...] = pairs.reshape(steps, route.elements, NR).transpose(0, 2, 1)
+    return PackedShortWinograd(PackedLow(panels, columns, whole.out, channels))
+
+
 def convolve(
     x: np.ndarray,
-    layer: PackedWinograd,
+    layer: PackedWinograd | PackedShortWinograd,
     bias: np.ndarray | None,
     after: After,
     y: np.ndarray,
@@ -87,13 +123,13 @@ def convolve(
     chunk = min(_CHUNK, total)
     v, tiles_in, _ = result((POINTS, chunk, C))
     m, tiles_out, _ = result((POINTS, chunk, layer.out))
-    panels, zeros = constant_operand(layer.panels), constant_operand(padded_bias(None, layer.out))
+    zeros = constant_operand(padded_bias(None, layer.out))
     source, target, addend = operand(x), operand(y), NOTHING if bias is None else constant_operand(bias)
     residual: Operand = NOTHING
     strides: tuple[int, ...] = (0, 0, 0)
     if after.residual is not None:
         residual, strides = operand(after.residual), after.residual.strides[:3]
-    group = panel_group(layer.panels.shape[1], POINTS)
+    group = panel_group(-(-layer.out // NR), POINTS)
     for first in range(0, total, chunk):
         tiles = min(chunk, total - first)
         run(
@@ -107,14 +143,22 @@ def convolve(
             ),
             (POINTS + 6) * _VECTOR,
         )  # fmt: skip
-        run_products(
-            POINTS,
-            PRODUCT.operands(x=tiles_in, panels=panels, bias=zeros, y=tiles_out, scale=NOTHING, residual=NOTHING),
-            x_bytes=v.strides[1], count=tiles, steps=C, out=layer.out, y_bytes=m.strides[1], mode=PLAIN,
-            residual_bytes=0, side=1, blocks=1, group=group, unit=MR, y_unit_bytes=0, x_product_bytes=v.strides[0],
-            y_pair_bytes=2 * m.strides[0], y_odd_bytes=m.strides[0], panel_bytes=C * NR * 4, steps_per_sum=STEPS,
-            accumulate=0,
+        numbers: dict[str, Any] = dict(
+            mode=PLAIN, y_bytes=m.strides[1], side=1, blocks=1, group=group, unit=MR, y_unit_bytes=0,
+            y_pair_bytes=2 * m.strides[0], y_odd_bytes=m.strides[0],
         )  # fmt: skip
+        if isinstance(layer, PackedShortWinograd):
+            short, _, short_bytes = level_rows(v, layer.products)
+            rows_here = short, tiles, short_bytes
+            run_low(POINTS, rows_here, layer.products, tiles_out, x_product_bytes=chunk * short_bytes, **numbers)
+        else:
+            panels = constant_operand(layer.panels)
+            run_products(
+                POINTS,
+                PRODUCT.operands(x=tiles_in, panels=panels, bias=zeros, y=tiles_out, scale=NOTHING, residual=NOTHING),
+                x_bytes=v.strides[1], count=tiles, steps=C, out=layer.out, residual_bytes=0,
+                x_product_bytes=v.strides[0], panel_bytes=C * NR * 4, steps_per_sum=STEPS, accumulate=0, **numbers,
+            )  # fmt: skip
         run(
             _transform_output,
             tiles,

@@ -9,7 +9,8 @@ import numpy as np
 
 from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from ..activations import gelu
-from ..low_precision import LOW, FullPart, LowConv, LowDeconv, low_linear
+from ..low_precision import LOW, FullPart, LowConv, LowDeconv, ShortPart, low_linear
+from ..short_winograd import short_conv
 from .arrays import concatenate
 
 
@@ -66,6 +67,8 @@ def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:  # (B, C, h
     """max(0, batch norm(conv(x)))."""
     if isinstance(layer, LOW):
         return np.maximum(_on_pixels(x, layer), 0)
+    if isinstance(layer, LowConv):
+        return _low_conv_resized([x], layer, (x.shape[2], x.shape[3]))
     y = batch_norm(conv2d(x, layer.conv), layer.bn)
     return np.maximum(y, 0, out=y)
 
@@ -93,7 +96,9 @@ def _low_conv_resized(maps: Sequence[np.ndarray], layer: LowConv, size: tuple[in
     y = np.zeros((maps[0].shape[0], out, h, w), maps[0].dtype)
     for x, part in zip(maps, layer.parts, strict=True):
         if isinstance(part, FullPart):
-            y += conv2d(resize_bilinear(x, size), Conv(part.weight * part.scale[:, None, None, None], None))
+            weight, same_size = part.weight * part.scale[:, None, None, None], resize_bilinear(x, size)
+            short = isinstance(part, ShortPart)
+            y += short_conv(same_size, weight) if short else conv2d(same_size, Conv(weight, None))
             continue
         taps = _on_pixels(x, part)
         for tap in range(9):

@@ -9,8 +9,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core.compiler_lock import global_compiler_lock
 
+from ..arguments import SCHED_YIELD, TICK_COUNT
+
 # What machine code may ask of the process that loads it: these, and nothing of Python or numba.
-_EXTERNAL = ("llvm.", "memcpy", "memmove", "memset", "sched_yield", "clock_gettime")
+_EXTERNAL = ("llvm.", "memcpy", "memmove", "memset", "clock_gettime", SCHED_YIELD, TICK_COUNT)
 
 
 @global_compiler_lock
@@ -19,6 +21,15 @@ def compile_kernel(function: Callable[..., object], name: str, arity: int) -> by
 
     Exceptions and allocations are not for kernels: raises RuntimeError for one that would call Python or numba.
     """
+    library = linked(function, name, arity)
+    library.get_pointer_to_function(name)  # makes the machine code
+    _, _, (code, _) = library.serialize_using_object_code()
+    return code
+
+
+@global_compiler_lock
+def linked(function: Callable[..., object], name: str, arity: int) -> Any:
+    """numba's library of that kernel, optimised, before there is machine code."""
     options = {"error_model": "numpy", "fastmath": {"contract"}, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     signature = types.void(*[types.intp] * arity)
     (compiled,) = njit(signature, **options)(function).overloads.values()
@@ -31,9 +42,7 @@ def compile_kernel(function: Callable[..., object], name: str, arity: int) -> by
     for used in library._final_module.functions:
         if used.is_declaration and not used.name.startswith(_EXTERNAL):
             raise RuntimeError(f"kernel {name} calls {used.name}, which is not there when it runs")
-    library.get_pointer_to_function(name)  # makes the machine code
-    _, _, (code, _) = library.serialize_using_object_code()
-    return code
+    return library
 
 
 def _c_function(context: Any, compiled: Any, name: str, arity: int) -> ir.Module:

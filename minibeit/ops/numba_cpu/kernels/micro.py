@@ -11,10 +11,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..target import LANES, MR, TILE
-from .vector import F32, FLOATS, I32, I64, fma_ir, pointer, splat_ir, vector_intrinsic
+from .vector import F32, FLOATS, I32, I64, fma_ir, loop_ir, pointer, splat_ir, vector_intrinsic
 
 VECTORS = TILE.vectors
-_UNROLL = 4  # steps of the sum in one round of the loop
 _NEAR = 8  # steps: by then a row of B has come from the second-level cache to the first
 
 
@@ -62,29 +61,6 @@ FLOAT32 = Arithmetic(
 )
 
 
-def _emit_loop(builder, name, count, values, body):
-    """`values` after `count` times values = body(values), count >= 0; leaves the builder behind the loop."""
-    entry, loop, after = builder.block, builder.append_basic_block(name), builder.append_basic_block(f"after_{name}")
-    builder.cbranch(builder.icmp_signed(">", count, _const(0)), loop, after)
-    builder.position_at_end(loop)
-    left = builder.phi(I64)
-    left.add_incoming(count, entry)
-    carried = [builder.phi(value.type) for value in values]
-    results = body(carried)
-    following, end = builder.sub(left, _const(1)), builder.block
-    left.add_incoming(following, end)
-    builder.cbranch(builder.icmp_signed(">", following, _const(0)), loop, after)
-    for phi, value, result in zip(carried, values, results):
-        phi.add_incoming(value, entry)
-        phi.add_incoming(result, end)
-    builder.position_at_end(after)
-    finals = [builder.phi(value.type) for value in values]
-    for phi, value, result in zip(finals, values, results):
-        phi.add_incoming(value, entry)
-        phi.add_incoming(result, end)
-    return finals
-
-
 def _emit_sums(builder, rows, vectors, kind, a, lda, b, steps, ahead, ahead_step, touch, touch_bytes):
     """Accumulators of A @ B for `rows` rows and `vectors` vectors of columns, row after row.
 
@@ -121,7 +97,7 @@ def _emit_sums(builder, rows, vectors, kind, a, lda, b, steps, ahead, ahead_step
         return body
 
     values = [ahead, b, *starts] + [ir.Constant(kind.sums, None)] * (rows * vectors)
-    rounds, rest = builder.sdiv(steps, _const(_UNROLL)), builder.srem(steps, _const(_UNROLL))
+    rounds, rest = builder.sdiv(steps, _const(TILE.unroll)), builder.srem(steps, _const(TILE.unroll))
     part = builder.sdiv(rounds, _const(rows))
     more = builder.sub(rounds, builder.mul(part, _const(rows)))
 
@@ -129,11 +105,11 @@ def _emit_sums(builder, rows, vectors, kind, a, lda, b, steps, ahead, ahead_step
         touch_here, first, *others = carried
         for byte in range(0, row_bytes, 64):
             _emit_prefetch(builder, builder.add(touch_here, _const(byte)), 3, 1)
-        others = _emit_loop(builder, f"steps_{rows}", builder.add(part, first), others, several(_UNROLL))
+        others = loop_ir(builder, f"steps_{rows}", builder.add(part, first), others, several(TILE.unroll))
         return [builder.add(touch_here, touch_bytes), _const(0), *others]
 
-    _, _, *values = _emit_loop(builder, f"parts_{rows}", _const(rows), [touch, more, *values], one_part)
-    return _emit_loop(builder, f"last_steps_{rows}", rest, values, several(1))[2 + len(starts) :]
+    _, _, *values = loop_ir(builder, f"parts_{rows}", _const(rows), [touch, more, *values], one_part)
+    return loop_ir(builder, f"last_steps_{rows}", rest, values, several(1))[2 + len(starts) :]
 
 
 def _emit_tile(

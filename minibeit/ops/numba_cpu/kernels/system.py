@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from ..arguments import SCHED_YIELD, TICK_COUNT
 from ..target import target
 from .vector import I32, I64, pointer, vector_intrinsic
 
 _X86 = target()[0].startswith(("x86_64", "amd64", "i386", "i686"))
 _ARM = target()[0].startswith(("aarch64", "arm64"))
+_WINDOWS = "windows" in target()[0]
 # Round to nearest, no trap, and no flush to zero: what a thread begins with.  MXCSR of x86, FPCR of ARM.
 DEFAULT_FLOAT_MODE = 0x1F80 if _X86 else 0
 
@@ -25,17 +26,18 @@ def _declare(builder, name, result, *arguments):
 def _emit_pause(builder):
     if _X86:
         builder.call(_declare(builder, "llvm.x86.sse2.pause", ir.VoidType()), [])
+    elif _ARM:  # its yield does nothing on most CPUs; a barrier of instructions takes some 20 ns, as x86's pause does
+        builder.call(_declare(builder, "llvm.aarch64.isb", ir.VoidType(), I32), [ir.Constant(I32, 15)])
 
 
 def _emit_yield(builder):
-    if os.name == "posix":
-        builder.call(_declare(builder, "sched_yield", I32), [])
+    builder.call(_declare(builder, SCHED_YIELD, I32), [])
 
 
 def _emit_clock(builder):
-    """Nanoseconds of the clock of `time.monotonic`; 0 where the system has no `clock_gettime`."""
-    if os.name != "posix":
-        return ir.Constant(I64, 0)
+    """Nanoseconds of a clock that only goes forward; on Windows in steps of about 16 ms."""
+    if _WINDOWS:
+        return builder.mul(builder.call(_declare(builder, TICK_COUNT, I64), []), ir.Constant(I64, 1_000_000))
     place = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
     address = builder.ptrtoint(place, I64)
     function = _declare(builder, "clock_gettime", I32, I32, I64)

@@ -82,6 +82,30 @@ def polynomial_ir(builder: ir.IRBuilder, x: ir.Value, coefficients: tuple[float,
     return total
 
 
+def loop_ir(builder: ir.IRBuilder, name: str, count: ir.Value, values: Any, body: Any) -> list[ir.Value]:
+    """`values` after `count` times values = body(values), count >= 0; leaves the builder behind the loop."""
+    zero = ir.Constant(I64, 0)
+    entry, loop, after = builder.block, builder.append_basic_block(name), builder.append_basic_block(f"after_{name}")
+    builder.cbranch(builder.icmp_signed(">", count, zero), loop, after)
+    builder.position_at_end(loop)
+    left = builder.phi(I64)
+    left.add_incoming(count, entry)
+    carried = [builder.phi(value.type) for value in values]
+    results = body(carried)
+    following, end = builder.sub(left, ir.Constant(I64, 1)), builder.block
+    left.add_incoming(following, end)
+    builder.cbranch(builder.icmp_signed(">", following, zero), loop, after)
+    for phi, value, result in zip(carried, values, results):
+        phi.add_incoming(value, entry)
+        phi.add_incoming(result, end)
+    builder.position_at_end(after)
+    finals = [builder.phi(value.type) for value in values]
+    for phi, value, result in zip(finals, values, results):
+        phi.add_incoming(value, entry)
+        phi.add_incoming(result, end)
+    return finals
+
+
 def vector_intrinsic(argument_types, return_type, emit):
     """An intrinsic of fixed types from `emit(builder, *arguments)`."""
 
