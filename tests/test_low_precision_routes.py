@@ -103,3 +103,15 @@ def test_the_dot_product_of_arm_is_recognised_and_compiled(cpu, has):
     assert ("sdot" in assembly(low_arguments._DOT_OF_BYTES, triple, cpu)) == has
     if has:
         assert "sdot" in assembly(SDOT, triple, cpu)
+
+
+@pytest.mark.slow
+def test_the_kernel_is_compiled_for_arm(tmp_path):
+    """Every tile height has loops of its own: `sdot` in all of them, and no widened products."""
+    words = ["aarch64-unknown-linux-gnu", "neoverse-n1", str(tmp_path), "int8_product"]
+    done = subprocess.run([sys.executable, "tests/cross_compile.py", *words], cwd=ROOT, capture_output=True, text=True)
+    if "Unable to find target" in done.stderr or "No available targets" in done.stderr:
+        pytest.skip("this llvmlite cannot compile for ARM")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "int8_product.s").read_text()
+    assert text.count("sdot") > 100 and "smlal" not in text
