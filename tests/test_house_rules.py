@@ -37,7 +37,7 @@ LAYERS = [
     {"evaluate"},
     {"explorer"},
     {"verify", "bench"},
-    {"cli"},
+    {"cli", "cluster"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -226,7 +226,7 @@ def test_public_names_can_be_imported():
 
 
 def test_every_module_can_be_imported():
-    optional = {"torch", "transformers", "cupy", "jax", "flax", "huggingface_hub", "numba", "matplotlib"}
+    optional = {"torch", "transformers", "cupy", "jax", "flax", "huggingface_hub", "numba", "matplotlib", "distributed"}
     for path in FILES:
         parts = path.relative_to(ROOT).with_suffix("").parts
         if parts[-1] == "__main__":

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..text import shown_name
-from .inputs import Found, Result, add_image_arguments, find_images, run_batches
+from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
+from .inputs import Found, Result, add_image_arguments, run_batches
 from .loading import add_draft_argument, add_model_arguments, load_model, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out, positive, print_csv_line, print_json_line, print_json_list
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..config import BeitConfig
 
 HELP = "classify images: print the most probable labels"
@@ -22,6 +25,7 @@ Prints the labels with the highest scores for each image, in the order of the im
 
 A score is a probability: softmax over the classes, or in multi-label models the sigmoid of each class.  For regression
 it is the predicted number.  Images that cannot be read are named on stderr and skipped; the exit code is then 1.
+With --dask the labels are written to Parquet files instead.
 """
 EXAMPLES = """\
   minibeit classify photo.jpg --model microsoft/beit-base-patch16-224
@@ -29,6 +33,7 @@ EXAMPLES = """\
   minibeit classify 'shots/**/*.png' --model DIR --jsonl --top-k 1
   curl -s https://example.org/photo.jpg | minibeit classify - --model DIR
   minibeit classify cells/ --model DIR --labels names.txt
+  minibeit classify s3://bucket/photos/ --model DIR --dask tcp://scheduler:8786 --output labels/
 """
 SHIPPED = (
     "without --model the included model is used, which knows only handwritten digits; choose another, such as "
@@ -56,17 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--json", action="store_true", help="a JSON array of {file, predictions}, in full precision")
     form.add_argument("--jsonl", action="store_true", help="the same as JSON Lines, one object per image")
     form.add_argument("--csv", action="store_true", help=f"a CSV table: {', '.join(COLUMNS)}")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="with --dask: folder or address of the results")
+    add_cluster_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..tasks.image_classification import BeitForImageClassification
 
+    check_cluster_options(args, printing=("json", "jsonl", "csv"))
     if args.model is None:
         args.model = str(shipped_checkpoint())
         if not args.quiet:
             note(SHIPPED)
     names = None if args.labels is None else given_names(Path(args.labels))
-    found = find_images(args.images, args.recursive)
+    found = named_images(args)
     model = load_model(BeitForImageClassification, args)
     if names is None:
         names = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -77,6 +85,11 @@ def run(args: argparse.Namespace) -> int:
         )
     processor = load_processor(args.model, model.config, args.quiet)
     processor.draft = processor.draft or args.draft
+    if args.dask is not None:
+        from ..cluster import Classify
+
+        work = Classify(model, processor, args.batch_size, args.top_k, names)
+        return run_command(args, work, [entry.file for entry in found])
     results = run_batches(found, processor, lambda pixels: model(pixels).logits, args.batch_size, args.quiet)
     errors: list[str] = []
     rows = (_row(result, model.config, names, args.top_k, errors) for result in results)
@@ -111,21 +124,26 @@ def given_names(path: Path) -> list[str]:
     return values
 
 
-def _row(result: Result, config: BeitConfig, names: list[str], top_k: int, errors: list[str]) -> dict[str, Any]:
+def predictions(
+    logits: np.ndarray, problem: str | None, names: Sequence[str], top_k: int
+) -> list[dict[str, Any]]:  # (K,)
+    """Label, index, score and logit of the `top_k` classes with the highest scores, the highest first."""
     import numpy as np
 
     from ..scores import scores
 
+    values = scores(logits, problem)
+    best = np.argsort(-values, kind="stable")[:top_k]
+    return [
+        {"label": names[int(i)], "index": int(i), "score": float(values[i]), "logit": float(logits[i])} for i in best
+    ]
+
+
+def _row(result: Result, config: BeitConfig, names: list[str], top_k: int, errors: list[str]) -> dict[str, Any]:
     if result.error is not None:
         errors.append(result.error)
         return {"file": result.file, "error": result.error}
-    values = scores(result.value, config.problem_type)
-    best = np.argsort(-values, kind="stable")[:top_k]
-    predictions = [
-        {"label": names[int(i)], "index": int(i), "score": float(values[i]), "logit": float(result.value[i])}
-        for i in best
-    ]
-    return {"file": result.file, "predictions": predictions}
+    return {"file": result.file, "predictions": predictions(result.value, config.problem_type, names, top_k)}
 
 
 def _print_csv(rows: Iterable[dict[str, Any]]) -> None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from .inputs import check_finite, check_outputs
-from .loading import add_model_arguments, config_of, load_model, load_processor, load_tokenizer, made_for
+from .cluster import add_cluster_arguments, check_cluster_options
+from .loading import add_model_arguments, made_for
+from .measuring import CLASSIFICATION, MASKED, MEASURED, SEGMENTATION
 from .reports import (
     add_report_arguments,
     check_reports,
     print_classes,
     print_figures,
     print_notes,
-    reports,
     write_reports,
 )
 from .terminal import StatusLine, UsageError, note, positive
-from .views import add_view_arguments, config_changes, inference_of, processor_of, view_options
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ..config import BeitConfig
-    from ..evaluate.evaluation import Evaluation
+from .views import add_view_arguments, view_options
 
 HELP = "measure a model on labelled images"
 DESCRIPTION = """\
@@ -38,6 +31,7 @@ segmentation has images/ and annotations/ as ADE20K does, or is a folder of imag
 masked image modelling it is any folder or list of images, and --tokenizer says which tokens are to be predicted.
 Of data with a split, the held-out images are measured; of other data all, and a note says so.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
+With --dask the images are measured by the workers of a cluster, which must see DATA under the same path.
 """
 EXAMPLES = """\
   minibeit evaluate flowers/val --model flowers-beit --html report.html
@@ -45,8 +39,8 @@ EXAMPLES = """\
   minibeit evaluate ADEChallengeData2016/ --model DIR --slide --reduce-labels
   minibeit evaluate val/images/ --maps val/masks/ --model DIR --json numbers.json
   minibeit evaluate photos/val --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
+  minibeit evaluate imagenet/ --model DIR --dask local --workers 8 --output judged/
 """
-CLASSIFICATION, SEGMENTATION, MASKED = "image_classification", "semantic_segmentation", "masked_image_modeling"
 OWN = {
     CLASSIFICATION: ("crop_fraction", "labels"),
     SEGMENTATION: ("maps", "reduce_labels", "colours"),
@@ -88,12 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processor says)",
     )
     add_view_arguments(parser)
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="with --dask: folder or address of the results")
+    add_cluster_arguments(parser, workers=False)
+    parser.set_defaults(workers=None)  # threads that read, or with --dask local processes
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise UsageError("evaluate needs a checkpoint; give it with --model")
-    data = Path(args.data)
+    check_cluster_options(args, options=("threads", "shard_size", "output"))
+    data = Path(args.data if args.dask is None else os.path.abspath(args.data))  # workers may be in another folder
     _check_files(args)
     task = task_of(args.model)
     _check_options(args, task)
@@ -145,173 +143,6 @@ def _check_options(args: argparse.Namespace, task: str) -> None:
         from ..task_table import in_words
 
         raise UsageError(f"{strange[0]}: the checkpoint was made for {in_words(task)}, which has no such option")
-
-
-# Tasks ----------------------------------------------------------------------------------------------------------------
-
-
-def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
-    from ..evaluate.classification import evaluate_classification, pixels_of
-    from ..evaluate.imagenet import found_truth
-    from ..evaluate.labelled import labelled_images
-    from ..tasks.image_classification import BeitForImageClassification
-
-    config = config_of(args.model, fetched=True)  # by `task_of`
-    if args.crop_fraction is not None and config.image_shape[0] != config.image_shape[1]:
-        height, width = config.image_shape
-        raise UsageError(f"--crop-fraction: takes squares, but the model's images are {height} x {width} pixels")
-    labelled = labelled_images(data, config, None if args.labels is None else Path(args.labels))
-    truth = found_truth(data) if data.is_dir() else None
-    check_outputs(reports(args), [*(image.path for image in labelled.images), *([str(truth)] if truth else [])])
-    model = load_model(BeitForImageClassification, args, fetched=True)
-    processor = load_processor(args.model, model.config, args.quiet)
-    read = pixels_of(processor, args.crop_fraction, min(model.config.image_shape))
-    return evaluate_classification(
-        _logits(model),
-        labelled,
-        read,
-        batch_size=args.batch_size or 8,
-        **_facts(args, line, len(labelled.images), _preparation(processor) | _cropped(args, model.config.image_shape)),
-    )
-
-
-def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
-    import dataclasses
-
-    import numpy as np
-
-    from ..evaluate.maps import paired
-    from ..evaluate.segmentation import evaluate_segmentation
-    from ..evaluate.split import without_split
-    from ..sliding import SQUASH, segment
-    from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
-    from .segment import palette
-
-    pairs = paired(data, None if args.maps is None else Path(args.maps))
-    check_outputs(reports(args), [file for pair in pairs for file in (pair.path, pair.map)])
-    model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))
-    config = model.config
-    how = inference_of(args, config)
-    processor = processor_of(args, load_processor(args.model, config, args.quiet))
-    read_map = _map_reader(args, processor, config)
-    settings = {
-        **({"mode": how.mode, "flip": how.flip} if how.mode == SQUASH else dataclasses.asdict(how)),
-        "reduce_labels": read_map.reduce,
-        "feature_convention": config.feature_convention,
-        **_preparation(processor),
-    }
-    if how.mode != SQUASH:
-        settings.update(size={"shortest_edge": how.short_side}, filter="bilinear")
-    return evaluate_segmentation(
-        lambda image, shape: segment(_logits(model), processor, image, shape, how),
-        pairs,
-        [config.id2label[i] for i in range(config.num_labels)],
-        np.array(palette("auto", config.num_labels)),
-        read_map=read_map,
-        upright=processor.apply_exif_orientation,
-        seed=args.seed,
-        notes=without_split(data, pairs),
-        **_facts(args, line, len(pairs), settings),
-    )
-
-
-def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) -> Any:
-    """How label maps are read; a table of colours is brought into the order of the model's classes."""
-    import dataclasses
-
-    import numpy as np
-
-    from ..train.label_maps import MapReader, read_colours
-
-    if args.colours is None:
-        reduce = processor.do_reduce_labels if args.reduce_labels is None else args.reduce_labels
-        return MapReader(reduce=reduce)
-    if args.reduce_labels:
-        raise UsageError("--reduce-labels is for maps of numbers; in --colours what is no class is called 'ignored'")
-    table, numbers = read_colours(args.colours), {name: i for i, name in config.id2label.items()}
-    strays = [name for name in table.names if name not in numbers]
-    if strays:
-        raise UsageError(f"--colours {args.colours}: expected the model's classes, found {strays[0]!r} among them")
-    order = np.arange(256, dtype=np.uint8)  # 255, what is ignored, stays itself
-    order[: len(table.names)] = [numbers[name] for name in table.names]
-    return MapReader(dataclasses.replace(table, classes=order[table.classes]))
-
-
-def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
-    from ..evaluate.masked_modeling import evaluate_masked_modeling, unlabelled_images
-    from ..evaluate.split import without_split
-    from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
-
-    if not args.tokenizer:
-        raise UsageError("this checkpoint predicts visual tokens; say with --tokenizer what makes them")
-    images = unlabelled_images(data)
-    paths = [image.path for image in images]
-    check_outputs(reports(args), paths)
-    tokenizer = load_tokenizer(args, beside_model=True)
-    model = load_model(BeitForMaskedImageModeling, args, fetched=True)
-    processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
-    height, width = model.config.image_shape  # to which images are resized, whatever the processor says
-    seen = _preparation(processor) | {"size": {"height": height, "width": width}, "filter": "bicubic"}
-    seen.pop("crop_size", None)
-
-    def network(pixels: np.ndarray, **inputs: Any) -> Any:
-        output = model(pixels, **inputs)
-        check_finite(output.logits)
-        return output
-
-    return evaluate_masked_modeling(
-        network,
-        model.config,
-        processor,
-        tokenizer,
-        paths,
-        batch_size=args.batch_size or 8,
-        seed=args.seed,
-        notes=without_split(data, images),
-        **_facts(args, line, len(paths), {"tokenizer": args.tokenizer} | seen),
-    )
-
-
-MEASURED: dict[str, Callable[[argparse.Namespace, Path, StatusLine], Evaluation]] = {
-    CLASSIFICATION: _classification,
-    SEGMENTATION: _segmentation,
-    MASKED: _masked_modeling,
-}
-
-
-def _logits(model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda pixels: check_finite(model(pixels).logits)
-
-
-def _preparation(processor: Any) -> dict[str, Any]:
-    """What the image processor does, in short."""
-    from PIL.Image import Resampling
-
-    names = ("size", *(["crop_size"] if processor.do_center_crop else []), "image_mean", "image_std")
-    return {name: getattr(processor, name) for name in names} | {"filter": Resampling(processor.resample).name.lower()}
-
-
-def _cropped(args: argparse.Namespace, shape: tuple[int, int]) -> dict[str, Any]:
-    """What --crop-fraction puts in its place."""
-    if args.crop_fraction is None:
-        return {}
-    size = {"shortest_edge": int(min(shape) / args.crop_fraction)}
-    return {"crop_fraction": args.crop_fraction, "size": size, "crop_size": min(shape), "filter": "bicubic"}
-
-
-def _facts(args: argparse.Namespace, line: StatusLine, count: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What every task is given."""
-    from .. import __version__
-
-    return dict(
-        model=args.model,
-        data=args.data,
-        settings={**settings, "dtype": args.dtype, "minibeit": __version__},
-        workers=args.workers,
-        worst=args.worst,
-        draw=args.html is not None,
-        tell=lambda done: line.show(f"{done} of {count} images"),
-    )
 
 
 def _fraction(text: str) -> float:

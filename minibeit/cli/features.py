@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Result, add_image_arguments, check_output, failed, find_images, run_batches
+from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
+from .inputs import Result, add_image_arguments, check_output, failed, run_batches
 from .loading import add_draft_argument, add_model_arguments, config_of, load_processor
 from .terminal import UsageError, note, out, positive
 
@@ -23,10 +24,12 @@ Writes the output of a layer of the encoder, for search, clustering or a classif
 The file holds `features`, one row per image in the order of the images: (n, D), or with --pool none (n, N, D) with the
 CLS token first.  An .npz file also has `files`, `layer`, `pool` and `model`; a .safetensors file has them as metadata,
 `files` as a JSON list.  Images that cannot be read are named on stderr and have no row; the exit code is then 1.
+With --dask the output is a folder of Parquet files, where such images have a row that says why.
 """
 EXAMPLES = """\
   minibeit features photos/ --model microsoft/beit-base-patch16-224-pt22k --output features.npz
   minibeit features photos/ --model DIR --layer 8 --pool cls --output features.safetensors
+  minibeit features s3://bucket/photos/ --model DIR --dask tcp://scheduler:8786 --output features/
 """
 POOLS = ("mean", "cls", "none")
 SUFFIXES = (".safetensors", ".npz")
@@ -35,7 +38,10 @@ SUFFIXES = (".safetensors", ".npz")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image_arguments(parser)
     add_model_arguments(parser, "a checkpoint of any task, such as microsoft/beit-base-patch16-224-pt22k")
-    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="file to write: .safetensors or .npz")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", required=True,
+        help="file to write: .safetensors or .npz; with --dask a folder, or its address",
+    )  # fmt: skip
     parser.add_argument(
         "--layer",
         type=int,
@@ -51,18 +57,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-b", "--batch-size", type=positive, default=8, metavar="B", help="images per batch (default 8)"
     )
     add_draft_argument(parser)
+    add_cluster_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..tasks.backbone import BeitBackbone
 
+    check_cluster_options(args, options=("workers", "threads", "shard_size"))
     output = Path(args.output)
-    if output.suffix not in SUFFIXES:
+    if args.dask is None and output.suffix not in SUFFIXES:
         raise UsageError(f"--output: expected a file name ending in {' or '.join(SUFFIXES)}, found {args.output}")
     if not args.model:
         raise UsageError("features needs a checkpoint, of any task; name it with --model")
-    found = find_images(args.images, args.recursive)
-    check_output(output, [entry.file for entry in found], args.model)
+    found = named_images(args)
+    if args.dask is None:
+        check_output(output, [entry.file for entry in found], args.model)
     depth = config_of(args.model).num_hidden_layers
     if not -depth - 1 <= args.layer <= depth:
         raise UsageError(f"--layer: the model has hidden states 0 to {depth}, found {args.layer}")
@@ -81,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
         )
     processor = load_processor(args.model, model.config, args.quiet)
     processor.draft = processor.draft or args.draft
+    if args.dask is not None:
+        from ..cluster import Features
+
+        work = Features(model, processor, args.batch_size, args.pool)
+        return run_command(args, work, [entry.file for entry in found])
 
     def compute(pixels: np.ndarray) -> np.ndarray:
         return pooled(model(pixels).feature_maps[0], args.pool)

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 STDIN, STDIN_NAME = "-", "standard input"
 MOST_STDIN = 1 << 30  # bytes; a pipe may have no end
+SHARD_READERS = 1  # threads that read ahead for a shard on Dask, since each thread of a worker has a shard
 
 
 class Found:
-    """A file to read, or an argument that matches none and why.  `copy` is the path of an image from standard input."""
+    """A file to read, or an argument that matches none and why.
+
+    `copy` is the path of what came from elsewhere: standard input, or an address.
+    """
 
     def __init__(self, file: str, error: str | None = None, copy: str | None = None) -> None:
         self.file, self.error, self.copy = file, error, copy
@@ -35,7 +39,7 @@ class Found:
 
     def named(self, message: str) -> str:
         """A message about `source`, reworded with the name that the user gave."""
-        return message.replace(self.copy, STDIN_NAME) if self.copy else message
+        return message.replace(self.copy, STDIN_NAME if self.file == STDIN else self.file) if self.copy else message
 
 
 class Result(NamedTuple):
@@ -70,7 +74,7 @@ def find_images(words: Sequence[str], recursive: bool = False) -> list[Found]:
         elif os.path.lexists(word) or not glob.has_magic(word):
             found += _expand(word, recursive)
         else:
-            matches = sorted(glob.glob(word, recursive=True), key=_natural)
+            matches = sorted(glob.glob(word, recursive=True), key=natural)
             found += [entry for match in matches for entry in _expand(match, recursive)]
             if not matches:
                 found.append(Found(word, f"{word}: no file matches this pattern"))
@@ -120,11 +124,11 @@ def _expand(word: str, recursive: bool) -> list[Found]:
     if not files:
         hint = "" if recursive else "; --recursive also searches the folders within"
         return [Found(word, f"{word}: there is no image (.png, .jpg, ...) in this folder{hint}")]
-    return [Found(file) for file in sorted(files, key=_natural)]
+    return [Found(file) for file in sorted(files, key=natural)]
 
 
-def _natural(name: str) -> list[tuple[int, Any]]:
-    """Sorts page2 before page10."""
+def natural(name: str) -> list[tuple[int, Any]]:
+    """A key that sorts page2 before page10."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -137,8 +141,25 @@ def run_batches(
 ) -> Iterator[Result]:
     """The values of `compute` (from pixel values (B, C, H, W), one per image), for all files in order.
 
-    Threads read the images of the next batches while it computes.  An image that cannot be read or that the model
-    refuses is reported on stderr, and the rest continue.  Images of different shapes do not share a batch.
+    An image that cannot be read or that the model refuses is reported on stderr, and the rest continue.
+    """
+    for result in progress(results_of(found, processor, compute, batch_size), len(found), quiet):
+        if result.error is not None:
+            note(result.error)
+        yield result
+
+
+def results_of(
+    found: Iterable[Found],
+    processor: Any,
+    compute: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    workers: int | None = None,
+) -> Iterator[Result]:
+    """What `run_batches` yields, reported nowhere.
+
+    `workers` threads read the images of the next batches while it computes.  Images of different shapes do not share a
+    batch.
     """
     from ..images.ahead import computed
 
@@ -150,17 +171,22 @@ def run_batches(
         except ValueError as error:
             raise ValueError(entry.named(str(error))) from None
 
-    results = computed(found, read, lambda pixels: check_finite(compute(pixels)), batch_size)
-    for entry, value in progress(results, len(found), quiet):
-        yield failed(entry.file, value) if isinstance(value, ValueError) else Result(entry.file, value)
+    for entry, value in computed(found, read, lambda pixels: check_finite(compute(pixels)), batch_size, workers):
+        yield unusable(entry.file, value) if isinstance(value, ValueError) else Result(entry.file, value)
 
 
 def failed(file: str, error: Exception | str) -> Result:
     """Reports a file that could not be used on stderr, and returns its result."""
+    result = unusable(file, error)
+    note(str(result.error))
+    return result
+
+
+def unusable(file: str, error: Exception | str) -> Result:
+    """The result for a file that could not be used: one line, which names it."""
     message = one_line(error)
     if one_line(STDIN_NAME if file == STDIN else file) not in message:
         message = f"{one_line(file)}: {message}"
-    note(message)
     return Result(file, error=message)
 
 

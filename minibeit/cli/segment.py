@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
 from ..text import one_line, shown_name
 from . import results
-from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, failed, find_images
+from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
+from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, unusable
 from .loading import add_model_arguments, load_model, load_processor
-from .terminal import UsageError, out, positive, print_json_list, progress, table
+from .terminal import UsageError, note, out, positive, print_json_list, progress, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ Finds the class of every pixel.  For each image NAME it writes to the output fol
 
 and prints the shares.  A folder holds the results of one model; --overwrite replaces those of another.
 Images that cannot be read are named on stderr and skipped; the exit code is then 1.
+With --dask the shares are written to Parquet files in the folder's shards/, where such images have a row that says why.
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
@@ -42,6 +44,7 @@ EXAMPLES = """\
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
+SHARDS = "shards"  # with --dask, the folder of tables in that of the maps
 AHEAD = 2  # images that are read before they are computed
 
 
@@ -64,15 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="remove the results of another model from the folder")
     parser.add_argument("--json", action="store_true", help="print a JSON array instead of tables")
     parser.add_argument("-b", "--batch-size", type=positive, metavar="B", help="windows computed at a time (default 1)")
+    add_cluster_arguments(parser)
     add_view_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..cluster import is_address
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
 
     if not args.model:
         raise UsageError("segment needs a checkpoint of semantic segmentation; give it with --model")
-    found = find_images(args.images, args.recursive)
+    check_cluster_options(args, printing=["json"], options=("workers", "threads", "shard_size"))
+    found = named_images(args)
+    if is_address(args.output):
+        raise UsageError(f"--output: segment writes maps to a folder, found the address {args.output}")
     folder = Path(args.output)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output: {folder} is a file, expected a folder")
@@ -95,8 +103,15 @@ def run(args: argparse.Namespace) -> int:
         results.remove(labels)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     colours = palette(args.palette, model.config.num_labels)
+    if args.dask is not None:
+        from ..cluster import Segment
+
+        names = ({kind: str(path) for kind, path in paths.items()} for paths in outputs)
+        images = list(zip((entry.file for entry in found), names))
+        return run_command(args, Segment(model, processor, how.batch_size, how, colours, mark), images, SHARDS)
     errors: list[str] = []
-    rows = _segmented(list(zip(found, outputs)), model, processor, how, colours, mark, args.quiet, errors)
+    rows = segmented(zip(found, outputs), model, processor, how, colours, mark)
+    rows = _noted(progress(rows, len(found), args.quiet), errors)
     if args.json:
         print_json_list(rows)
     else:
@@ -124,40 +139,52 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
             kinds[kind] = ".png"
     if args.scores:
         kinds["scores"] = ".npz"
-    taken: set[str] = set()
+    taken: dict[str, int] = {}  # a name and the last number that was given to it
     outputs = []
     for entry in found:
-        stem, number = "stdin" if entry.file == STDIN else Path(entry.file).stem, 1
-        name = stem
+        stem = "stdin" if entry.file == STDIN else Path(entry.file).stem
+        name, number = stem, taken.get(stem.lower(), 1)
         while name.lower() in taken:
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.lower())
+        taken[stem.lower()] = number
+        taken.setdefault(name.lower(), 1)
         outputs.append({kind: Path(args.output) / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
     return outputs
 
 
-def _segmented(
-    work: list[tuple[Found, dict[str, Path]]],
+def _noted(rows: Iterator[dict[str, Any]], errors: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows; the errors among them are shown, and added to `errors`."""
+    for row in rows:
+        if "error" in row:
+            note(row["error"])
+            errors.append(row["error"])
+        yield row
+
+
+def segmented(
+    work: Iterable[tuple[Found, dict[str, Path]]],
     model: Any,
     processor: Any,
     how: Inference,
     colours: list[Colour],
     mark: str,
-    quiet: bool,
-    errors: list[str],
+    workers: int | None = None,
 ) -> Iterator[dict[str, Any]]:
+    """Writes the results of each image to its files; yields what they show, or why there are none.
+
+    Images are read ahead by `workers` threads.
+    """
     from ..images.ahead import read_ahead
 
-    pictures = read_ahead(work, lambda one: _read(one[0], processor), most=AHEAD)
-    for (entry, paths), picture in progress(zip(work, pictures), len(work), quiet):
+    read = read_ahead(work, lambda one: (*one, _read(one[0], processor)), workers, most=AHEAD)
+    for entry, paths, picture in read:
         try:
             if isinstance(picture, ValueError):
                 raise picture
             yield _segment(entry, picture, paths, model, processor, how, colours, mark)
         except ValueError as error:
-            result = failed(entry.file, entry.named(str(error)))
-            errors.append(str(result.error))
+            result = unusable(entry.file, entry.named(str(error)))
             yield {"file": result.file, "error": result.error}
 
 

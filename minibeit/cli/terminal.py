@@ -10,8 +10,8 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from ..text import LONGEST_NAME, csv_line, json_text, one_line, printable
@@ -92,6 +92,20 @@ def progress(items: Iterable[Item], count: int, quiet: bool) -> Iterator[Item]:
         yield from tqdm(items, total=count, file=sys.stderr, unit="file", leave=False)
     else:
         yield from tqdm(items, total=count, file=_Lines(), unit="file", mininterval=10.0)
+
+
+@contextmanager
+def counter(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr for images that are done in no order; yields what is told how many more are done."""
+    if quiet or total < MANY or sys.stderr is None:
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    stream, often = (sys.stderr, 0.1) if live else (_Lines(), 10.0)
+    with tqdm(total=total, file=stream, unit="image", leave=False, mininterval=often) as bar:
+        yield bar.update
 
 
 class _Lines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..metrics import mean_interval, ranks, wilson
 from .drawing import thumbnail
 from .evaluation import NUMBER, ClassRow, Evaluation, Figure, Worst
 from .labelled import Labelled, LabelledImages
-from .reading import Reader
+from .reading import Measured, Reader
 
 BICUBIC = 3  # Pillow's number
 Compute = Callable[[np.ndarray], np.ndarray]  # pixel values (B, C, H, W) -> logits (B, K)
@@ -69,16 +69,39 @@ def evaluate_classification(
     The `worst` mistakes, those of the largest loss, are shown, with `draw` drawn.  `tell` gets the number of
     images done after each batch.  `facts` are further fields of the `Evaluation`.
     """
-    started, done = time.monotonic(), 0
-    reader: Reader[Labelled] = Reader(labelled.images, lambda image: read(image.path), workers)
-    judged: list[Judged] = []
-    for images, pixels in reader.batches(batch_size):
-        logits = compute(pixels)
-        judged += judge(images, logits if labelled.outputs is None else logits[:, list(labelled.outputs)])
-        done += len(images)
-        tell(done)
+    started = time.monotonic()
+    measured = judged_images(
+        compute, labelled.images, labelled.outputs, read, batch_size=batch_size, workers=workers, tell=tell
+    )
     seconds = time.monotonic() - started
-    names = labelled.names
+    return classification_of(measured, labelled, worst=worst, draw=draw, seconds=seconds, **facts)
+
+
+def judged_images(
+    compute: Compute,
+    images: Sequence[Labelled],
+    outputs: Sequence[int] | None,
+    read: Callable[[Any], np.ndarray],
+    *,
+    batch_size: int = 8,
+    workers: int = 2,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Measured[Judged]:
+    """What `compute` says of some images, as in `evaluate_classification`; `outputs` as in `LabelledImages`."""
+    reader: Reader[Labelled] = Reader(images, lambda image: read(image.path), workers)
+    judged: list[Judged] = []
+    for batch, pixels in reader.batches(batch_size):
+        logits = compute(pixels)
+        judged += judge(batch, logits if outputs is None else logits[:, list(outputs)])
+        tell(len(judged))
+    return reader.measured(judged)
+
+
+def classification_of(
+    measured: Measured[Judged], labelled: LabelledImages, *, worst: int = 24, draw: bool = True, **facts: Any
+) -> Evaluation:
+    """The evaluation that the judgements of all images make, those in several places put together."""
+    judged, names = measured.records, labelled.names
     chosen = sorted((one for one in judged if one.rank), key=lambda one: -one.loss)[:worst]
     return Evaluation(
         task="image_classification",
@@ -89,9 +112,8 @@ def evaluate_classification(
         names=names,
         confusions=_confusions(judged),
         worst=tuple(_shown(one, names, draw) for one in chosen),
-        left_out=tuple(reader.left_out),
+        left_out=tuple(measured.left_out),
         notes=labelled.notes,
-        seconds=seconds,
         **facts,
     )
 

@@ -21,7 +21,7 @@ from ..train.recipes import PRETRAINING
 from ..train.splits import held_out_folders, images_in
 from .drawing import thumbnail
 from .evaluation import NUMBER, Evaluation, Figure, Worst
-from .reading import AHEAD, Reader
+from .reading import AHEAD, Measured, Reader
 from .split import held_out
 
 RECIPE = PRETRAINING["base-1k"]  # of which the share of masked patches is used, 75 of 196
@@ -81,6 +81,25 @@ def evaluate_masked_modeling(
     Raises ValueError for a tokenizer with another number of tokens.
     """
     started = time.monotonic()
+    measured = predicted_images(
+        network, config, processor, tokenizer, paths, batch_size=batch_size, workers=workers, tell=tell
+    )
+    seconds = time.monotonic() - started
+    return masked_modeling_of(measured, config, worst=worst, draw=draw, seed=seed, seconds=seconds, **facts)
+
+
+def predicted_images(
+    network: Callable[..., Any],
+    config: BeitConfig,
+    processor: BeitImageProcessor,
+    tokenizer: Any,
+    paths: Sequence[str],
+    *,
+    batch_size: int = 8,
+    workers: int = 2,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Measured[Predicted]:
+    """What `network` says of the masked patches of some images, as in `evaluate_masked_modeling`."""
     objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, config, tokenizer)
 
     def read(path: str) -> Any:
@@ -95,7 +114,20 @@ def evaluate_masked_modeling(
         logits = network(batch.pixels, **batch.inputs).logits  # (n, V), of the masked patches, image by image
         found += _judged([path for path, _ in group], logits, batch.targets[batch.mask], batch.mask)
         tell(len(found))
-    seconds = time.monotonic() - started
+    return reader.measured(found)
+
+
+def masked_modeling_of(
+    measured: Measured[Predicted],
+    config: BeitConfig,
+    *,
+    worst: int = 24,
+    draw: bool = True,
+    seed: int = 0,
+    **facts: Any,
+) -> Evaluation:
+    """The evaluation that what was predicted of all images makes, those in several places put together."""
+    found = measured.records
     chosen = sorted(found, key=lambda one: -one.loss / one.masked)[:worst]
     return Evaluation(
         task="masked_image_modeling",
@@ -104,8 +136,7 @@ def evaluate_masked_modeling(
         classes=(),
         unit="patches",
         worst=tuple(_shown(one, config.grid, draw) for one in chosen),
-        left_out=tuple(reader.left_out),
-        seconds=seconds,
+        left_out=tuple(measured.left_out),
         **facts,
     )
 

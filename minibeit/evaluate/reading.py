@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -11,14 +12,28 @@ from ..errors import ImageError
 from ..images.ahead import read_ahead
 
 Item = TypeVar("Item")
+Record = TypeVar("Record")
 AHEAD = 2  # batches that are read before they are asked for
 
 
+@dataclass(frozen=True)
+class Measured(Generic[Record]):
+    """What was found of each image that could be used, and of the others their paths and a sentence each."""
+
+    records: list[Record]
+    lost: list[str]
+    left_out: list[str]
+
+
 class Reader(Generic[Item]):
-    """Reads `items` by `workers` threads, in their order; `left_out` collects a sentence for each that cannot be."""
+    """Reads `items`, paths or what has a path, by `workers` threads, in their order.
+
+    `lost` collects the paths of those that cannot be read, `left_out` a sentence for each.
+    """
 
     def __init__(self, items: Sequence[Item], read: Callable[[Item], Any], workers: int) -> None:
         self.items, self.read, self.workers = items, read, workers
+        self.lost: list[str] = []
         self.left_out: list[str] = []
 
     def each(self, most: int = AHEAD) -> Iterator[tuple[Item, Any]]:
@@ -26,6 +41,7 @@ class Reader(Generic[Item]):
         results = read_ahead(self.items, self._tried, self.workers, most)
         for item, result in zip(self.items, results):
             if isinstance(result, _Refused):
+                self.lost.append(getattr(item, "path", str(item)))
                 self.left_out.append(result.reason)
             else:
                 yield item, result
@@ -48,6 +64,10 @@ class Reader(Generic[Item]):
             read.append(one)
         if read:
             yield items, read
+
+    def measured(self, records: list[Record]) -> Measured[Record]:
+        """What was found of what was read, beside what could not be."""
+        return Measured(records, self.lost, self.left_out)
 
     def _tried(self, item: Item) -> Any:
         try:

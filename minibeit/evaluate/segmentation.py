@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..train.label_maps import MapReader, Pair
 from .drawing import overlay, thumbnail
 from .evaluation import ClassRow, Evaluation, Figure, Worst, triples
 from .maps import check_classes, read_pair
-from .reading import Reader
+from .reading import Measured, Reader
 
 Segment = Callable[[Any, tuple[int, int]], np.ndarray]  # image, (H, W) -> class numbers (H, W)
 NO_CLASS = -1
@@ -54,21 +55,75 @@ def evaluate_segmentation(
     Raises ValueError for maps with numbers that are no class.
     """
     started = time.monotonic()
+    gallery = Gallery(names, colours, worst, draw)
+    measured = segmented_images(
+        segment, pairs, len(names), read_map=read_map, upright=upright, workers=workers, seen=gallery.see, tell=tell
+    )
+    seconds = time.monotonic() - started
+    return segmentation_of(measured, names, colours, gallery.worst, seed=seed, notes=notes, seconds=seconds, **facts)
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """The confusion matrix of one image, as (true class, predicted class, count) of each entry that is not 0."""
+
+    path: str
+    entries: tuple[tuple[int, int, int], ...]
+
+    def confusion(self, classes: int) -> np.ndarray:  # -> (K, K)
+        """The matrix."""
+        matrix = np.zeros((classes, classes), np.int64)
+        for true, predicted, count in self.entries:
+            matrix[true, predicted] = count
+        return matrix
+
+
+def segmented_images(
+    segment: Segment,
+    pairs: Sequence[Pair],
+    classes: int,
+    *,
+    read_map: MapReader = BY_NUMBER,
+    upright: bool = True,
+    workers: int = 2,
+    seen: Callable[[Segmented, Any, np.ndarray, np.ndarray], None] = lambda found, image, truth, predicted: None,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Measured[Segmented]:
+    """What `segment` says of some images, as in `evaluate_segmentation`; `seen` is called for each while it is there.
+
+    Its arguments: what was found, the PIL image, and the true and the predicted classes (H, W).
+    """
     reader: Reader[Pair] = Reader(pairs, lambda pair: read_pair(pair, read_map, upright), workers)
-    confusion = np.zeros((len(names), len(names)), np.int64)
-    counts: list[np.ndarray] = []
-    gallery: list[Worst] = []
+    done: list[Segmented] = []
     for pair, (image, labels) in reader.each():
-        check_classes(pair, labels, len(names), read_map)
+        check_classes(pair, labels, classes, read_map)
         predicted = segment(image, (image.height, image.width))
         truth = np.where(labels == IGNORED_LABEL, NO_CLASS, labels.astype(np.int64))
-        found = confusion_matrix(truth, predicted, len(names), NO_CLASS)
-        confusion += found
-        counts.append(areas(found))
-        gallery = _with(gallery, pair, image, truth, predicted, counts[-1], names, colours, worst, draw)
-        tell(len(counts))
-    seconds = time.monotonic() - started
-    figures, rows = _figures(np.array(counts).reshape(-1, 3, len(names)), names, seed)
+        found = Segmented(pair.path, triples(confusion_matrix(truth, predicted, classes, NO_CLASS)))
+        seen(found, image, truth, predicted)
+        done.append(found)
+        tell(len(done))
+    return reader.measured(done)
+
+
+def segmentation_of(
+    measured: Measured[Segmented],
+    names: Sequence[str],
+    colours: np.ndarray,
+    worst: Sequence[Worst],
+    *,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+    **facts: Any,
+) -> Evaluation:
+    """The evaluation that what was found of all images makes, those in several places put together."""
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    counts = np.zeros((len(measured.records), 3, len(names)), np.int64)
+    for own, found in zip(counts, measured.records):
+        matrix = found.confusion(len(names))
+        confusion += matrix
+        own[:] = areas(matrix)
+    figures, rows = _figures(counts, names, seed)
     entries = sorted(triples(confusion), key=lambda entry: -entry[2])
     seen = {row.index for row in rows}
     return Evaluation(
@@ -79,11 +134,10 @@ def evaluate_segmentation(
         unit="pixels",
         names=tuple(names),
         confusions=tuple(entries[:MOST_CONFUSIONS]),
-        worst=tuple(gallery),
+        worst=tuple(worst),
         legend=tuple((names[i], (int(r), int(g), int(b))) for i in sorted(seen) for r, g, b in (colours[i],)),
-        left_out=tuple(reader.left_out),
+        left_out=tuple(measured.left_out),
         notes=(*notes, *_cut(len(entries))),
-        seconds=seconds,
         **facts,
     )
 
@@ -118,28 +172,26 @@ def share(name: str, value: Any, interval: np.ndarray) -> Figure:  # interval (2
     return Figure(name, float(value), float(interval[0]), float(interval[1]))
 
 
-def _with(
-    gallery: list[Worst],
-    pair: Pair,
-    image: Any,
-    truth: np.ndarray,
-    predicted: np.ndarray,
-    counts: np.ndarray,
-    names: Sequence[str],
-    colours: np.ndarray,
-    most: int,
-    draw: bool,
-) -> list[Worst]:
-    """The gallery with an image in its place if it is among the `most` of lowest mIoU."""
-    score = float(mean_of_known(class_iou(counts)))
-    if most < 1 or np.isnan(score) or (len(gallery) == most and score >= gallery[-1].score):
-        return gallery
-    missed = counts[1] - counts[0]
-    largest = int(missed.argmax())
-    share = missed[largest] / max(counts[1].sum(), 1)
-    text = f"mIoU {score:.1%}; most missed: {names[largest]}, {share:.1%} of the area"
-    shown = Worst(pair.path, text, score, _drawn(image, truth, predicted, colours) if draw else ())
-    return sorted([*gallery, shown], key=lambda one: one.score)[:most]
+class Gallery:
+    """The `most` images of lowest mIoU, the lowest first, with `draw` drawn in the colours (K, 3) of the classes."""
+
+    def __init__(self, names: Sequence[str], colours: np.ndarray, most: int, draw: bool) -> None:
+        self.names, self.colours, self.most, self.draw = names, colours, most, draw
+        self.worst: list[Worst] = []
+
+    def see(self, found: Segmented, image: Any = None, truth: Any = None, predicted: Any = None) -> None:
+        """Puts an image in its place if it is one of them; its arguments are as in `segmented_images`."""
+        counts = areas(found.confusion(len(self.names)))
+        score = float(mean_of_known(class_iou(counts)))
+        if self.most < 1 or np.isnan(score) or (len(self.worst) == self.most and score >= self.worst[-1].score):
+            return
+        missed = counts[1] - counts[0]
+        largest = int(missed.argmax())
+        part = missed[largest] / max(counts[1].sum(), 1)
+        text = f"mIoU {score:.1%}; most missed: {self.names[largest]}, {part:.1%} of the area"
+        drawn = _drawn(image, truth, predicted, self.colours) if self.draw else ()
+        self.worst = sorted([*self.worst, Worst(found.path, text, score, drawn)], key=lambda one: one.score)
+        del self.worst[self.most :]
 
 
 def _drawn(

@@ -98,7 +98,8 @@ def int8_route() -> Route:
 @lru_cache(maxsize=1)
 def bfloat16_route() -> Route:
     """The fastest way to sums of products of bfloat16 that the target has."""
-    fast = not _is_arm() and _emits(_DOT_OF_PAIRS, "zmm") and _emits(_TO_BFLOAT16, "vcvtneps2bf16")
+    knows = llvm.llvm_version_info[0] >= 20  # those of numba before 0.62 end the process over a vector of bfloat16
+    fast = knows and not _is_arm() and _emits(_DOT_OF_PAIRS, "zmm") and _emits(_TO_BFLOAT16, "vcvtneps2bf16")
     return _BFLOAT16["vdpbf16ps" if fast else "widened"]
 
 
