@@ -109,8 +109,9 @@ def test_threads_leave_the_warnings_filters_alone(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_does_not_wait_for_what_is_being_read():
     script = """
-import time
+import signal, time
 from minibeit import read_ahead
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it deaf to Ctrl-C
 def read(item):
     if item == 0:
         print("reading", flush=True)

@@ -21,8 +21,8 @@ FOLDER = HOME / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 LARGEST = 800_000  # bytes of a notebook, whose figures have twice the pixels that they are shown with
 SECONDS = 600
-# Their notebooks are built on a quiet machine only (05 measures speed): exercises and finer figures wait for that.
-WAITING = {"05_from_loops_to_the_roof", "07_pretraining_in_miniature"}
+# It measures speed, so its notebook is built on a quiet machine only: exercises and finer figures wait for that.
+WAITING = {"05_from_loops_to_the_roof"}
 
 
 @pytest.fixture(scope="module")
