@@ -26,6 +26,7 @@ if not numba_cpu.COMPILED:
 from minibeit.ops.numba_cpu import low_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
+KNOWS_BFLOAT16 = llvm.llvm_version_info[0] >= 20  # the LLVM of numba 0.62 and later
 x86_only = pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 CPUs")
 
 # CPU that numba is told to compile for -> (the routes, what the host must have to run them)
@@ -53,7 +54,10 @@ ASK = "from minibeit.ops.numba_cpu.low_arguments import *; print(int8_route().na
 @x86_only
 @pytest.mark.parametrize("cpu", ROUTES)
 def test_the_route_follows_the_cpu(cpu):
-    assert python(ASK, cpu).split() == list(ROUTES[cpu][:2])
+    if cpu == "znver4" and not KNOWS_BFLOAT16:
+        pytest.skip("the LLVM of this numba does not know that CPU")
+    int8, bfloat16, _ = ROUTES[cpu]
+    assert python(ASK, cpu).split() == [int8, bfloat16 if KNOWS_BFLOAT16 else "widened"]
 
 
 def test_this_cpu_takes_the_instructions_that_it_says_it_has():
@@ -66,7 +70,8 @@ def test_this_cpu_takes_the_instructions_that_it_says_it_has():
         assert low_arguments.int8_route().name == "sdot"
     else:
         assert low_arguments.int8_route().name == "pairs"
-    assert (low_arguments.bfloat16_route().name == "vdpbf16ps") == bool(features.get("avx512bf16"))
+    fast = KNOWS_BFLOAT16 and bool(features.get("avx512bf16"))
+    assert (low_arguments.bfloat16_route().name == "vdpbf16ps") == fast
 
 
 @pytest.mark.slow
