@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,18 @@ def cluster():
 def start(words: list[str], **options) -> subprocess.Popen:
     command = [sys.executable, "-m", "minibeit", *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, **options)
+    # A shell starts what runs behind it deaf to Ctrl-C, and its children with it.
+    with hearing_ctrl_c():
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+@contextmanager
+def hearing_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def shards(folder: Path) -> set[str]:
