@@ -38,9 +38,10 @@ def draw_training(made: Draw, hf: Any) -> Training:
     """How to train the model of `draw`, from its seed."""
     rng = np.random.default_rng([made.seed, 17])
     training = Training(recompute=bool(rng.random() < 0.4))
-    if made.model_type == "beit" and rng.random() < 0.7:
-        training.noise = Noise(made.seed, int(rng.integers(1000)), int(rng.integers(5)))
     B = len(made.arrays["pixel_values"])
+    if made.model_type == "beit" and rng.random() < 0.7:
+        step, first = int(rng.integers(1000)), int(rng.integers(5))
+        training.noise = Noise(made.seed, step, tuple(range(first, first + B)))
     training.batch_statistics = made.task in ("semantic_segmentation", "backbone") and B > 1 and rng.random() < 0.6
     L = made.settings["num_hidden_layers"]
     choices = [
