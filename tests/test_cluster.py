@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import ENVIRONMENT, HOME, NAMES, run, save, save_pictures
+from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures
 
 from minibeit import BeitBackbone, BeitForImageClassification, BeitImageProcessor, CheckpointError
 
@@ -322,10 +322,11 @@ def test_without_the_extra_one_sentence_names_it(capsys, tmp_path, checkpoint, i
         (["evaluate", "--shard-size", "2"], "--shard-size goes with --dask"),
         (["classify", "--dask", "tcp://h:1", "--workers", "2", "-o", "out"], "this cluster has workers of its own"),
         (["segment", "--dask", "local", "-o", "s3://b/x"], "segment writes maps to a folder"),
-        (["classify", "--dask", "local", "-o", "setup.cfg"], "is a file, expected a folder"),
+        (["classify", "--dask", "local", "-o", "notes.txt"], "is a file, expected a folder"),
     ],
 )
-def test_options_that_do_not_go_together(capsys, checkpoint, words, said, monkeypatch):
-    monkeypatch.chdir(HOME)
+def test_options_that_do_not_go_together(capsys, tmp_path, checkpoint, words, said, monkeypatch):
+    (tmp_path / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, words[0], "images", "-m", checkpoint, *words[1:])
     assert code == 2 and said in err and err.count("\n") == 1
