@@ -143,18 +143,19 @@ class Tape:
         return self._note(backward, args, {}, None, made)
 
     def backward(
-        self, out: Node | tuple[Node, ...], cotangent: Any, final: Callable[[Node], None] = lambda node: None
+        self, out: Node | tuple[Node, ...], cotangent: Any, final: Callable[[Node], None] | None = None
     ) -> None:
         """Puts its gradient into every node that `out` depends on.  A tape is played once: it frees what it passes.
 
         `final(node)` is called for every watched array that was used, once nothing more will be added to its gradient,
         which is None if `out` does not depend on it.
         """
-        uses = self._first_uses()
+        uses = {} if final is None else self._first_uses()
         accumulate(out, cotangent)
         while self.calls:
             self._play(self.calls.pop())
             for node in uses.get(len(self.calls), ()):
+                assert final is not None
                 final(node)
 
     def _play(self, call: Call) -> None:

@@ -174,11 +174,11 @@ def train(
     from ..train.state import Stopped
 
     ranks: Ranks = args.ranks
-    size = max(map(len, ranks.shares(min(recipe.batch_size, len(objective.train)))))
+    shares = list(map(len, ranks.shares(min(recipe.batch_size, len(objective.train)))))
     if isinstance(model, BeitPreTrainedModel):
-        pieces = min(args.accumulate, size)
+        pieces = min(args.accumulate, *shares)
         taken = bool(recipe.average), args.recompute, model.task, objective.smallest_piece, ranks.on_host
-        say(check_memory(model.config, size, pieces, *taken))
+        say(check_memory(model.config, max(shares), pieces, *taken))
     learned = parameters_learned(model, frozen)
     if not learned:
         raise UsageError("--freeze: nothing is left to be learned")

@@ -91,11 +91,13 @@ def value_and_grad(
     return Gradients(float(values(made)), grads, plain, running)
 
 
-def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | None) -> Callable[[Node], None]:
+def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | None) -> Callable[[Node], None] | None:
+    if ready is None:
+        return None
     names = {leaf: name for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
 
     def final(node: Node) -> None:
-        if ready is not None and node.gradient is not None:
+        if node.gradient is not None:
             node.gradient = ready(names[node], node.gradient)
 
     return final

@@ -200,11 +200,11 @@ class Trainer:
         rate = self.rate(state.step)
         early = None if self.recipe.clip or self.sums is not None else EarlyStep(self.optimizer, rate)
         found = self._learned(batch, early)
-        grads, norm = clipped(found.grads, self.recipe.clip or math.inf) if early is None else (found.grads, early.norm)
+        grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
+        norm = norm if early is None else early.norm
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
             raise NotFinite(self._sentence(self._first_not_finite(found, batch)))
-        if early is None:
-            self.optimizer.step(grads, rate)
+        self.optimizer.step(grads, rate)  # of which an early step has left nothing
         if self.average is not None:
             self.average.update()
         state.step += 1
@@ -217,17 +217,16 @@ class Trainer:
 
     def _learned(self, batch: Batch, early: EarlyStep | None = None) -> Learned:
         """What a batch teaches, of which `batch` is this rank's share: computed in pieces, summed over the ranks."""
+        if self.sums is None:
+            return self._learned_of(batch, self.rows, 1.0, early)
         terms = max(float(self.ranks.total(np.array([float(self.objective.terms(batch))]))[0]), 1.0)
-        if self.sums is not None:
-            self.sums.begin()
+        self.sums.begin()
         parts = []
         for rows in np.array_split(np.arange(len(batch)), self.pieces):
             piece = batch.rows(rows) if self.pieces > 1 else batch
-            share = self.objective.terms(piece) / terms if self.sums is not None else 1.0
-            ready = early if self.sums is None else functools.partial(self.sums.add, last=rows[-1] == len(batch) - 1)
-            parts.append(self._learned_of(piece, self.rows[rows], share, ready))
-        if self.sums is not None:
-            self.sums.end()
+            ready = functools.partial(self.sums.add, last=rows[-1] == len(batch) - 1)
+            parts.append(self._learned_of(piece, self.rows[rows], self.objective.terms(piece) / terms, ready))
+        self.sums.end()
         sums = np.sum([(part.loss, part.right, part.answers) for part in parts], axis=0)
         loss, right, answers = self.ranks.total(sums).tolist()
         return Learned(loss, parts[-1].grads, right, int(answers))

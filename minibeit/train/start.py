@@ -173,6 +173,7 @@ class Need:
 def memory_needed(config: BeitConfig, average: bool, recompute: bool, task: str) -> Need:
     """Weights, gradients, two moments, temporaries of a step, and the arrays that the backward needs, in float32.
 
+    At the most: where nothing needs them all, each gradient is dropped at once (see `EarlyStep`).
     The numbers of arrays that a block keeps and passes were measured on the NumPy backend, rounded up.  With
     `recompute` one block keeps them at a time, and every block its input.
     """
@@ -233,4 +234,4 @@ def parameters_learned(model: Any, frozen: Sequence[str]) -> int:
 
     named = flatten(model.plain_params)
     left_out = matching(named, frozen)
-    return sum(array.size for name, array in named.items() if name not in left_out)
+    return sum(array.size for name, array in named.items() if name not in left_out and ".running_" not in name)

@@ -85,8 +85,8 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
                     f"the position bias is rounded to {dtype}",
                     attend(table=half(table, dtype)),
                 )
-        good_context, good_probs = reference.attention(q, k, v, bias, return_probs=True)
         if not probs:
+            good_context, good_probs = reference.attention(q, k, v, bias, return_probs=True)
             split = good_context.reshape(B, N, H, d)
             yield "heads are joined in the order (d, H) instead of (H, d)", split.swapaxes(2, 3).reshape(B, N, -1)
             yield (
@@ -95,8 +95,8 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
             )
             yield "the heads are in reverse order", split[:, :, ::-1].reshape(B, N, -1)
             for dtype in ROUNDED:
-                rounded = (half(good_probs, dtype) @ v).transpose(0, 2, 1, 3).reshape(B, N, -1)
-                yield f"the probabilities are rounded to {dtype}", rounded
+                joined = (half(good_probs, dtype) @ v).transpose(0, 2, 1, 3).reshape(B, N, -1)
+                yield f"the probabilities are rounded to {dtype}", joined
         for dtype in ROUNDED:
             context, p = reference.attention(half(q, dtype), half(k, dtype), half(v, dtype), bias, return_probs=True)
             yield f"queries, keys and values are rounded to {dtype}", p if probs else context

@@ -15,7 +15,7 @@ from ..params import LayerNorm
 from . import attention_mistakes, known_mistakes
 from .float64_model import Call
 from .known_mistakes import Guess
-from .low_precision import half
+from .low_precision import stored_as
 from .slices import SliceError
 
 EXPLAINED = 0.01  # of the error may be left by a mistake that is named as the cause
@@ -145,10 +145,8 @@ def _tried(
 
 
 def _stored(found: np.ndarray) -> Iterator[Guess]:
-    if found.size >= 16:
-        for dtype in ("bfloat16", "float16"):
-            if np.array_equal(half(found, dtype), found):
-                yield f"every value is a {dtype} number: the result was stored in half precision", found
+    if (dtype := stored_as(found)) is not None:
+        yield f"every value is a {dtype} number: the result was stored in half precision", found
 
 
 def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[Guess]:

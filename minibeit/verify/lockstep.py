@@ -21,7 +21,7 @@ from .engine_arithmetic import draws
 from .float64_model import Call, Log, float32_model, truth_model
 from .informative import blind_spots, sentence
 from .judging import Row, judge
-from .low_precision import HALVES, half, imitation, stored_as
+from .low_precision import HALVES, half, imitations, stored_as
 from .release_memory import Unused
 from .streams import RunSource, Source, Stream
 from .trace_names import trace_shapes
@@ -170,9 +170,10 @@ class _Run:
         self.log = Log()
         truth = truth_model(job.config, job.task, job.arrays)
         replayed = truth_model(job.config, job.task, job.arrays, self.log)
-        single = free = float32_model(job.config, job.task, job.arrays)
-        if precision is not None:
-            single, free = (imitation(job.config, job.task, job.arrays, precision, stored) for stored in (False, True))
+        if precision is None:
+            single = free = float32_model(job.config, job.task, job.arrays)
+        else:
+            single, free = imitations(job.config, job.task, job.arrays, precision)
         self.truth = _stream(job, truth, names)
         self.replay = _stream(job, replayed, names)  # the truth's ops on the candidate's arrays
         self.replay32 = _stream(job, single, names)  # NumPy's float32 ops on the candidate's arrays

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..config import BeitConfig
-from ..ops.low_precision import migrated
+from ..ops.low_precision import migrated, rounded
 from ..ops.table import ARITHMETIC, names_of
 from ..params import Attention, ConvBatchNorm, LayerNorm, flatten, shapes, unflatten
 from .float64_model import float32_model
@@ -37,9 +37,7 @@ def half(x: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).astype(np.float64)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    bits = bits + 0x7FFF + ((bits >> 16) & 1) & np.uint32(0xFFFF0000)
-    return bits.view(np.float32).astype(np.float64).reshape(x.shape)
+    return rounded(x.astype(np.float32)).astype(np.float64)
 
 
 def int8(x: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -57,14 +55,21 @@ def stored_as(x: np.ndarray) -> str | None:
     return next((dtype for dtype in HALVES if np.array_equal(half(x, dtype), x)), None)
 
 
-def imitation(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], precision: str, stored: bool) -> Any:
-    """A NumPy model that computes in one of PRECISIONS; with `stored`, 16-bit results are rounded as well."""
-    if precision in HALVES:
-        arrays = {name: _rounded(array, precision) for name, array in arrays.items()}
-    model = float32_model(config, task, arrays)
-    wrap = _halved if precision in HALVES else _quantised
-    names = names_of(ARITHMETIC) if precision in HALVES else QUANTISED
-    changed = {name: wrap(name, getattr(model.ops, name), precision, stored) for name in names}
+def imitations(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], precision: str) -> tuple[Any, Any]:
+    """Two NumPy models that compute in one of PRECISIONS; of 16 bits the second rounds the results of ops as well."""
+    if precision not in HALVES:
+        model = float32_model(config, task, arrays)
+        return (_with_ops(model, {name: _quantised(name, getattr(model.ops, name)) for name in QUANTISED}),) * 2
+    arrays = {name: _rounded(array, precision) for name, array in arrays.items()}
+    made = []
+    for stored in (False, True):
+        model = float32_model(config, task, arrays)
+        changed = {name: _halved(name, getattr(model.ops, name), precision, stored) for name in names_of(ARITHMETIC)}
+        made.append(_with_ops(model, changed))
+    return made[0], made[1]
+
+
+def _with_ops(model: Any, changed: Mapping[str, Callable[..., Any]]) -> Any:
     model.ops = SimpleNamespace(**{**vars(model.ops), **changed})
     return model
 
@@ -88,11 +93,10 @@ def _rounded(x: Any, precision: str) -> Any:
 
 def _halved(name: str, op: Callable[..., Any], precision: str, stored: bool) -> Callable[..., Any]:
     """An op on rounded arrays; parameters are rounded before, once."""
+    run = _eager_attention(precision) if name == "attention" else op
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(_rounded(arg, precision) for arg in args)
-        run = _eager_attention(precision) if name == "attention" else op
-        result = run(*args, **kwargs)
+        result = run(*(_rounded(arg, precision) for arg in args), **kwargs)
         return _rounded(result, precision) if stored else result
 
     return call
@@ -121,7 +125,7 @@ def _eager_attention(precision: str) -> Callable[..., Any]:
     return attention
 
 
-def _quantised(name: str, op: Callable[..., Any], precision: str, stored: bool) -> Callable[..., Any]:
+def _quantised(name: str, op: Callable[..., Any]) -> Callable[..., Any]:
     """An op whose products are of integers: weights by output channel, inputs by array."""
 
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
