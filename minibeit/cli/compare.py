@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .inputs import STDIN, Found, check_finite, find_images
 from .loading import check_head, config_of, load_processor, made_for
@@ -52,8 +51,7 @@ FEATURES = "features"
 MOST_PRINTED = 10  # of the worst images
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One of the two: a checkpoint, and how it is computed; None for what was not said."""
 
     model: str
@@ -63,7 +61,7 @@ class Side:
 
     def options(self) -> dict[str, Any]:
         """What was said, as `from_pretrained` takes it."""
-        return {name: value for name, value in asdict(self).items() if value is not None and name != "model"}
+        return {name: value for name, value in self._asdict().items() if value is not None and name != "model"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from ..evaluate.page import OF_TWO_MODELS
 
     sides = sides_of(args)

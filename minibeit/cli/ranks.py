@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -15,7 +14,6 @@ from .terminal import UsageError
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 FIRST_SPEAKS = 1.0  # seconds that the others wait with an error, which is usually that of the first as well
-MOST_WORKERS = 8
 
 
 def started() -> int:
@@ -32,6 +30,7 @@ def rank() -> int:
 
 def join(args: argparse.Namespace) -> None:
     """Sets `args.ranks`, and what follows from it: the first alone speaks, and those on one machine share its cores."""
+    from ..images.ahead import MOST_WORKERS
     from ..ops.numba_cpu.cpus import usable_cpus
     from ..train.ranks import Ranks
 
@@ -50,6 +49,8 @@ def join(args: argparse.Namespace) -> None:
     if args.workers is None:
         args.workers = min(MOST_WORKERS, ranks.cores(os.cpu_count() or 1))
     if not ranks.first:
+        import logging
+
         args.quiet = True
         warnings.simplefilter("ignore")
         logging.getLogger("minibeit").setLevel(logging.ERROR)

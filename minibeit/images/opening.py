@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -125,6 +123,9 @@ def _local(path: str | os.PathLike[str]) -> Path:
     name = os.fspath(path)
     if not isinstance(name, str) or not name.startswith(("http://", "https://", "file://")):
         return Path(path)
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # with it come HTTP, TLS and mail
+
     url = urlsplit(name)
     if url.scheme != "file" or url.netloc not in ("", "localhost"):
         raise ImageError(f"{name}: expected an image on this machine, found an address; download it first")
