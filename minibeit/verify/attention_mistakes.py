@@ -11,7 +11,7 @@ import numpy as np
 
 from ..ops import reference
 from ..params import Attention
-from .known_mistakes import ROUNDED, Guess, layers, rounded
+from .known_mistakes import ROUNDED, Guess, faults
 from .low_precision import half, int8
 
 
@@ -21,12 +21,12 @@ def project(which: str) -> Callable[..., Iterator[Guess]]:
     def guesses(x: Any, p: Attention, num_heads: int) -> Iterator[Guess]:
         B, N, D = x.shape
 
-        def heads(layer: Any) -> np.ndarray:
+        def heads(layer: Any, x: Any = x) -> np.ndarray:
             return reference.linear(x, layer).reshape(B, N, num_heads, -1).transpose(0, 2, 1, 3)
 
         own = getattr(p, which)
-        for text, faulty in layers(own):
-            yield text, heads(faulty)
+        for text, inputs, faulty in faults(x, own):
+            yield text, heads(faulty, inputs)
         for other in ("query", "key", "value"):
             layer = getattr(p, other)
             if other != which:
@@ -38,8 +38,6 @@ def project(which: str) -> Callable[..., Iterator[Guess]]:
         plain = reference.linear(x, own).reshape(B, num_heads, N, -1)
         yield "the reshape to heads lacks its transpose", plain
         yield "the scale 1 / sqrt(d) is already applied", heads(own) * (num_heads / D) ** 0.5
-        for text, inputs, faulty in rounded(x, own):
-            yield text, reference.linear(inputs, faulty).reshape(B, N, num_heads, -1).transpose(0, 2, 1, 3)
 
     return guesses
 

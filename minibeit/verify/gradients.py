@@ -19,46 +19,55 @@ from typing import Any
 
 import numpy as np
 
+from ..noise import Noise
 from ..params import flatten
 from ..tape import Node, Tape, mapped
-from ..tasks import task_class
 from ..trace import Trace
+from ..train.discrete_vae import gumbel_noise
 from ..train.gradients import recorded
 from .budget import Yardstick
 from .difference import distance, heat_map
 from .gradient_diagnosis import diagnose
 from .judging import Row, judge
 from .lockstep import Job, Report
-from .trace_names import trace_shapes
+from .networks import TOKENIZER, trained_network
+from .trace_names import TOKENS, trace_shapes
 
 COTANGENT, GRADIENT = "cotangent.", "gradient."
 PROBS = "attention.probs"  # nothing is computed from attention maps
-LOSSES = ("image_classification", "masked_image_modeling", "semantic_segmentation")
+LOSSES = ("image_classification", "masked_image_modeling", "semantic_segmentation", TOKENIZER)
+RELAXED = "relaxed"  # the mixture of tokens that a tokenizer in training has in place of TOKENS
+TEMPERATURE, DIVERGENCE = 0.8, 0.1  # of the call whose gradients a tokenizer is judged by
 Found = Mapping[str, np.ndarray]
 
 
 @dataclass
 class GradientJob(Job):
-    """What is to be verified when it is gradients; the inputs have labels."""
+    """What is to be verified when it is gradients; the inputs have labels, those of a tokenizer Gumbel noise."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{name: shape} of all cotangents, in the order of the forward, and of the gradients of all parameters."""
-        inputs = {name: array.shape for name, array in self.inputs.items() if name != "labels"}
+        inputs = {name: self.inputs[name].shape for name in ("pixel_values", "bool_masked_pos") if name in self.inputs}
         recorded = trace_shapes(self.config, self.task, inputs)
+        if TOKENS in recorded:
+            recorded[TOKENS] = recorded["encoder.logits"]
+            recorded = {RELAXED if name == TOKENS else name: shape for name, shape in recorded.items()}
         shapes = {COTANGENT + name: shape for name, shape in recorded.items() if not name.endswith(PROBS)}
         learned = {name: array.shape for name, array in self.arrays.items() if ".running_" not in name}
         return shapes | {GRADIENT + name: shape for name, shape in learned.items()}
 
 
 def with_labels(job: Job, seed: int = 0) -> GradientJob:
-    """`job` with seeded random labels among its inputs, where it has none.
+    """`job` with seeded random labels among its inputs, where it has none; of a tokenizer noise and settings.
 
     Raises ValueError for a task without a loss of its own.
     """
     if job.task not in LOSSES:
         raise ValueError(f"gradients: expected a task with a loss ({', '.join(LOSSES)}), found {job.task}")
-    if "labels" in job.inputs:
+    if "labels" in job.inputs or "noise" in job.inputs:
         return GradientJob(job.config, job.task, job.arrays, job.inputs)
+    if job.task == TOKENIZER:
+        return GradientJob(job.config, job.task, job.arrays, {**job.inputs, **_tokenizer_call(job, seed)})
     pixels, rng = job.inputs["pixel_values"], np.random.default_rng(seed)
     if job.task == "image_classification":
         labels = rng.integers(0, job.config.num_labels, len(pixels))
@@ -69,6 +78,18 @@ def with_labels(job: Job, seed: int = 0) -> GradientJob:
             raise ValueError("gradients: a model of masked_image_modeling needs a mask with a hidden patch")
         labels = rng.integers(0, job.config.vocab_size, int(job.inputs["bool_masked_pos"].sum()))
     return GradientJob(job.config, job.task, job.arrays, {**job.inputs, "labels": labels})
+
+
+def _tokenizer_call(job: Job, seed: int) -> dict[str, np.ndarray]:
+    """What a tokenizer in training is given beside pixels.  Raises ValueError for one without a decoder."""
+    if job.config.n_init is None:
+        raise ValueError("gradients: expected a tokenizer with a decoder, which its loss needs, found an encoder alone")
+    shapes = trace_shapes(job.config, job.task, {"pixel_values": job.inputs["pixel_values"].shape})
+    settings = {"temperature": TEMPERATURE, "divergence_weight": DIVERGENCE}
+    return {
+        "noise": gumbel_noise(Noise(seed), shapes["encoder.logits"]),
+        **{name: np.array(value, np.float32) for name, value in settings.items()},
+    }
 
 
 @dataclass
@@ -172,7 +193,7 @@ class _Probes(Trace):
 def model_of(job: Job, dtype: str) -> Any:
     """The NumPy reference of the job in this precision."""
     arrays = {name: np.asarray(array, dtype) for name, array in job.arrays.items()}
-    return task_class(job.task)(job.config, arrays=arrays, dtype=dtype, backend="numpy")
+    return trained_network(job.config, job.task, arrays, dtype=dtype, backend="numpy")
 
 
 def check_gradients(

@@ -48,6 +48,16 @@ class Row:
     def ok(self) -> bool:
         return self.status == "ok" or self.status in NOTED
 
+    @property
+    def guilty(self) -> bool:
+        """Whether what is wrong was made here: its own error is out of budget, or it could not be compared."""
+        return not self.ok and self.status not in ("total", "yardstick")
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether it holds tokens, which are right or wrong and have no error."""
+        return self.own is not None and self.own_limit == 0
+
 
 def judge(
     row: Row,

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..config import BeitConfig
 from ..ops.table import TABLE
-from . import budget
+from . import budget, tokens
 from .budget import Yardstick
 from .diagnosis import Known, diagnose, fingerprint
 from .difference import distance, heat_map
@@ -22,9 +21,10 @@ from .float64_model import Call, Log, float32_model, truth_model
 from .informative import blind_spots, sentence
 from .judging import Row, judge
 from .low_precision import HALVES, half, imitations, stored_as
+from .networks import blocks_of
 from .release_memory import Unused
 from .streams import RunSource, Source, Stream
-from .trace_names import trace_shapes
+from .trace_names import TOKENS, trace_shapes
 
 SAME_OP = ("attention.key", "attention.value", "attention.context")  # made by the op of the record before
 MORE_FROM_THIS_OP = ("attention.query", "attention.key", "attention.probs")
@@ -37,7 +37,7 @@ class Report:
 
     candidate: str
     yardstick: str
-    config: BeitConfig
+    config: Any  # of a model or a tokenizer
     task: str
     inputs: dict[str, tuple[int, ...]]
     rows: list[Row] = field(default_factory=list)
@@ -69,14 +69,14 @@ class Report:
     @property
     def guilty(self) -> Row | None:
         """The first array whose own error is out of budget, or that could not be compared."""
-        return next((row for row in self.rows if not row.ok and row.status not in ("total", "yardstick")), None)
+        return next((row for row in self.rows if row.guilty), None)
 
 
 @dataclass
 class Job:
     """What is to be verified: the model as it should be, and the arrays of one call."""
 
-    config: BeitConfig
+    config: Any  # of a model or a tokenizer
     task: str
     arrays: Mapping[str, np.ndarray]  # float32 weights by canonical name
     inputs: Mapping[str, np.ndarray]
@@ -185,7 +185,7 @@ class _Run:
         self.theirs: Any = None
         self.diagnosed: set[str] = set()
         self.precision = precision
-        self.blocks = replayed.params.beit.encoder
+        self.blocks = blocks_of(replayed.params)
         self.steady = 0.0, 0.0  # the yardstick's total error at the last array that is not tiny
         self.leeway = 1.0  # the widest error budget of the ops so far
         self.calls: list[Call] = []  # of the last record that an op made
@@ -194,6 +194,9 @@ class _Run:
         self.before: Any = None  # the candidate's array before this one
         self.value: Any = None  # the candidate's values, until its context has come
         self.states: dict[str, np.ndarray] = {}  # fingerprints of the candidate's hidden states
+        self.undecided = 0.0  # how far apart two logits of the array before may be and be exchanged by rounding
+        # A choice between numbers that are nearly equal has no error budget: all runs go on with the candidate's.
+        self.chosen: Any = None
 
     def close(self) -> None:
         for stream in (self.truth, self.replay, self.replay32, self.yard_replay, self.numpy, self.candidate):
@@ -217,24 +220,26 @@ class _Run:
         before, their_before = self.found, self.theirs
         self.unused.give_back()
         self.theirs = theirs = self.yardstick.take(name) if self.yardstick else None
-        self.found = found = self.candidate.take(name)
+        self.found = found = tokens.whole(self.candidate.take(name)) if name == TOKENS else self.candidate.take(name)
         self.unused.give_back()
         their_exact = _next(self.yard_replay, their_before) if self.yard_replay else None
         exact = _next(self.replay, before)
-        truth = _next(self.truth)
-        free = _next(self.numpy) if self.numpy else None
-        single = _next(self.replay32, None if before is None else before.astype(np.float32, copy=False))
+        truth = _next(self.truth, self.chosen)
+        free = _next(self.numpy, self.chosen) if self.numpy else None
+        single = _next(self.replay32, before if before is None or self.chosen is not None else _single(before))
         if theirs is not None and theirs.shape != truth.shape:
             label = self.yardstick.label if self.yardstick else ""
             raise ValueError(f"{name}: {label} gives shape {theirs.shape}, expected {truth.shape}")
         self._take_calls(name)
         row = None
+        if name.endswith("logits"):
+            self.undecided = tokens.undecided(found, exact, single, self.candidate.dtypes.get(name))
         if self.precision in HALVES and found is not None and self._is_stored(name, found):
             single = half(single, self.precision)
         if self.wanted(name):
             yards = self._yards(single, exact, free, truth, theirs, their_exact)
             row = self._row(name, found, exact, truth, yards, single, heat)
-        if found is not None and found.shape != truth.shape:
+        if row is not None and row.status == "shape":
             self.found = None
         self._mind_the_gap(name)
         self._remember(name)
@@ -257,13 +262,14 @@ class _Run:
 
     def _remember(self, name: str) -> None:
         self.before = self.found
+        self.chosen = self.found if name == TOKENS else None
         if not name.endswith(MORE_FROM_THIS_OP):
             self.calls = []
         if name.endswith("attention.value"):
             self.value = self.found
         elif name.endswith("attention.context"):
             self.value = None
-        if self.found is not None and (name == "embeddings" or name.endswith(".output")):
+        if self.found is not None and (name == "embeddings" or name.endswith(".output")) and self.found.ndim == 3:
             self.states[name] = fingerprint(self.found)
 
     def _yards(
@@ -296,6 +302,12 @@ class _Run:
             return Row(name, "missing", ops=ops, note=f"{self.candidate.label} has no array of this name")
         since = self.since if self.gap else ""
         row = Row(name, "ok", found.shape, self.candidate.dtypes.get(name, found.dtype.name), ops, since)
+        if name == TOKENS:
+            call = next(call for call in self.calls if call.op == "argmax_channels")
+            tokens.judge(row, found, call.wide_args()[0], truth, self.undecided)
+            if row.status == "own":
+                row.note += "; " + diagnose(name, found, exact, self.calls)
+            return row
         if found.shape != truth.shape:
             row.status, row.note = "shape", f"expected shape {truth.shape}, found {found.shape}"
             return row
@@ -345,6 +357,10 @@ def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
 
 def _larger(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
     return max(a[0], b[0]), max(a[1], b[1])
+
+
+def _single(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32, copy=False)
 
 
 def _next(stream: Stream, reply: Any = None) -> Any:
