@@ -236,6 +236,33 @@ def test_a_fault_of_a_backward_is_found(faulty, guilty, says):
     assert says in report.guilty.note
 
 
+def closed(weight, threshold):
+    """The backward of relu_conv2d whose ReLU opens only at a threshold, in the layer of that weight."""
+
+    def faulty(g, saved, x, conv):
+        dx, d = backward.relu_conv2d_backward(g, saved, x, conv)
+        return (dx * (x > threshold) if conv.weight is weight else dx), d
+
+    return faulty
+
+
+def test_a_relu_that_is_undecided_may_be_taken_on_either_side():
+    wanted = with_labels(tokenizer_job(), 1)
+    before = "encoder.groups.2.blocks.0.path.0."
+    wanted.arrays[before + "weight"][0] = 0
+    wanted.arrays[before + "bias"][0] = 1e-9  # what the next ReLU gets in channel 0, everywhere
+    weight = wanted.arrays["encoder.groups.2.blocks.0.path.1.weight"]
+    report = check_gradients(wanted, gradients_of(wanted), "open")
+    assert report.ok, verdict(report)
+    arrays = gradients_of(wanted, relu_conv2d=closed(weight, 1e-8))
+    report = check_gradients(wanted, arrays, "closed")
+    assert report.ok, verdict(report)
+    assert "at 72 places a ReLU" in verdict(report)
+    wanted.arrays[before + "bias"][0] = 0.01
+    report = check_gradients(wanted, gradients_of(wanted, relu_conv2d=closed(weight, 0.02)), "far from undecided")
+    assert report.guilty.name == "cotangent.encoder.groups.2.blocks.0.path.0"
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 

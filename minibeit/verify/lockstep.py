@@ -277,12 +277,12 @@ class _Run:
     ) -> tuple[Yardstick, Yardstick]:
         numpy_own = distance(single, exact)
         for drawn in draws(self.calls):  # one vector is one draw, and NumPy's a lucky one
-            numpy_own = _larger(numpy_own, distance(drawn.reshape(exact.shape), exact))
+            numpy_own = larger(numpy_own, distance(drawn.reshape(exact.shape), exact))
         total = distance(free if theirs is None else theirs, truth)
         if truth.size >= budget.FEW:
             self.steady = total
         else:  # a few numbers are right by luck now and then: the array before says what is usual here
-            total = _larger(total, self.steady)
+            total = larger(total, self.steady)
         if theirs is None:
             return Yardstick(numpy_own), Yardstick(total)
         return Yardstick(numpy_own, distance(theirs, their_exact)), Yardstick(total, total)
@@ -355,8 +355,9 @@ def _matches(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _larger(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    return max(a[0], b[0]), max(a[1], b[1])
+def larger(a: tuple[float, float], b: tuple[float, float] | None) -> tuple[float, float]:
+    """The larger rms and the larger peak of two errors; `a` where there is no other."""
+    return a if b is None else (max(a[0], b[0]), max(a[1], b[1]))
 
 
 def _single(x: np.ndarray) -> np.ndarray:
