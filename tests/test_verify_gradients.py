@@ -20,7 +20,6 @@ from minibeit.task_table import CLASSES
 from minibeit.verify.gradients import LOSSES, check_gradients, model_gradients, with_labels
 from minibeit.verify.report_text import verdict
 
-
 MODELS = [task for task in LOSSES if task != "tokenizer"]
 
 
