@@ -52,6 +52,14 @@ def test_no_alarm(seed):
     assert report.guilty is None
 
 
+def test_no_alarm_where_a_map_of_one_pixel_is_enlarged():
+    """72 elements, but eight different ones: NumPy's error there is one draw, and a lucky one."""
+    report = report_of(10559, "numba")
+    row = next(row for row in report.rows if row.name == "decode_head.psp_modules.0")
+    assert row.shape == (1, 8, 3, 3)
+    assert report.ok, complaints(report)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_no_alarm_on_a_hundred_models(backend):

@@ -105,6 +105,20 @@ def test_tokens_whose_logits_are_as_good_as_equal_may_be_exchanged():
     assert "1 of 72 tokens are not those of the largest logit" in check(made, TraceSource("no", arrays)).guilty.note
 
 
+def test_winograds_convolutions_of_tiny_maps_are_right():
+    """Fourteen times as far off as NumPy's, which no fixed factor allowed; the yardstick computes as they do."""
+    config = DalleTokenizerConfig(num_groups=4, num_blocks_per_group=2, hidden_size=32, vocab_size=9, n_init=None)
+    made = tokenizer_job(config, 1, size=(8, 16))
+    report = check(made, model_source(made, tokenizer_of(made, "numba"), "numba"))
+    assert report.ok, verdict(report)
+    row = next(row for row in report.rows if row.name == "encoder.groups.3.blocks.1.path.0")
+    assert row.own_limit == pytest.approx(4 * row.own_yard.rms)  # no more leeway than that
+    made.arrays["encoder.groups.3.blocks.1.path.0.weight"][3, 5, 1, 1] *= np.float32(1.01)
+    model = tokenizer_of(made, "numba")
+    made.arrays["encoder.groups.3.blocks.1.path.0.weight"][3, 5, 1, 1] /= np.float32(1.01)
+    assert check(made, model_source(made, model, "one weight")).guilty.name == row.name
+
+
 @pytest.mark.parametrize("tokens", [np.full((2, 6, 6), 20), np.full((2, 6, 6), -1), np.zeros((2, 5, 6), int)])
 def test_what_are_no_tokens_is_said(tokens):
     made = tokenizer_job()

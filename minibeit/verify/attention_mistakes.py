@@ -106,6 +106,36 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
     return guesses
 
 
+def another_scale(found: np.ndarray, q: Any, k: Any, v: Any, bias: Any, *_: Any, **__: Any) -> Iterator[Guess]:
+    """Probabilities of scores and a position bias that have the factors which fit `found` (B, H, N, N) best.
+
+    log p is a sum of both, but for a constant in each row.  Nothing for factors of which `attention` has the cause.
+    """
+    if found.shape != (*q.shape[:3], k.shape[2]) or not (found > 0).all():
+        return
+    parts = [q @ k.swapaxes(2, 3) / q.shape[3] ** 0.5]
+    if bias is not None:
+        parts.append(np.broadcast_to(bias.table.T[:, reference.relative_position_index(bias.grid)], found.shape))
+    centred = [x - x.mean(-1, keepdims=True) for x in (*parts, np.log(found))]
+    columns = np.stack([x.reshape(-1) for x in centred], 1)
+    factors = np.linalg.lstsq(columns[:, :-1], columns[:, -1], rcond=None)[0]
+    said = [
+        f"{what} multiplied by {f:.4g}"
+        for what, f in zip(("the scores are", "the position bias is"), factors)
+        if _off(f)
+    ]
+    root = q.shape[3] ** 0.5
+    named = (
+        not _off(factors[0] / root) or not _off(factors[0] * root) or (len(factors) > 1 and not _off(1 + factors[1]))
+    )
+    if said and not named:
+        yield " and ".join(said), reference.softmax(sum(f * x for f, x in zip(factors, parts)))
+
+
+def _off(factor: float) -> bool:
+    return abs(factor - 1) > 1e-3
+
+
 def _other_softmax(q: Any, k: Any, table: Any, index: Any) -> Iterator[Guess]:
     """Probabilities (B, H, N, N) of a softmax over another axis or of fewer keys."""
     N = q.shape[2]

@@ -201,6 +201,8 @@ def _by_name(name: str, found: np.ndarray, exact: np.ndarray, calls: list[Call],
         yield "the logits went through a log-softmax", exact - np.log(np.exp(exact).sum(-1, keepdims=True))
         yield "the logits went through a sigmoid", 1 / (1 + np.exp(-exact))
     for call in calls:
+        if call.op == "attention" and name.endswith("probs"):
+            yield from attention_mistakes.another_scale(found, *call.wide_args(), **call.kwargs)
         if call.op == "relu_conv2d_residual":
             yield from map_mistakes.another_gain(found, *call.wide_args())
     yield from _dropped(found, exact, calls)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..ops import reference
 from ..ops.erf import erf
+from ..ops.short_winograd import short_conv
 
 if TYPE_CHECKING:
     from .float64_model import Call
@@ -136,3 +137,23 @@ def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
         index = np.clip(first.astype(int) + step, 0, old - 1)
         taps.append((index, np.where((step == 0) | (step == 1), near, far)))
     return taps
+
+
+# Convolving ---------------------------------------------------------------------------------------------------------
+
+SHORT = ("relu_conv2d", "relu_conv2d_residual")
+
+
+def by_winograd(calls: list[Call]) -> np.ndarray | None:
+    """What a 3x3 convolution behind a ReLU gives by Winograd's method in float32; None for other ops.
+
+    It loses a few times as much as a plain sum, up to fourteen times on maps smaller than its tiles; engines use it.
+    """
+    call = next((call for call in reversed(calls) if call.op in SHORT), None)
+    if call is None or call.args[1].weight.shape[2:] != (3, 3):
+        return None
+    x, conv, *rest = call.args
+    y = short_conv(np.maximum(_single(x), 0), _single(conv.weight), lambda x: x)
+    if conv.bias is not None:
+        y += _single(conv.bias)[:, None, None]
+    return _single(rest[1]) + np.float32(rest[0]) * y if rest else y
