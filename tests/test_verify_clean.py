@@ -52,6 +52,13 @@ def test_no_alarm(seed):
     assert report.guilty is None
 
 
+def test_no_alarm_where_one_number_cancels():
+    """The logit of a single class is a small sum of large terms, which NumPy happens to meet."""
+    logits = report_of(10951, "numpy").rows[-1]
+    assert logits.shape == (1, 1)
+    assert logits.total_yard.rms >= logits.own_yard.rms  # which is the largest of several orders
+
+
 def test_no_alarm_where_a_map_of_one_pixel_is_enlarged():
     """72 elements, but eight different ones: NumPy's error there is one draw, and a lucky one."""
     report = report_of(10559, "numba")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from verify_plant import op
 from minibeit import DalleTokenizer, DalleTokenizerConfig, Trace
 from minibeit.checkpoint.formats import write_safetensors
 from minibeit.cli import verify as command
+from minibeit.cli.loading import shipped_checkpoint
 from minibeit.cli.terminal import UsageError
 from minibeit.ops import backward
 from minibeit.params import ReluConv
+from minibeit.tokenizer.files import holds_tokenizer
 from minibeit.verify.gradients import check_gradients, model_gradients, model_of, with_labels
 from minibeit.verify.informative import blind_spots
 from minibeit.verify.lockstep import check, model_source
@@ -26,6 +30,7 @@ from minibeit.verify.report_text import verdict
 from minibeit.verify.streams import TraceSource
 from minibeit.verify.trace_file import TraceFile
 
+DATA = Path(__file__).parent / "data" / "tokenizer"
 CONFIGS = (
     SMALL,
     DalleTokenizerConfig(num_groups=1, num_blocks_per_group=2, hidden_size=8, vocab_size=9, n_init=4, image_size=7),
@@ -299,6 +304,17 @@ def test_the_command_takes_tokenizers(folder, tmp_path, capsys):
         run("--tokenizer", folder, "--against", "timm")
     with pytest.raises(ValueError, match="no layers of low precision"):
         run("--tokenizer", folder, "--dtype", "int8")
+
+
+@pytest.mark.parametrize("files", [("encoder.pkl", "decoder.pkl"), ("flava.safetensors",), ("state_dicts.pt",)])
+def test_all_files_of_tokenizers_are_taken_and_recognised(files, tmp_path, capsys):
+    for name in files:
+        shutil.copy(DATA / name, tmp_path)
+    place = tmp_path / files[0] if len(files) == 1 else tmp_path
+    for option in ("--tokenizer", "--model"):
+        assert run(option, place, "--backend", "numpy", "--size", "16x24", "-q") == 0
+        assert "OK: 82 arrays" in capsys.readouterr().out or files == ("flava.safetensors",)
+    assert not holds_tokenizer(shipped_checkpoint())
 
 
 def test_traces_of_tokenizers(folder, tmp_path, capsys):
