@@ -162,3 +162,34 @@ for axis in axes.flat:
 # %%
 assert log[-1]["held_out_accuracy"] > 1.2 * common
 assert error < 0.12
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. How does the share of predicted words fall when more patches are masked? Try 2, 6, 10 and 14 of the 16.
+# 2. How many bits does the tokenizer need for an image? A word of 64 takes at most 6; take into account that some words
+#    are more frequent than others. The image itself has 256 bytes.
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. The fewer words are visible, the less there is to go by; with two in sixteen left, little but the background.
+paths = [example.path for example in unlabelled.held_out]
+inputs, wanted = processor(paths).pixel_values, everything.reshape(-1, 16)
+by_masked = {}
+for count in (2, 6, 10, 14):
+    rng = np.random.default_rng(count)
+    masks = np.stack([rng.permutation(16) < count for _ in paths])  # (B, P), patches drawn one by one
+    found = model(inputs, bool_masked_pos=masks).logits.argmax(-1)
+    by_masked[count] = (found == wanted)[masks].mean()
+    print(f"{count:2} of 16 masked: {by_masked[count]:.1%} of their words predicted")
+assert by_masked[2] > by_masked[14] > 0.5 * common
+
+# %% [solution]
+# 2. The entropy of the words, if each is stored without looking at the others. Looking at them saves more: that is what
+# the model has learned.
+frequency = np.bincount(everything.ravel(), minlength=64) / everything.size
+entropy = -(frequency[frequency > 0] * np.log2(frequency[frequency > 0])).sum()
+print(f"{entropy:.2f} bits per word, {16 * entropy:.0f} per image: {128 / entropy:.0f} times less than its pixels")
+assert 0 < entropy < 6
+assert 16 * entropy < 96 < 256 * 8
