@@ -27,7 +27,6 @@ from verify_plant import Fault, job, model_of
 
 from minibeit import DalleTokenizerConfig
 from minibeit.ops import reference
-from minibeit.ops.table import TABLE
 from minibeit.params import param_shapes, random_arrays
 from minibeit.verify import budget
 from minibeit.verify.informative import informative_weights
@@ -187,8 +186,7 @@ def margins(report: Report) -> dict[str, float]:
     rows = [row for row in report.compared if not row.is_choice]
 
     def peak(row):
-        leeway = max((TABLE[name].error_budget for name in row.ops), default=1.0)
-        return row.own.peak_rel / budget.peak_limit(row.own_yard, row.dtype, leeway, row.own.worst_size)
+        return row.own.peak_rel / budget.peak_limit(row.own_yard, row.dtype, row.leeway, row.own.worst_size)
 
     return {
         "own": max(row.own.rms_rel / row.own_limit for row in rows),

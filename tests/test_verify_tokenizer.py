@@ -130,6 +130,14 @@ def test_what_are_no_tokens_is_said(tokens):
     guilty = check(made, TraceSource("no", {**trace_of(made), "tokens": tokens})).guilty
     assert guilty.status == "shape"
     assert "expected integers from 0 to 19 of shape (2, 6, 6)" in guilty.note
+    assert check(made, TraceSource("no", {**trace_of(made), "tokens": tokens}), only="decoder.*").guilty is None
+
+
+def test_an_array_of_another_shape_that_is_not_judged_is_not_gone_on_with():
+    made = tokenizer_job()
+    arrays = {**trace_of(made), "encoder.groups.0.pooled": np.zeros((2, 12, 5, 5), np.float32)}
+    assert check(made, TraceSource("theirs", arrays), only="encoder.logits").ok
+    assert check(made, TraceSource("theirs", arrays)).guilty.name == "encoder.groups.0.pooled"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])

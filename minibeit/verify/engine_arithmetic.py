@@ -141,19 +141,30 @@ def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 # Convolving ---------------------------------------------------------------------------------------------------------
 
-SHORT = ("relu_conv2d", "relu_conv2d_residual")
+CONVOLUTIONS = ("conv2d", "relu_conv2d", "relu_conv2d_residual")
+MOST_PRODUCTS = 1 << 22  # of a 1x1 convolution that is added up in order; longer ones are no longer one draw
 
 
-def by_winograd(calls: list[Call]) -> np.ndarray | None:
-    """What a 3x3 convolution behind a ReLU gives by Winograd's method in float32; None for other ops.
+def convolved(calls: list[Call]) -> np.ndarray | None:
+    """What a tokenizer's convolution gives in float32 as engines may do it; None for other ops and sizes.
 
-    It loses a few times as much as a plain sum, up to fourteen times on maps smaller than its tiles; engines use it.
+    3x3 behind a ReLU: by Winograd's method, which loses a few times as much as NumPy's sums, up to fourteen times on
+    maps smaller than its tiles.  1x1 on small maps: channel after channel.
     """
-    call = next((call for call in reversed(calls) if call.op in SHORT), None)
-    if call is None or call.args[1].weight.shape[2:] != (3, 3):
+    call = next((call for call in reversed(calls) if call.op in CONVOLUTIONS), None)
+    if call is None:
         return None
     x, conv, *rest = call.args
-    y = short_conv(np.maximum(_single(x), 0), _single(conv.weight), lambda x: x)
+    x, kernel = _single(x), conv.weight.shape[2]
+    x = x if call.op == "conv2d" else np.maximum(x, 0)
+    if kernel == 3 and call.op != "conv2d":
+        y = short_conv(x, _single(conv.weight), lambda x: x)
+    elif kernel == 1 and x.size * len(conv.weight) <= MOST_PRODUCTS:
+        (B, C), out = x.shape[:2], len(conv.weight)
+        products = x.reshape(B, C, 1, -1) * _single(conv.weight).reshape(out, C).T[:, :, None]  # (B, C, out, places)
+        y = _in_order(products, 1).reshape(B, out, *x.shape[2:])
+    else:
+        return None
     if conv.bias is not None:
-        y += _single(conv.bias)[:, None, None]
+        y = y + _single(conv.bias)[:, None, None]
     return _single(rest[1]) + np.float32(rest[0]) * y if rest else y

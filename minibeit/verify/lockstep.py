@@ -16,7 +16,7 @@ from . import budget, tokens
 from .budget import Yardstick
 from .diagnosis import Known, diagnose, fingerprint
 from .difference import distance, heat_map
-from .engine_arithmetic import by_winograd, draws
+from .engine_arithmetic import convolved, draws
 from .float64_model import Call, Log, float32_model, truth_model
 from .informative import blind_spots, sentence
 from .judging import Row, judge
@@ -194,7 +194,7 @@ class _Run:
         self.before: Any = None  # the candidate's array before this one
         self.value: Any = None  # the candidate's values, until its context has come
         self.states: dict[str, np.ndarray] = {}  # fingerprints of the candidate's hidden states
-        self.short = False  # whether the yardstick of this array is a convolution by Winograd's method
+        self.measured = False  # whether engines' ways of a convolution were, so that it needs no leeway
         self.undecided = 0.0  # how far apart two logits of the array before may be and be exchanged by rounding
         # A choice between numbers that are nearly equal has no error budget: all runs go on with the candidate's.
         self.chosen: Any = None
@@ -233,10 +233,10 @@ class _Run:
             raise ValueError(f"{name}: {label} gives shape {theirs.shape}, expected {truth.shape}")
         self._take_calls(name)
         row = None
-        short = by_winograd(self.calls) if self.precision is None and self.wanted(name) else None
-        self.short = short is not None and distance(short, exact) > distance(single, exact)
-        if self.short:
-            single = short
+        other = convolved(self.calls) if self.precision is None and self.wanted(name) else None
+        self.measured = other is not None
+        if other is not None and distance(other, exact) > distance(single, exact):
+            single = other
         if name.endswith("logits"):
             self.undecided = tokens.undecided(found, exact, single, self.candidate.dtypes.get(name))
         if self.precision in HALVES and found is not None and self._is_stored(name, found):
@@ -244,11 +244,17 @@ class _Run:
         if self.wanted(name):
             yards = self._yards(single, exact, free, truth, theirs, their_exact)
             row = self._row(name, found, exact, truth, yards, single, heat)
-        if row is not None and row.status == "shape":
+        if found is not None and not self._fits(name, found, truth):
             self.found = None
         self._mind_the_gap(name)
         self._remember(name)
         return row
+
+    def _fits(self, name: str, found: np.ndarray, truth: np.ndarray) -> bool:
+        """Whether a run can go on with this array."""
+        if name == TOKENS:
+            return tokens.usable(found, truth.shape, self.job.config.vocab_size)
+        return found.shape == truth.shape
 
     def _is_stored(self, name: str, found: np.ndarray) -> bool:
         """Whether the candidate keeps this array in its low precision."""
@@ -318,8 +324,8 @@ class _Run:
             return row
         leeway = max((TABLE[op].error_budget for op in {*row.ops, *self.gap}), default=1.0)
         self.leeway = max(self.leeway, leeway)
-        if self.short and not self.gap:
-            leeway = 1.0  # the yardstick is Winograd's own error
+        if self.measured and not self.gap:
+            leeway = 1.0
         held_to = "float32" if self.precision else None
         slices = None if self.precision == "int8" else single  # a scale for several features is coarse for the small
         judge(row, found, exact, truth, yards, (leeway, self.leeway), slices, held_to)

@@ -20,6 +20,12 @@ def whole(found: Any) -> Any:
     return found.astype(np.int64)
 
 
+def usable(found: np.ndarray, shape: tuple[int, ...], vocabulary: int) -> bool:
+    """Whether these are tokens of that shape."""
+    whole_numbers = found.dtype.kind in "iu" and found.shape == shape
+    return whole_numbers and found.min(initial=0) >= 0 and found.max(initial=0) < vocabulary
+
+
 def undecided(found: np.ndarray | None, exact: np.ndarray, single: np.ndarray, stored: str | None) -> float:
     """How far apart two logits may be and still be exchanged by rounding.
 
@@ -38,8 +44,7 @@ def judge(row: Row, found: np.ndarray, logits: np.ndarray, truth: np.ndarray, sl
     A token is right if its logit is at most `slack` below the largest.  `truth` are the tokens of the float64 run.
     """
     V = logits.shape[1]
-    usable = found.dtype.kind in "iu" and found.min(initial=0) >= 0 and found.max(initial=0) < V
-    if found.shape != truth.shape or not usable:
+    if not usable(found, truth.shape, V):
         row.status = "shape"
         row.note = f"expected integers from 0 to {V - 1} of shape {truth.shape}, found {found.dtype} of {found.shape}"
         return
