@@ -59,6 +59,18 @@ def test_no_alarm_where_one_number_cancels():
     assert logits.total_yard.rms >= logits.own_yard.rms  # which is the largest of several orders
 
 
+def test_no_alarm_where_one_number_enlarges_what_it_inherits():
+    """Not even where NumPy's error happens to cancel as well."""
+    report = report_of(12509, "numba")
+    assert report.rows[-1].total.rms_rel > report.rows[-1].total_limit
+    assert report.ok, complaints(report)
+    arrays = dict(drawn_job(12509).arrays)
+    arrays["classifier.bias"] = arrays["classifier.bias"] + np.float32(1e-5)
+    job = drawn_job(12509)
+    model = task_class(job.task)(job.config, arrays=arrays, backend="numba")
+    assert check(job, model_source(job, model, "another bias")).guilty.name == "logits"
+
+
 def test_no_alarm_where_a_map_of_one_pixel_is_enlarged():
     """72 elements, but eight different ones: NumPy's error there is one draw, and a lucky one."""
     report = report_of(10559, "numba")
