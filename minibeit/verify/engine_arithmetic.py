@@ -139,10 +139,35 @@ def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return taps
 
 
+# Attending ----------------------------------------------------------------------------------------------------------
+
+
+def attended(calls: list[Call], probs: bool) -> Iterator[np.ndarray]:
+    """Probabilities or contexts of small attention maps in float32, the scores added up in random orders.
+
+    A few large probabilities make up such a map's rms, and an error of a score is multiplied by its exponential: one
+    draw of NumPy's may be lucky.  The scores are scaled after the product and the softmax adds in float32, as in
+    engines.  Nothing for large maps and other ops.
+    """
+    call = next((call for call in reversed(calls) if call.op == "attention"), None)
+    if call is None or call.args[0].size * call.args[0].shape[2] > MOST_PRODUCTS:
+        return
+    q, k, v = map(_single, call.args[:3])
+    bias, d = call.args[3], q.shape[3]
+    added = 0 if bias is None else _single(bias.table).T[:, reference.relative_position_index(bias.grid)]
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        order = rng.permutation(d)
+        scores = _in_order(q[:, :, :, None, order] * k[:, :, None, :, order], -1) * np.float32(d**-0.5) + added
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        p = powers / _in_order(powers, -1)[..., None]
+        yield p if probs else (p @ v).transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
 # Convolving ---------------------------------------------------------------------------------------------------------
 
 CONVOLUTIONS = ("conv2d", "relu_conv2d", "relu_conv2d_residual")
-MOST_PRODUCTS = 1 << 22  # of a 1x1 convolution that is added up in order; longer ones are no longer one draw
+MOST_PRODUCTS = 1 << 18  # that are held to be added up in order; the rms of larger arrays is no longer one draw
 
 
 def convolved(calls: list[Call]) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from . import budget, tokens
 from .budget import Yardstick
 from .diagnosis import Known, diagnose, fingerprint
 from .difference import distance, heat_map
-from .engine_arithmetic import convolved, draws
+from .engine_arithmetic import attended, convolved, draws
 from .float64_model import Call, Log, float32_model, truth_model
 from .informative import blind_spots, sentence
 from .judging import Row, judge
@@ -291,7 +292,8 @@ class _Run:
         self, single: Any, exact: Any, free: Any, truth: Any, theirs: Any, their_exact: Any
     ) -> tuple[Yardstick, Yardstick]:
         numpy_own = distance(single, exact)
-        for drawn in draws(self.calls):  # one vector is one draw, and NumPy's a lucky one
+        # One vector, or a few large probabilities, are one draw, and NumPy's a lucky one.
+        for drawn in itertools.chain(draws(self.calls), attended(self.calls, exact.ndim == 4)):
             numpy_own = larger(numpy_own, distance(drawn.reshape(exact.shape), exact))
         total = distance(free if theirs is None else theirs, truth)
         if not budget.scatters(truth):
