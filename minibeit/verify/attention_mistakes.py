@@ -114,7 +114,7 @@ def another_scale(found: np.ndarray, q: Any, k: Any, v: Any, bias: Any, *_: Any,
     if found.shape != (*q.shape[:3], k.shape[2]) or not (found > 0).all():
         return
     parts = [q @ k.swapaxes(2, 3) / q.shape[3] ** 0.5]
-    if bias is not None:
+    if bias is not None and bias.table.any():
         parts.append(np.broadcast_to(bias.table.T[:, reference.relative_position_index(bias.grid)], found.shape))
     centred = [x - x.mean(-1, keepdims=True) for x in (*parts, np.log(found))]
     columns = np.stack([x.reshape(-1) for x in centred], 1)
