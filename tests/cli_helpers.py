@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,15 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 
 def start(*words, **options) -> subprocess.Popen:
-    """The command line as a process of its own."""
-    command = [sys.executable, "-m", "minibeit", *map(str, words)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", **options)
+    """The command line as a process of its own, which Ctrl-C interrupts."""
+    return start_python("-m", "minibeit", *map(str, words), **options)
+
+
+def start_python(*words: str, **options) -> subprocess.Popen:
+    """Python as a process of its own.  A shell starts what runs behind it deaf to Ctrl-C, and its children with it."""
+    pipe, before = subprocess.PIPE, signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings = dict(env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    try:
+        return subprocess.Popen([sys.executable, *words], **{**settings, **options})
+    finally:
+        signal.signal(signal.SIGINT, before)

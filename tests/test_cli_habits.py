@@ -129,8 +129,7 @@ def test_closed_streams_do_not_matter(models, tmp_path):
 @pytest.mark.parametrize("delay", [0.3, 0.5, 0.8, 1.5])
 def test_ctrl_c_at_any_moment_is_one_line(models, tmp_path, delay):
     save_pictures(tmp_path, *(f"{i}.png" for i in range(20)))
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    process = start("classify", *[tmp_path] * 400, "--model", models["classify"], "-q", **default)
+    process = start("classify", *[tmp_path] * 400, "--model", models["classify"], "-q")
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
