@@ -161,10 +161,11 @@ def _task(args: argparse.Namespace, made: list[str | None]) -> tuple[str, tuple[
 
 def _how(args: argparse.Namespace, line: StatusLine, count: int) -> How:
     from ..evaluate.comparison import How
+    from ..images.ahead import default_workers
 
     return How(
         batch_size=args.batch_size or 8,
-        workers=args.workers,
+        workers=args.workers or default_workers(),
         worst=args.worst,
         draw=args.html is not None,
         seed=args.seed,

@@ -84,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_view_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FOLDER", help="with --dask: folder or address of the results")
     add_cluster_arguments(parser, workers=False)
-    parser.set_defaults(workers=None)  # threads that read, or with --dask local processes
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,5 +234,7 @@ def _facts(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]
 
 def _reading(args: argparse.Namespace, line: StatusLine, count: int) -> dict[str, Any]:
     """What every task is given that runs in this process."""
-    workers = args.workers or min(8, os.cpu_count() or 1)
+    from ..images.ahead import default_workers
+
+    workers = args.workers or default_workers()
     return dict(workers=workers, tell=lambda done: line.show(f"{done} of {count} images"))

@@ -14,6 +14,7 @@ from uuid import uuid4
 
 from .. import __version__
 from ..images.ahead import read_ahead
+from ..machine import usable_cpus
 from .extra import needed
 from .folder import Folder
 from .places import find, is_address
@@ -232,9 +233,8 @@ def _client(distributed: Any, **place: Any) -> Any:
 
 def _local(distributed: Any, workers: int | None, threads: int) -> Any:
     """Processes on this machine, each started anew when it dies."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return distributed.LocalCluster(
-        n_workers=workers or max(1, cores // threads),
+        n_workers=workers or max(1, usable_cpus() // threads),
         threads_per_worker=threads,
         processes=True,
         dashboard_address=":0",
