@@ -14,8 +14,8 @@ from cli_helpers import ENVIRONMENT, run, save, save_pictures, start
 
 import minibeit.cli
 from minibeit.cli import COMMANDS, main
-from minibeit.cli.inputs import find_images
 from minibeit.cli.terminal import one_line, table
+from minibeit.runs.found import find_images
 
 
 @pytest.fixture(scope="module")

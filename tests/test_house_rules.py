@@ -36,8 +36,9 @@ LAYERS = [
     {"auto", "flax", "train", "pipelines"},
     {"evaluate"},
     {"explorer"},
-    {"verify", "bench"},
-    {"cli", "cluster"},
+    {"verify", "bench", "runs"},
+    {"cluster"},
+    {"cli"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

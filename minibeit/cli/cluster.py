@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Found, find_images
+from ..runs.found import Found, find_images
 from .terminal import UsageError, counter, note, out, positive
 
 if TYPE_CHECKING:

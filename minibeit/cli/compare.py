@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .inputs import STDIN, Found, check_finite, find_images
+from ..runs.found import STDIN, Found, find_images
+from ..runs.results import check_finite
 from .loading import check_head, config_of, load_processor, made_for
 from .reports import (
     add_report_arguments,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.results import SHARD_READERS, check_finite
 from .cluster import measured_on_dask
-from .inputs import SHARD_READERS, check_finite, check_outputs
+from .inputs import check_outputs
 from .loading import config_of, load_model, load_processor, load_tokenizer
 from .reports import reports
 from .terminal import StatusLine, UsageError

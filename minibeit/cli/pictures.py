@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..drawing import MARGIN, PAPER
-from ..files import atomic_write
 
 LEAST = 448  # pixels of the longer side that small photos are enlarged towards
 
@@ -60,9 +57,3 @@ def _in_rows(rows: Sequence[Sequence[Image.Image]], zoom: int = 1) -> Image.Imag
             left += image.width * zoom + MARGIN
         top += max(image.height for image in row) * zoom + MARGIN
     return picture
-
-
-def save_png(picture: Image.Image, path: Path, **options: Any) -> None:
-    """Writes a PNG file that appears complete or not at all."""
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG", **options)

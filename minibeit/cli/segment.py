@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
-from ..text import one_line, shown_name
-from . import results
+from ..runs import marks
+from ..runs.found import STDIN, Found
+from ..runs.maps import segmented
+from ..text import one_line
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
-from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, unusable
+from .inputs import add_image_arguments, check_outputs
 from .loading import add_model_arguments, load_model, load_processor
 from .terminal import UsageError, note, out, positive, print_json_list, progress, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..colours import Colour
-    from ..sliding import Inference
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
@@ -45,7 +44,6 @@ EXAMPLES = """\
   minibeit segment scans/ --model OTHER --output out --overwrite
 """
 SHARDS = "shards"  # with --dask, the folder of tables in that of the maps
-AHEAD = 2  # images that are read before they are computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
     outputs = _output_names(found, args)
     check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found], args.model)
     check_writable(folder / "labels.png")
-    mark = results.mark_of(args.model)
-    others = results.of_others(folder, mark)
+    mark = marks.mark_of(args.model)
+    others = marks.of_others(folder, mark)
     if others and not args.overwrite:
         raise UsageError(
-            f"{others[0]}: is the result of another model, {results.model_in(others[0])}; choose another --output, or "
+            f"{others[0]}: is the result of another model, {marks.model_in(others[0])}; choose another --output, or "
             f"--overwrite removes its {len(others)} results"
         )
     model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))  # by `mark_of`
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
     folder.mkdir(parents=True, exist_ok=True)
     for labels in others:
-        results.remove(labels)
+        marks.remove(labels)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     colours = palette(args.palette, model.config.num_labels)
     if args.dask is not None:
@@ -160,107 +158,6 @@ def _noted(rows: Iterator[dict[str, Any]], errors: list[str]) -> Iterator[dict[s
             note(row["error"])
             errors.append(row["error"])
         yield row
-
-
-def segmented(
-    work: Iterable[tuple[Found, dict[str, Path]]],
-    model: Any,
-    processor: Any,
-    how: Inference,
-    colours: list[Colour],
-    mark: str,
-    workers: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Writes the results of each image to its files; yields what they show, or why there are none.
-
-    Images are read ahead by `workers` threads.
-    """
-    from ..images.ahead import read_ahead
-
-    read = read_ahead(work, lambda one: (*one, _read(one[0], processor)), workers, most=AHEAD)
-    for entry, paths, picture in read:
-        try:
-            if isinstance(picture, ValueError):
-                raise picture
-            yield _segment(entry, picture, paths, model, processor, how, colours, mark)
-        except ValueError as error:
-            result = unusable(entry.file, entry.named(str(error)))
-            yield {"file": result.file, "error": result.error}
-
-
-def _read(entry: Found, processor: Any) -> Any:
-    """The image of a file, or the ValueError that says why there is none."""
-    from ..images.opening import read_picture
-
-    try:
-        if entry.error is not None:
-            raise ValueError(entry.error)
-        return read_picture(entry.source, processor.apply_exif_orientation)
-    except ValueError as error:
-        return error
-
-
-def _segment(
-    entry: Found,
-    picture: Any,
-    paths: dict[str, Path],
-    model: Any,
-    processor: Any,
-    how: Inference,
-    colours: list[Colour],
-    mark: str,
-) -> dict[str, Any]:
-    from .. import drawing
-    from ..images.loading import load_image
-    from ..sliding import largest_logit, largest_mean_probability, views_of
-    from .pictures import save_png
-
-    size = picture.height, picture.width
-    views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
-    if how.views == 1:
-        logits = next(views).logits
-        labels = largest_logit(logits, size)
-    else:
-        labels = largest_mean_probability(views, size)
-    classes = _shares(labels, model.config.id2label, colours)
-    save_png(drawing.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
-    key = [(colours[c["index"]], shown_name(c["label"]), drawing.share_text(c["share"])) for c in classes]
-    save_png(drawing.legend(key), paths["legend"])
-    if "overlay" in paths or "figure" in paths:
-        overlay = drawing.overlay(load_image(picture, entry.file, channels=3), labels, colours)
-        if "overlay" in paths:
-            save_png(overlay, paths["overlay"])
-        if "figure" in paths:
-            save_png(drawing.with_legend(overlay, key), paths["figure"])
-    if "scores" in paths:
-        from ..checkpoint.formats.npz_file import write_npz
-
-        write_npz(paths["scores"], {"logits": logits})
-    return {
-        "file": entry.file,
-        "height": size[0],
-        "width": size[1],
-        **{kind: str(path) for kind, path in paths.items()},
-        "classes": classes,
-    }
-
-
-def _shares(labels: np.ndarray, names: dict[int, str], colours: list[Colour]) -> list[dict[str, Any]]:
-    """The classes that occur, the largest first."""
-    import numpy as np
-
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    return [
-        {
-            "index": int(i),
-            "label": names[int(i)],
-            "pixels": int(counts[i]),
-            "share": float(counts[i] / labels.size),
-            "color": list(colours[i]),
-        }
-        for i in np.argsort(-counts, kind="stable")
-        if counts[i]
-    ]
 
 
 def _print_table(row: dict[str, Any]) -> None:

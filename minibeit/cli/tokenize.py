@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..runs.found import find_images
+from ..runs.results import Result
 from ..text import shown_name
-from .inputs import Result, add_image_arguments, check_output, find_images, run_batches
+from .inputs import add_image_arguments, check_output, run_batches
 from .loading import add_backend_arguments, check_decoder, load_tokenizer
 from .terminal import UsageError, note, out, positive, print_json_list
 
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     results = list(run_batches(found, processor, compute, args.batch_size, args.quiet))
     good = [result for result in results if result.error is None]
     if args.output and good:
-        from .pictures import beside, save_png
+        from ..drawing import save_png
+        from .pictures import beside
 
         save_png(beside(drawn), Path(args.output))
         if not args.json and not args.quiet:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.inputs import MOST_STDIN, STDIN, Found, find_images, natural
 from ..file_names import IMAGE_SUFFIXES
 from ..images.ahead import read_ahead
+from ..runs.found import MOST_STDIN, STDIN, Found, find_images, natural
 from ..text import one_line
 from .extra import needed
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..cli.inputs import SHARD_READERS, Result, results_of, unusable
+from ..runs.maps import segmented
+from ..runs.results import SHARD_READERS, Result, pooled, predictions, results_of, unusable
 from .extra import needed
 from .places import copies
 
@@ -85,8 +86,6 @@ class Classify(Work):
 
     def table(self, images: Sequence[str]) -> Any:
         """The rows of some images, a pyarrow.Table."""
-        from ..cli.classify import predictions
-
         pa, config = needed("pyarrow"), self.model.config
         names = self.names or [config.id2label[i] for i in range(config.num_labels)]
         rows = []
@@ -120,8 +119,6 @@ class Features(Work):
 
     def table(self, images: Sequence[str]) -> Any:
         """The rows of some images, a pyarrow.Table."""
-        from ..cli.features import pooled
-
         pa, config = needed("pyarrow"), self.model.config
         width = config.hidden_size
         shape = (1 + config.grid[0] * config.grid[1], width) if self.pool == "none" else (width,)
@@ -158,8 +155,6 @@ class Segment(Work):
 
     def table(self, images: Sequence[tuple[str, dict[str, str]]]) -> Any:
         """Writes the maps of some images; their rows, a pyarrow.Table."""
-        from ..cli.segment import segmented
-
         pa = needed("pyarrow")
         found = copies([image for image, _ in images])
         files = ({kind: Path(path) for kind, path in paths.items()} for _, paths in images)
