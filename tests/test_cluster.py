@@ -321,7 +321,6 @@ def test_without_the_extra_one_sentence_names_it(capsys, tmp_path, checkpoint, i
         (["features", "-o", "x.npz", "--workers", "2"], "--workers goes with --dask"),
         (["evaluate", "--shard-size", "2"], "--shard-size goes with --dask"),
         (["classify", "--dask", "tcp://h:1", "--workers", "2", "-o", "out"], "this cluster has workers of its own"),
-        (["segment", "--dask", "local", "-o", "s3://b/x"], "segment writes maps to a folder"),
         (["classify", "--dask", "local", "-o", "notes.txt"], "is a file, expected a folder"),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..places import is_address, place
 from ..runs.found import Found, find_images
 from .terminal import UsageError, counter, note, out, positive
 
@@ -51,7 +53,7 @@ def check_cluster_options(
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} goes with --dask, which is not given")
         return
-    from ..cluster import LOCAL, is_address
+    from ..cluster import LOCAL
     from ..cluster.extra import needed
 
     for library in ("distributed", "pyarrow", "fsspec"):
@@ -77,6 +79,11 @@ def named_images(args: argparse.Namespace) -> list[Found]:
     from ..cluster import find
 
     return [Found(place) for place in find(args.images, args.recursive)]
+
+
+def named_place(args: argparse.Namespace, word: str) -> Path:
+    """The path or the address of data, with --dask one that workers in other folders understand."""
+    return place(word if args.dask is None or is_address(word) else os.path.abspath(word))
 
 
 def run_shards(args: argparse.Namespace, work: Any, images: Sequence[Any], output: str) -> Summary:
@@ -122,7 +129,7 @@ def measured_on_dask(
 
 def run_command(args: argparse.Namespace, work: Any, images: Sequence[Any], within: str = "") -> int:
     """The whole of a command with --dask; its exit code.  The shards go to --output, or to the folder `within` it."""
-    summary = run_shards(args, work, images, os.path.join(args.output, within) if within else args.output)
+    summary = run_shards(args, work, images, str(place(args.output) / within))
     out(f"{args.output}: {summary.sentence()}")
     for sentence in summary.failed[:FEW]:
         note(sentence)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable, identity
+from ..places import Address
 from ..runs.results import Result, results_of, unusable
 from .terminal import UsageError, note, progress
 
@@ -64,7 +65,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[str], model: str | N
     for path in outputs:
         if identity(path) in read:
             raise UsageError(f"{path}: this is an input, which is not overwritten; choose another file")
-        if path.is_dir():
+        if not isinstance(path, Address) and path.is_dir():  # at an address one request for each
             raise UsageError(f"{path}: expected the name of a file to write, found a folder")
 
 

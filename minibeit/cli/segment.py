@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
+from ..places import Address, is_address, place
 from ..runs import marks
 from ..runs.found import STDIN, Found
 from ..runs.maps import segmented
@@ -33,7 +34,8 @@ Finds the class of every pixel.  For each image NAME it writes to the output fol
 
 and prints the shares.  A folder holds the results of one model; --overwrite replaces those of another.
 Images that cannot be read are named on stderr and skipped; the exit code is then 1.
-With --dask the shares are written to Parquet files in the folder's shards/, where such images have a row that says why.
+With --dask the shares are written to Parquet files in the output's shards/, where such images have a row that says
+why, and the output may be an address (s3://, ...).
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
@@ -42,6 +44,7 @@ EXAMPLES = """\
   minibeit segment street.jpg --model DIR --output out --slide --flip --scales 0.5 0.75 1 1.25 1.5 1.75
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
+  minibeit segment s3://bucket/scans/ --model DIR --dask tcp://scheduler:8786 --output s3://bucket/maps
 """
 SHARDS = "shards"  # with --dask, the folder of tables in that of the maps
 
@@ -51,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(
         parser, "a checkpoint of semantic segmentation, such as microsoft/beit-base-finetuned-ade-640-640"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to, created if necessary")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True,
+        help="folder to write to, created if necessary; with --dask also an address",
+    )  # fmt: skip
     parser.add_argument(
         "--palette",
         choices=["auto", "ade20k"],
@@ -70,23 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cluster import is_address
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
 
     if not args.model:
         raise UsageError("segment needs a checkpoint of semantic segmentation; give it with --model")
     check_cluster_options(args, printing=["json"], options=("workers", "threads", "shard_size"))
+    if is_address(args.output) and (args.dask is None or args.overwrite):
+        said = "--overwrite removes maps from a folder" if args.overwrite else "without --dask maps go to a folder"
+        raise UsageError(f"--output: {said}, found the address {args.output}")
     found = named_images(args)
-    if is_address(args.output):
-        raise UsageError(f"--output: segment writes maps to a folder, found the address {args.output}")
-    folder = Path(args.output)
+    folder = place(args.output)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output: {folder} is a file, expected a folder")
     outputs = _output_names(found, args)
     check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found], args.model)
-    check_writable(folder / "labels.png")
     mark = marks.mark_of(args.model)
-    others = marks.of_others(folder, mark)
+    if isinstance(folder, Address):
+        _check_address(folder)
+        others = []
+    else:
+        check_writable(folder / "labels.png")
+        others = marks.of_others(folder, mark)
     if others and not args.overwrite:
         raise UsageError(
             f"{others[0]}: is the result of another model, {marks.model_in(others[0])}; choose another --output, or "
@@ -96,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     how = inference_of(args, model.config)
     if args.scores and how.views > 1:
         raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
     for labels in others:
         marks.remove(labels)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
@@ -129,6 +140,17 @@ def palette(name: str, count: int) -> list[Colour]:
     return class_colours(ADE20K_CLASSES)[:count]
 
 
+def _check_address(folder: Address) -> None:
+    """Raises UsageError for maps that no shards say the model of: at an address their marks are not read."""
+    from ..cluster.folder import MANIFEST
+
+    if (folder / SHARDS / MANIFEST).is_file() or not folder.is_dir():
+        return
+    others = [entry for entry in folder.iterdir() if entry.name.endswith(marks.LABELS)]
+    if others:
+        raise UsageError(f"{others[0]}: is a map that this command has not made; choose another --output")
+
+
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
     """The files to write for each input; inputs with the same name in several folders get a number."""
     kinds = {"labels": ".png", "legend": ".png"}
@@ -137,6 +159,7 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
             kinds[kind] = ".png"
     if args.scores:
         kinds["scores"] = ".npz"
+    folder = place(args.output)
     taken: dict[str, int] = {}  # a name and the last number that was given to it
     outputs = []
     for entry in found:
@@ -147,7 +170,7 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
             name = f"{stem}-{number}"
         taken[stem.lower()] = number
         taken.setdefault(name.lower(), 1)
-        outputs.append({kind: Path(args.output) / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
+        outputs.append({kind: folder / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
     return outputs
 
 

@@ -15,9 +15,10 @@ from uuid import uuid4
 from .. import __version__
 from ..images.ahead import read_ahead
 from ..machine import usable_cpus
+from ..places import is_address
 from .extra import needed
 from .folder import Folder
-from .places import find, is_address
+from .places import find
 
 LOCAL = "local"
 SHARD_SIZE = 256  # images
@@ -78,8 +79,8 @@ def run_on_dask(
     Raises ValueError for an output with shards of other work, OSError for a cluster that cannot be reached, and
     whatever stops the work itself, such as CheckpointError where a worker does not have the model's file.
     """
-    started, place = time.monotonic(), os.fspath(output)
-    folder = Folder(place if is_address(place) else os.path.abspath(place))
+    started, where = time.monotonic(), os.fspath(output)
+    folder = Folder(where if is_address(where) else os.path.abspath(where))
     if isinstance(images, (str, os.PathLike)):
         images = find([os.fspath(images)])
     bag = hasattr(images, "to_delayed")
@@ -133,7 +134,7 @@ def _held(client: Any, work: Any, folder: Folder) -> Iterator[str]:
             f"the workers have minibeit {', '.join(sorted(found))}, expected {__version__}, which is here; install the "
             "same version everywhere"
         )
-    client.register_plugin(Holder(needed("cloudpickle").dumps(work), folder.place), name=name)
+    client.register_plugin(Holder(needed("cloudpickle").dumps(work), str(folder.place)), name=name)
     try:
         yield name
     finally:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from ..places import place
 from ..runs.maps import segmented
 from ..runs.results import SHARD_READERS, Result, pooled, predictions, results_of, unusable
 from .extra import needed
@@ -136,10 +136,11 @@ class Features(Work):
 class Segment(Work):
     """The class of every pixel of each image, drawn into files, as `minibeit segment` does.
 
-    Images are pairs of a path or address and {kind: path of the file to write}, of which "labels" and "legend" must be
-    there and "overlay", "figure" and "scores" may be.  `how` says which views are computed, `colours` are those of the
-    classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels` (the map's path),
-    `classes` (those that occur, with `index`, `label`, `pixels` and `share`, the largest first), `error`.
+    Images are pairs of a path or address and {kind: path or address of the file to write}, of which "labels" and
+    "legend" must be there and "overlay", "figure" and "scores" may be.  `how` says which views are computed, `colours`
+    are those of the classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels`
+    (where the map is), `classes` (those that occur, with `index`, `label`, `pixels` and `share`, the largest first),
+    `error`.
     """
 
     how: Any = None
@@ -157,7 +158,7 @@ class Segment(Work):
         """Writes the maps of some images; their rows, a pyarrow.Table."""
         pa = needed("pyarrow")
         found = copies([image for image, _ in images])
-        files = ({kind: Path(path) for kind, path in paths.items()} for _, paths in images)
+        files = ({kind: place(path) for kind, path in paths.items()} for _, paths in images)
         drawn = self.how, list(self.colours), self.mark, SHARD_READERS
         rows = list(segmented(zip(found, files), self.model, self.processor, *drawn))
         fields = [("index", pa.int32()), ("label", pa.string()), ("pixels", pa.int64()), ("share", pa.float64())]

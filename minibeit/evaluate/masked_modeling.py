@@ -15,6 +15,7 @@ from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import resize_labels
 from ..metrics import ratio_interval
+from ..places import place
 from ..train.examples import Example, Examples, listed_images
 from ..train.pretraining import MaskedModeling, token_losses
 from ..train.recipes import PRETRAINING
@@ -103,8 +104,8 @@ def predicted_images(
     objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, config, tokenizer)
 
     def read(path: str) -> Any:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        return objective.read_judged(Example(path, None, True, digest))
+        content = place(path).read_bytes()
+        return objective.read_judged(Example(path, None, True, hashlib.sha256(content).hexdigest()), content)
 
     reader: Reader[str] = Reader(paths, read, workers)
     found: list[Predicted] = []
@@ -178,7 +179,7 @@ def _shown(one: Predicted, grid: tuple[int, int], draw: bool) -> Worst:
     text = f"loss {loss:.3f}, {one.right} of {one.masked} tokens right"
     if not draw:
         return Worst(one.path, text, loss)
-    photo = thumbnail(one.path)
+    photo = thumbnail(place(one.path))
     covered = resize_labels(one.mask.reshape(grid), (photo.shape[0], photo.shape[1])).astype(bool)
     seen = np.where(covered[..., None], np.array(COVER, np.uint8), photo)
     return Worst(one.path, text, loss, (("image", photo), ("what the model sees", seen)))
