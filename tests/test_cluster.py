@@ -175,6 +175,15 @@ def test_a_shard_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
+def test_a_damaged_shard_is_named(client, work, images, tmp_path, memory):
+    for place in (str(tmp_path), "memory://out"):
+        run_on_dask(images, work, place, dask=client, shard_size=12)
+        with fsspec.open(f"{place}/shard-00000001.parquet", "wb") as file:
+            file.write(b"PAR1")
+        with pytest.raises(ValueError, match=r"/shard-00000001.parquet: the shard is damaged \(.*once deleted"):
+            run_on_dask(images, work, place, dask=client, shard_size=12)
+
+
 def test_models_are_told_apart(tmp_path, checkpoint):
     one = fingerprint(BeitForImageClassification.from_pretrained(checkpoint))
     again = fingerprint(BeitForImageClassification.from_pretrained(checkpoint))
@@ -252,6 +261,7 @@ def test_images_from_a_web_server(client, work, images, tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         found = [f"{address}/{i}.png" for i in (0, 1, 2)] + [f"{address}/gone.png"]
+        assert find([f"{found[0]}?size=5"]) == [f"{found[0]}?size=5"]  # which is no pattern
         summary = run_on_dask(found, work, tmp_path, dask=client)
         server.shutdown()
     assert (summary.images, summary.broken) == (4, 1)

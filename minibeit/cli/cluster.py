@@ -109,15 +109,18 @@ def measured_on_dask(
     measure: Callable[[Sequence[Any]], Measured[Any]],
     columns: Columns,
     model: Any,
-    facts: Mapping[str, Any],
+    depends: Mapping[str, Any],
     images: Sequence[Any],
 ) -> tuple[Measured[Any], float]:
-    """(what workers `measure` of all images, the seconds that it took).  Raises ValueError if a shard is missing."""
+    """(what workers `measure` of all images, the seconds that it took).  Raises ValueError if a shard is missing.
+
+    `depends` is what the result depends on, beside the model: shards that were made otherwise are refused.
+    """
     from ..cluster.evaluation import Measure
     from ..cluster.folder import Folder
     from ..cluster.works import fingerprint
 
-    work = Measure(measure, columns, {**facts["settings"], "model": fingerprint(model)}, model.ops.backend)
+    work = Measure(measure, columns, {**depends, "model": fingerprint(model)}, model.ops.backend)
     summary = run_shards(args, work, images, args.output)
     if summary.failed:
         raise ValueError(f"{summary.failed[0]}; without it there are no figures, and the same command tries it again")

@@ -56,7 +56,7 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
         lambda images: judged_images(compute, images, outputs, read, batch_size=batch_size, workers=readers),
         JUDGED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict()},
         labelled.images,
     )
     return classification_of(measured, labelled, seconds=seconds, **facts)
@@ -111,7 +111,7 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
         lambda some: segmented_images(predict, some, classes, **reading, workers=readers),
         SEGMENTED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict(), **_of_maps(read_map)},
         pairs,
     )
     gallery = Gallery(names, colours, facts.pop("worst"), draw=False)
@@ -144,6 +144,13 @@ def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) ->
     order = np.arange(256, dtype=np.uint8)  # 255, what is ignored, stays itself
     order[: len(table.names)] = [numbers[name] for name in table.names]
     return MapReader(dataclasses.replace(table, classes=order[table.classes]))
+
+
+def _of_maps(read_map: Any) -> dict[str, Any]:
+    """What segmentation on Dask depends on and its settings do not say, and on what it does not depend."""
+    colours = read_map.colours
+    table = None if colours is None else [colours.keys.tolist(), colours.classes.tolist()]
+    return {"colours": table, "batch_size": None}
 
 
 def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
@@ -183,6 +190,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
             network, config, processor, tokenizer, paths, batch_size=batch_size, **reading, **facts
         )
     from ..cluster.evaluation import PREDICTED
+    from ..cluster.works import fingerprint
 
     readers = _readers(paths, SHARD_READERS)
     measured, seconds = measured_on_dask(
@@ -192,7 +200,7 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
         ),
         PREDICTED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict(), "tokenizer": fingerprint(tokenizer)},
         paths,
     )
     return masked_modeling_of(measured, config, seconds=seconds, **facts)

@@ -91,27 +91,16 @@ def run(args: argparse.Namespace) -> int:
     outputs = _output_names(found, args)
     check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found], args.model)
     mark = marks.mark_of(args.model)
-    if isinstance(folder, Address):
-        _check_address(folder)
-        others = []
-    else:
-        check_writable(folder / "labels.png")
-        others = marks.of_others(folder, mark)
-    if others and not args.overwrite:
-        raise UsageError(
-            f"{others[0]}: is the result of another model, {marks.model_in(others[0])}; choose another --output, or "
-            f"--overwrite removes its {len(others)} results"
-        )
+    others = _of_others(folder, mark, args.overwrite)
     model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))  # by `mark_of`
     how = inference_of(args, model.config)
     if args.scores and how.views > 1:
         raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
-    for labels in others:
-        marks.remove(labels)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     colours = palette(args.palette, model.config.num_labels)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+    _remove(others)
     if args.dask is not None:
         from ..cluster import Segment
 
@@ -140,15 +129,38 @@ def palette(name: str, count: int) -> list[Colour]:
     return class_colours(ADE20K_CLASSES)[:count]
 
 
-def _check_address(folder: Address) -> None:
-    """Raises UsageError for maps that no shards say the model of: at an address their marks are not read."""
-    from ..cluster.folder import MANIFEST
+def _of_others(folder: Path, mark: str, overwrite: bool) -> list[Path]:
+    """The label maps of another model in a folder, which are to be removed.
 
-    if (folder / SHARDS / MANIFEST).is_file() or not folder.is_dir():
-        return
-    others = [entry for entry in folder.iterdir() if entry.name.endswith(marks.LABELS)]
-    if others:
-        raise UsageError(f"{others[0]}: is a map that this command has not made; choose another --output")
+    Raises UsageError if they are not to be overwritten, and for maps at an address that no shards there tell of.
+    """
+    if isinstance(folder, Address):
+        from ..cluster.folder import MANIFEST
+
+        if (folder / SHARDS / MANIFEST).is_file() or not folder.is_dir():
+            return []  # the manifest says of which model the maps are
+        for entry in folder.iterdir():
+            if entry.name.endswith(marks.LABELS):
+                raise UsageError(f"{entry}: is a map that this command has not made; choose another --output")
+        return []
+    check_writable(folder / "labels.png")
+    others = marks.of_others(folder, mark)
+    if others and not overwrite:
+        raise UsageError(
+            f"{others[0]}: is the result of another model, {marks.model_in(others[0])}; choose another --output, or "
+            f"--overwrite removes its {len(others)} results"
+        )
+    return others
+
+
+def _remove(others: list[Path]) -> None:
+    """Removes label maps, what was drawn with them, and the shards that tell of them."""
+    from ..cluster.folder import Folder
+
+    for folder in {labels.parent for labels in others}:
+        Folder(str(folder / SHARDS)).clear()
+    for labels in others:
+        marks.remove(labels)
 
 
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..files import atomic_write
 from ..places import place
 from ..strict_json import parse_json
-from ..text import shortened
+from ..text import one_line, shortened
 from .extra import needed
 
 MANIFEST = "_manifest.json"  # Parquet's readers skip what begins with an underscore
@@ -52,6 +52,13 @@ class Folder:
             self._write(MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1).encode())
         return shards
 
+    def clear(self) -> None:
+        """Removes the shards and the manifest from a folder of this machine that has one."""
+        if not (self.place / MANIFEST).is_file():
+            return
+        for name in (MANIFEST, *filter(SHARD.fullmatch, self._names())):
+            (self.place / name).unlink()
+
     def write(self, number: int, table: Any) -> None:
         """Writes the table of a shard."""
         parquet, buffer = needed("pyarrow.parquet"), io.BytesIO()
@@ -60,12 +67,15 @@ class Folder:
 
     def read(self, number: int, columns: list[str] | None = None) -> Any:
         """The table of a shard; with `columns` only those, and no more of the file than they take."""
-        parquet, shard = needed("pyarrow.parquet"), self.place / shard_name(number)
-        if isinstance(shard, Path):
-            return parquet.read_table(shard, columns=columns)
-        files, path = shard.opened
-        with files.open(path, "rb") as file:
-            return parquet.read_table(file, columns=columns)
+        shard = self.place / shard_name(number)
+        files, path = (None, str(shard)) if isinstance(shard, Path) else shard.opened
+        try:
+            with files.open(path, "rb") if files else open(path, "rb") as file:
+                # In this thread alone: one of Arrow's that reads a file of Python's can end Python with an abort.
+                return needed("pyarrow.parquet").ParquetFile(file, pre_buffer=False).read(columns, use_threads=False)
+        except needed("pyarrow").ArrowInvalid as error:
+            reason = one_line(error, 200)
+            raise ValueError(f"{shard}: the shard is damaged ({reason}); once deleted, it is made anew") from error
 
     def _compare(self, manifest: Mapping[str, Any]) -> None:
         try:

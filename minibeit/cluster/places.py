@@ -64,7 +64,7 @@ def _at_address(word: str, recursive: bool) -> list[str]:
     """The images at an address: itself, those in that folder, or those that fit a pattern."""
     files, path = Address(word).opened
     try:
-        if any(mark in path for mark in "*?["):
+        if any(mark in path for mark in ("*[" if word.startswith(("http://", "https://")) else "*?[")):
             return _chosen(files, files.glob(path))
         if not files.isdir(path):
             return [word]

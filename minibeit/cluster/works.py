@@ -167,8 +167,9 @@ class Segment(Work):
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of a model's config and of samples of its weights, which tells two trainings apart at little cost."""
-    prepared = model._prepared
+    """A digest of the config of a model, or a tokenizer, and of samples of its weights: it tells two trainings apart at
+    little cost."""
+    prepared = getattr(model, "_prepared", None)  # a tokenizer has none
     arrays = model.arrays if prepared is None else prepared.arrays
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name in sorted(arrays):
