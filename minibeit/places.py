@@ -217,12 +217,13 @@ class Address:
         folder, protocols = path.rpartition("/")[0], files.protocol
         protocols = {protocols} if isinstance(protocols, str) else set(protocols)
         try:
-            files.makedirs(folder, exist_ok=True)  # nothing for object stores
+            if protocols & WHOLE:
+                files.pipe_file(path, content)
+                return
+            files.makedirs(folder, exist_ok=True)  # which at an object store could make a bucket
             if "file" in protocols:
                 with atomic_write(path) as file:
                     file.write(content)
-            elif protocols & WHOLE:
-                files.pipe_file(path, content)
             else:
                 files.pipe_file(beside := f"{folder}/.minibeit-{os.urandom(6).hex()}.tmp", content)
                 files.mv(beside, path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +167,25 @@ def test_a_list_here_may_name_images_and_maps_anywhere(capsys, dask, memory, mod
         gone.unlink()
     assert expected[0] == 0 and run(capsys, *command) == expected
     assert run(capsys, *command, *dask, "-o", tmp_path / "out") == expected
+
+
+def test_a_list_on_a_web_server(capsys, models, tmp_path):
+    pytest.importorskip("aiohttp", reason="fsspec needs it for http")
+    a_list(tmp_path, "classify")
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = []
+        for root in (str(tmp_path), f"http://127.0.0.1:{server.server_port}"):
+            code, out, err = run(capsys, "evaluate", f"{root}/list.csv", "-m", models["classify"], "-b", 1, "-q")
+            found.append((code, out, err.replace(root, "ROOT")))
+        server.shutdown()
+    assert found[0] == found[1] and found[0][0] == 1 and "ROOT/images/gone.png: there is no such file" in found[0][2]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,16 @@ def test_files_are_written_with_their_folders_and_replaced(form, tmp_path):
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.txt", "b.npz"]
 
 
+def test_no_folder_is_made_at_an_object_store(monkeypatch):
+    """For s3:// that would be a bucket, of whatever name was mistyped."""
+    made = []
+    monkeypatch.setattr(MemoryFileSystem, "makedirs", lambda self, path, exist_ok=False: made.append(path))
+    place("memory://mistyped/deep/a.txt").write_bytes(b"x")
+    assert not made
+    place("renaming://out/a.txt").write_bytes(b"x")
+    assert len(made) == 1
+
+
 def test_nothing_is_seen_half_written(monkeypatch, tmp_path):
     there = place("renaming://out/a.txt")
     there.write_bytes(b"the first text")
