@@ -98,9 +98,11 @@ class Address:
         """The way to it from a folder around it."""
         return PurePosixPath(self.text.removeprefix(f"{folder.text}/"))
 
-    def resolve(self) -> Address:
+    def absolute(self) -> Address:
         """Itself."""
         return self
+
+    resolve = absolute
 
     @property
     def canonical(self) -> tuple[str, str]:

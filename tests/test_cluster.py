@@ -148,6 +148,8 @@ def test_other_work_is_not_mixed_in(client, work, checkpoint, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"has shards of other work, whose {said} is .*; choose another --output"):
             run_on_dask(images_, changed, tmp_path / "out", dask=client)
+    with pytest.raises(ValueError, match=r'whose work is \{"top_k": 5\} and not \{"top_k": 3\}; choose'):
+        run_on_dask(images, Classify(work.model, processor, top_k=3), tmp_path / "out", dask=client)
     with pytest.raises(ValueError, match="shard size is 256 and not 7"):
         run_on_dask(images, work, tmp_path / "out", dask=client, shard_size=7)
     assert len(rows(tmp_path / "out")) == 24

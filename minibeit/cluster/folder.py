@@ -87,9 +87,10 @@ class Folder:
             raise ValueError(f"{self.place}/{MANIFEST}: expected {FORMAT!r}, found something else")
         for key in here:
             if there.get(key) != here[key]:
+                old, new = _differing(there.get(key), here[key])
                 raise ValueError(
-                    f"{self.place}: has shards of other work, whose {key} is {_shown(there.get(key))} and not "
-                    f"{_shown(here[key])}; choose another --output, or remove the folder"
+                    f"{self.place}: has shards of other work, whose {key} is {_shown(old)} and not {_shown(new)}; "
+                    "choose another --output, or remove the folder"
                 )
 
     def _names(self) -> list[str]:
@@ -101,6 +102,14 @@ class Folder:
     def _write(self, name: str, content: bytes) -> None:
         with atomic_write(self.place / name) as file:
             file.write(content)
+
+
+def _differing(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two objects of JSON that differ, the parts that do."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return old, new
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: old.get(key) for key in keys}, {key: new.get(key) for key in keys}
 
 
 def _shown(value: Any) -> str:

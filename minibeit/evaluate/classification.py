@@ -13,7 +13,7 @@ import numpy as np
 from ..image_processor import BeitImageProcessor
 from ..metrics import mean_interval, ranks, wilson
 from ..places import place
-from .drawing import thumbnail
+from .drawing import thumbnail_of
 from .evaluation import NUMBER, ClassRow, Evaluation, Figure, Worst
 from .labelled import Labelled, LabelledImages
 from .reading import Measured, Reader
@@ -160,4 +160,5 @@ def _confusions(judged: list[Judged]) -> tuple[tuple[int, int, int], ...]:
 
 def _shown(one: Judged, names: tuple[str, ...], draw: bool) -> Worst:
     text = f"{names[one.image.label]}, taken for {names[one.predicted]} ({one.probability:.0%})"
-    return Worst(one.image.path, text, one.loss, (("", thumbnail(place(one.image.path))),) if draw else ())
+    photo = thumbnail_of(one.image.path) if draw else None
+    return Worst(one.image.path, text, one.loss, () if photo is None else (("", photo),))

@@ -20,7 +20,7 @@ from ..train.examples import Example, Examples, listed_images
 from ..train.pretraining import MaskedModeling, token_losses
 from ..train.recipes import PRETRAINING
 from ..train.splits import held_out_folders, images_in
-from .drawing import thumbnail
+from .drawing import thumbnail_of
 from .evaluation import NUMBER, Evaluation, Figure, Worst
 from .reading import AHEAD, Measured, Reader
 from .split import held_out
@@ -177,9 +177,9 @@ def _figures(found: list[Predicted], seed: int) -> tuple[Figure, ...]:
 def _shown(one: Predicted, grid: tuple[int, int], draw: bool) -> Worst:
     loss = one.loss / one.masked
     text = f"loss {loss:.3f}, {one.right} of {one.masked} tokens right"
-    if not draw:
+    photo = thumbnail_of(one.path) if draw else None
+    if photo is None:
         return Worst(one.path, text, loss)
-    photo = thumbnail(place(one.path))
     covered = resize_labels(one.mask.reshape(grid), (photo.shape[0], photo.shape[1])).astype(bool)
     seen = np.where(covered[..., None], np.array(COVER, np.uint8), photo)
     return Worst(one.path, text, loss, (("image", photo), ("what the model sees", seen)))
