@@ -25,6 +25,7 @@ pytest.importorskip("distributed", reason="needs the extra cluster")
 import fsspec
 import pyarrow.parquet as pq
 from distributed import Client, LocalCluster
+from fsspec.implementations.memory import MemoryFileSystem
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,39 @@ def test_every_layout_is_measured_as_in_a_folder(capsys, dask, memory, models, t
     code, _, err, drawn, values = found[0]
     assert values["images"] == images and drawn and (code == 1) == bool(values["left_out"])
     assert err.count("\n") == len(values["left_out"])
+
+
+class Together(MemoryFileSystem):
+    """A file system that opens no image before seven others are asked for."""
+
+    protocol = "together"
+    store: dict = {}
+    pseudo_dirs = [""]
+    waiting = threading.Barrier(8, timeout=20)
+
+    def open(self, path, mode="rb", **options):
+        if mode == "rb":
+            self.waiting.wait()
+        return super().open(path, mode, **options)
+
+
+@pytest.mark.parametrize("kind", ["classify", "mask"])
+def test_images_are_fetched_at_the_same_time(capsys, dask, models, tmp_path, kind):
+    fsspec.register_implementation("together", Together, clobber=True)
+    for name in NAMES:
+        for path in save_pictures(tmp_path / name, *(f"{i}.png" for i in range(4))):
+            place(f"together://val/{name}/{path.name}").write_bytes(path.read_bytes())
+    words = [
+        "evaluate",
+        "together://val",
+        "-m",
+        models[kind],
+        "-q",
+        *(["-t", models["tokens"]] if kind == "mask" else []),
+    ]
+    for more in ([], [*dask, "-o", tmp_path / "out"]):
+        code, _, err = run(capsys, *words, *more)
+        assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize("kind", ["devkit", "synsets", "numbers", "kaggle"])
