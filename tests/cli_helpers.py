@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +111,20 @@ def start_python(*words: str, **options) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, *words], **{**settings, **options})
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def served(folder: str | Path) -> Iterator[str]:
+    """The address of a web server of this process that has a folder's files."""
+    handler = functools.partial(_Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass

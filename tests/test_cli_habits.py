@@ -363,6 +363,15 @@ def test_what_is_read_is_not_overwritten_by_any_of_its_names(capsys, models, tmp
         check_outputs([tmp_path / "." / "a.png"], [str(picture)])
 
 
+def test_inputs_are_not_looked_at_where_no_file_is_written(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(minibeit.cli.inputs, "identity", lambda path: looked_at.append(path) or path)
+    check_outputs([], ["a.png", "b.png"])
+    assert not looked_at
+    check_outputs([Path("c.png")], ["a.png"])
+    assert looked_at == ["a.png", Path("c.png")]
+
+
 def test_a_folder_never_holds_the_results_of_two_models(capsys, models, tmp_path):
     one, two = models["segment"], save(tmp_path / "other", "segment", initializer_range=0.2)
     save_pictures(tmp_path / "photos", "a.png", "b.png")

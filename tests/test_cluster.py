@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures
+from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures, served
 
 from minibeit import BeitBackbone, BeitForImageClassification, BeitImageProcessor, CheckpointError
 
@@ -258,21 +255,12 @@ def test_addresses_are_listed_fetched_and_written_to(client, work, images, memor
 
 def test_images_from_a_web_server(client, work, images, tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec needs it for http")
-    handler = functools.partial(Quiet, directory=os.path.dirname(images[0]))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with served(os.path.dirname(images[0])) as address:
         found = [f"{address}/{i}.png" for i in (0, 1, 2)] + [f"{address}/gone.png"]
         assert find([f"{found[0]}?size=5"]) == [f"{found[0]}?size=5"]  # which is no pattern
         summary = run_on_dask(found, work, tmp_path, dask=client)
-        server.shutdown()
     assert (summary.images, summary.broken) == (4, 1)
     assert [row["labels"][0] for row in rows(tmp_path)[:3]] == expected(work, images[:3])[1]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 def test_lists_folders_and_patterns_are_found(images, tmp_path, monkeypatch):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import shutil
 import threading
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import NAMES, run, save, save_pictures, start
+from cli_helpers import NAMES, run, save, save_pictures, served, start
 from PIL import Image
 from test_cli_pretrain import TOKENS
 from test_evaluate_data import of_size
@@ -206,20 +204,12 @@ def test_a_list_here_may_name_images_and_maps_anywhere(capsys, dask, memory, mod
 def test_a_list_on_a_web_server(capsys, models, tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec needs it for http")
     a_list(tmp_path, "classify")
-    handler = functools.partial(Quiet, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        found = []
-        for root in (str(tmp_path), f"http://127.0.0.1:{server.server_port}"):
+    found = []
+    with served(tmp_path) as address:
+        for root in (str(tmp_path), address):
             code, out, err = run(capsys, "evaluate", f"{root}/list.csv", "-m", models["classify"], "-b", 1, "-q")
             found.append((code, out, err.replace(root, "ROOT")))
-        server.shutdown()
     assert found[0] == found[1] and found[0][0] == 1 and "ROOT/images/gone.png: there is no such file" in found[0][2]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -333,8 +323,8 @@ def test_addresses_in_worker_processes(models, images, tmp_path):
             program = start("segment", f"{root}/data/val", *more, "-o", f"{root}/out")
             out, err = program.communicate(timeout=120)
             assert (program.returncode, err) == (1, "") and f"5 images in 3 shards{kept}, 1 of them could not" in out
-        words = ["evaluate", f"{root}/data/val", "--maps", f"{root}/maps", *more, "-o", f"{root}/judged"]
-        out, err = start(*words).communicate(timeout=120)
+        words = ["evaluate", f"{root}/data/val", "--maps", "maps", *more, "-o", "judged"]
+        out, err = start(*words, cwd=tmp_path).communicate(timeout=120)  # workers are in another folder
     assert "mean IoU" in out and err == f"minibeit: left out: {root}/data/val/3.png: " + err.partition("3.png: ")[2]
     names = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert names == sorted(["shards", *(f"{i}_{kind}.png" for i in (0, 1, 2, 4) for kind in ("labels", "legend"))])

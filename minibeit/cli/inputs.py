@@ -61,7 +61,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[str], model: str | N
 
     All files of `model`, a checkpoint or its folder, count as read.
     """
-    read = {identity(file) for file in [*inputs, *_files_of(model)]}
+    read = {identity(file) for file in [*inputs, *_files_of(model)]} if outputs else set()  # a million take minutes
     for path in outputs:
         if identity(path) in read:
             raise UsageError(f"{path}: this is an input, which is not overwritten; choose another file")
