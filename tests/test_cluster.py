@@ -16,14 +16,17 @@ from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures, served
 from minibeit import BeitBackbone, BeitForImageClassification, BeitImageProcessor, CheckpointError
 
 pytest.importorskip("distributed", reason="needs the extra cluster")
+import cloudpickle
 import dask.bag
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from distributed import Client
+from distributed import Client, KilledWorker
 
-from minibeit.cluster import Classify, Features, find, run_on_dask
+from minibeit.cluster import Classify, Features, Summary, find, run_on_dask
+from minibeit.cluster.engine import _gather
 from minibeit.cluster.folder import MANIFEST, Folder
+from minibeit.cluster.worker import Holder, compute_shard
 from minibeit.cluster.works import fingerprint
 
 
@@ -219,6 +222,44 @@ def test_a_cluster_without_workers(work, images, tmp_path, monkeypatch):
         address = empty.scheduler.address
         with pytest.raises(OSError, match=r"no worker has joined the scheduler within 0.2 seconds"):
             run_on_dask(images, work, tmp_path, dask=address)
+
+
+class Future:
+    """What Dask has of a shard: a result, or an error each time that it is asked for."""
+
+    def __init__(self, *results):
+        self.results, self.retried = list(results), 0
+
+    def result(self):
+        found = self.results[self.retried]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def retry(self):
+        self.retried += 1
+
+
+def test_only_a_shard_that_kills_a_worker_when_it_is_alone_is_to_blame():
+    killed = KilledWorker("key", None, 3)
+    futures = [Future((5, 1)), Future(killed, killed), Future(killed, (7, 0)), Future((5, 0))]
+    told, summary = [], Summary()
+    _gather(zip(["a", "b", "c", "d"], futures), summary, told.append)
+    assert summary.failed == ["b: 4 workers died of it, one after another"]
+    assert (summary.images, summary.computed, summary.broken, told) == (17, 17, 1, [5, 5, 7])
+    assert [future.retried for future in futures] == [0, 1, 1, 0]
+    with pytest.raises(CheckpointError):
+        _gather([("a", Future(CheckpointError("gone")))], summary, told.append)
+
+
+def test_what_a_worker_had_finished_is_not_computed_again(client, work, images, tmp_path):
+    folder, found = Folder(str(tmp_path)), []
+    folder.prepare({"work": 1})
+    for items in (images[:7], ["never read"]):
+        client.register_plugin(Holder(cloudpickle.dumps(work), str(tmp_path)), name="again")
+        found.append(client.submit(compute_shard, "again", 0, items, pure=False).result())
+        client.unregister_worker_plugin("again")
+    assert found == [(7, 1), (7, 1)] and [row["file"] for row in rows(tmp_path)] == images[:7]
 
 
 # Places ---------------------------------------------------------------------------------------------------------------

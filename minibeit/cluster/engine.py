@@ -190,16 +190,28 @@ def _partitions(client: Any, name: str, bag: Any, kept: set[int]) -> Iterator[tu
 
 
 def _gather(finished: Iterable[tuple[str, Any]], summary: Summary, tell: Callable[[int], None]) -> None:
-    """Counts what is finished.  A shard that killed its workers is noted; any other error ends the run."""
-    killed = needed("distributed").KilledWorker
-    for what, future in finished:
-        try:
-            images, broken = future.result()
-        except killed as error:
-            summary.failed.append(f"{what}: {error.allowed_failures + 1} workers died of it, one after another")
-            continue
+    """Counts what is finished.  A shard that killed its workers is noted; any other error ends the run.
+
+    Dask blames all that a dead worker had been given, so that each of them is tried once more when it is alone.
+    """
+    killed, suspects = needed("distributed").KilledWorker, []
+
+    def counted(future: Any) -> None:
+        images, broken = future.result()
         summary.computed += images
         _count(summary, images, broken, tell)
+
+    for what, future in finished:
+        try:
+            counted(future)
+        except killed:
+            suspects.append((what, future))
+    for what, future in suspects:
+        future.retry()
+        try:
+            counted(future)
+        except killed as error:
+            summary.failed.append(f"{what}: {error.allowed_failures + 1} workers died of it, one after another")
 
 
 # The cluster ----------------------------------------------------------------------------------------------------------

@@ -65,6 +65,10 @@ class Folder:
         parquet.write_table(table, buffer, compression="zstd", use_dictionary=REPEATED)
         self._write(shard_name(number), buffer.getvalue())
 
+    def has(self, number: int) -> bool:
+        """Whether a shard is finished."""
+        return (self.place / shard_name(number)).exists()
+
     def read(self, number: int, columns: list[str] | None = None) -> Any:
         """The table of a shard; with `columns` only those, and no more of the file than they take."""
         shard = self.place / shard_name(number)
