@@ -174,9 +174,12 @@ FAULTS = [
     Fault("bfloat16 weights", B0 + "path.1", weights(bf16, B0 + "path.1.weight"), "rounded to bfloat16"),
     Fault("float16 input", B0 + "path.0", after_relu("relu_conv2d", lambda x: f16(np.maximum(x, 0))), "float16"),
     Fault(
-        "one wrong weight",
+        "one channel too large",
         D + "groups.2.blocks.0.path.1",
-        weights(lambda w: w + 0.01 * (w == w.max()), D + "groups.2.blocks.0.path.1.weight"),
+        weights(
+            lambda w: w * np.where(np.arange(len(w)) == 1, 1.01, 1)[:, None, None, None],
+            D + "groups.2.blocks.0.path.1.weight",
+        ),
     ),
     Fault(
         "blocks exchanged",
