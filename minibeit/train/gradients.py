@@ -23,7 +23,7 @@ BACKENDS = ("numpy", "numba")
 class Gradients:
     """What `value_and_grad` returns; `loss, grads = value_and_grad(...)` takes the first two of it."""
 
-    loss: float
+    loss: float  # unless it was not waited for
     grads: Any  # the tree of the model's parameters: a gradient for each, None for what is frozen or has no part
     output: Any  # what the model returned: the logits, and whatever else was asked for
     running: dict[str, np.ndarray]  # new running statistics of batch norms, by canonical name
@@ -42,8 +42,9 @@ def value_and_grad(
     batch_statistics: bool | BatchStatistics = False,
     recompute: bool = False,
     trace: Trace | None = None,
-    weight: float = 1.0,
+    weight: float | Array = 1.0,
     ready: Callable[[str, Array], Array | None] | None = None,
+    wait: bool = True,
     **inputs: Any,
 ) -> Gradients:
     """The loss of one batch and its gradients; the model is not changed.
@@ -53,7 +54,9 @@ def value_and_grad(
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
     batch norms use those of the batch, True its own alone.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
-    the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch.
+    the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch;
+    an array, on a GPU, may scale the loss as well.  Without `wait` the loss and the output stay where they were
+    computed, so that nothing waits for a GPU.
     `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
     layers are still to come; what it returns takes the gradient's place, and None drops it.  It may change the
     parameter, which the rest of the backward does not read.
@@ -78,7 +81,8 @@ def value_and_grad(
                 "labels: expected labels for the model's own loss, or a `loss` of its output, found neither"
             )
         if isinstance(made, Node):
-            tape.backward(made, np.full_like(made.value, weight), _handing_over(watched, ready))
+            begin = weight if hasattr(weight, "shape") else np.full_like(made.value, weight)
+            tape.backward(made, begin, _handing_over(watched, ready))
     if trace is not None:
         for name, array in noted.items():
             trace.record(name, values(array))
@@ -88,7 +92,7 @@ def value_and_grad(
     )
     plain = type(output)(**{name: values(value) for name, value in output.items()})
     running = {} if statistics is None else statistics.running(named)
-    return Gradients(float(values(made)), grads, plain, running)
+    return Gradients(float(values(made)) if wait else values(made), grads, plain, running)
 
 
 def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | None) -> Callable[[Node], None] | None:

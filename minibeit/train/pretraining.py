@@ -89,9 +89,12 @@ class MaskedModeling(Objective):
     def terms(self, batch: Batch) -> int:
         return len(_labels(batch))
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
+    def said(self, output: Any) -> Any:  # -> (n,)
+        return output.logits.argmax(1)
+
+    def right(self, said: Any, batch: Batch) -> tuple[float, int]:
         labels = _labels(batch)
-        return float((output.logits.argmax(1) == labels).sum()), len(labels)
+        return float((said == labels).sum()), len(labels)
 
     def score(self) -> Score:
         return _MaskedTokens(self.tokenizer.config.vocab_size)

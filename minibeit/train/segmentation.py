@@ -86,9 +86,11 @@ class Segmentation(Objective):
     def terms(self, batch: Batch) -> int:
         return batch.targets.size if self.recipe.mean_of_all else int((batch.targets != IGNORED_LABEL).sum())
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
+    def said(self, output: Any) -> Any:  # -> (B, h, w)
+        return output.logits.argmax(1)
+
+    def right(self, said: Any, batch: Batch) -> tuple[float, int]:
         """Of the pixels at which the logits stand, before they are resized."""
-        said = output.logits.argmax(1)
         labels = np.stack([resize_labels(each, said.shape[1:]) for each in batch.targets])
         return float((said == labels).sum()), int((labels != IGNORED_LABEL).sum())
 
