@@ -69,7 +69,7 @@ def test_steps_are_those_of_the_definition(cupy, dtype, close, largest, monkeypa
     assert np.array_equal(made.weights.get()[others], weights[others])
     np.testing.assert_allclose([row[1] for row in told], norms, rtol=1e-6)
     assert made.steps.get().tolist() == count
-    assert all(row[0] == 0.5 and row[3] == 1 for row in told)
+    assert all(row[0] == 0.5 and row[4] == 1 for row in told)
 
 
 def test_a_step_is_three_launches_and_no_copy(cupy):
@@ -93,7 +93,7 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_recovers(cupy, where):
         before = made.weights.get()
         told = made.step(cupy.asarray(g[i]), bad if i == 1 and where == "loss" else finite, seen, 1e-2, np.inf).get()
         scales.append(told[2])
-        flags.append(told[3])
+        flags.append(told[4])
         assert np.array_equal(before, made.weights.get()) == (i == 1)
     assert scales == [1024, 512, 512, 1024, 1024] and flags == [1, 0, 1, 1, 1]
     good = [0, 2, 3, 4]
@@ -107,7 +107,7 @@ def test_without_a_scale_nothing_changes_after_a_step_that_is_not_finite(cupy):
     g, loss = gradients(2), cupy.asarray(np.zeros(1, np.float32))
     g[0, 0] = np.inf
     told = [made.step(cupy.asarray(x), loss, (True,) * 3, 1e-2, np.inf).get() for x in g]
-    assert [row[3] for row in told] == [0, 1]
+    assert [row[4] for row in told] == [0, 1]
     assert np.array_equal(made.weights.get(), weights) and not made.steps.get().any() and not made.mean.get().any()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
+from ..ops import GPU_BACKENDS
 from ..ops.backward.maps import BatchStatistics
 from ..params import flatten
 from ..trace import Trace
@@ -393,3 +394,12 @@ class Trainer:
     def _first(self, arrays: Any) -> str | None:
         host = self.model.ops.to_host
         return next((name for name, array in arrays.items() if not np.isfinite(np.asarray(host(array))).all()), None)
+
+
+def trainer_of(model: Any) -> type[Trainer]:
+    """The trainer for a model, by where it computes."""
+    if model.ops.backend not in GPU_BACKENDS:
+        return Trainer
+    from .device import TrainerOnDevice
+
+    return TrainerOnDevice

@@ -81,7 +81,7 @@ class AdamW:
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
         self.betas, self.eps = betas, eps
-        self.ops, self._num_threads = model.ops, model.num_threads
+        self.ops, self._num_threads, self.dtype = model.ops, model.num_threads, model.dtype
         named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]

@@ -5,7 +5,7 @@
 // Sums are made in double precision and in one order, so that they are the same in every run.
 
 enum { SCALE, GOOD, STOPPED };                       // of `control`, which lives from step to step
-enum { LOSS, NORM, NEXT_SCALE, FINITE };             // of `told`, what the host is told of one step
+enum { LOSS, NORM, NEXT_SCALE, NEXT_GOOD, FINITE };  // of `told`, what the host is told of one step
 enum { MADE, SHRINK, ROOT, SIZE, GRADIENT, FACTORS };  // of `factors`, for each parameter
 
 // The same in every thread.
@@ -73,6 +73,7 @@ extern "C" __global__ void plan(
   told[LOSS] = loss[0];
   told[NORM] = norm;
   told[NEXT_SCALE] = control[SCALE];
+  told[NEXT_GOOD] = control[GOOD];
   told[FINITE] = finite;
 }
 

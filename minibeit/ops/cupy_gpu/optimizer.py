@@ -20,7 +20,7 @@ THREADS = 256
 CHUNK = 1 << 13  # elements of a block
 ALIGNED = 64  # elements: parameters begin where wide loads may
 FACTORS = 5  # of each parameter, as in optimizer.cu
-TOLD = ("loss", "norm", "scale", "finite")  # what `DeviceAdamW.step` returns, in this order
+TOLD = ("loss", "norm", "scale", "good", "finite")  # what `DeviceAdamW.step` returns, in this order
 
 
 @cache
