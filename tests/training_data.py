@@ -41,7 +41,7 @@ def class_folders(folder: Path, count: int = 5, colors=("red", "green")) -> Path
 
 
 def trainer(
-    data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, backend="numpy", dtype="float32", **options
+    data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, backend="numpy", dtype="float32", device=None, **options
 ) -> Trainer:
     """A trainer of a tiny model on `data`."""
     examples = read_examples(data, 0.2)
@@ -52,7 +52,7 @@ def trainer(
         id2label=dict(enumerate(examples.names)),
         problem_type=examples.problem,
     )
-    model = BeitForImageClassification(settings, backend=backend, seed=seed, dtype=dtype)
+    model = BeitForImageClassification(settings, backend=backend, seed=seed, dtype=dtype, device=device)
     folder.mkdir(exist_ok=True)
     objective = Classification(examples, BeitImageProcessor(size=16, resample=2), recipe, model.config.image_shape)
     return trainer_of(model)(model, objective, recipe, folder, **options)
