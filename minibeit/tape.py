@@ -131,7 +131,7 @@ class Tape:
         """function(ops, *args); with `recomputing` only the arguments are kept, and it is run again in the backward."""
         if not self.recomputing or not any(map(watched, args)):
             return function(self.ops, *args)
-        made = function(self.base, *map(values, args))
+        made = function(self.ops, *map(values, args))  # without a node nothing is noted
 
         def backward(g: Any, saved: None, *plain: Any) -> tuple[Any, ...]:
             inner = Tape(self.base, self.statistics)
@@ -194,11 +194,18 @@ class Tape:
         return lambda *args, **options: self.call(name, *args, **options)
 
     def _plain(self, name: str) -> Callable[..., Any]:
-        return METHODS[name] if name in METHODS else getattr(self.base, name)
+        if name in METHODS:
+            return METHODS[name]
+        on_host = getattr(self.base, "on_host", None)  # a GPU's ops take prepared weights, not those that are learned
+        if on_host is not None and not hasattr(self.base, f"{name}_backward"):
+            return on_host(getattr(reference, name))
+        return getattr(self.base, name)
 
     def _half(self, name: str, half: str) -> Any:
         full = f"{name}_{half}"
-        return getattr(self.base, full, None) or getattr(reference_backward, full, None)
+        numpys = getattr(reference_backward, full, None)
+        on_host = getattr(self.base, "on_host", None)
+        return getattr(self.base, full, None) or (on_host(numpys) if on_host and numpys else numpys)
 
     def _note(self, backward: Callable[..., Any], args: tuple[Any, ...], options: Any, saved: Any, made: Any) -> Any:
         out = tuple(Node(self, y) for y in made) if isinstance(made, tuple) else Node(self, made)

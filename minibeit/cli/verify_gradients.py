@@ -61,7 +61,8 @@ def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, An
     from .verify import _cast
 
     arrays = _cast(job.arrays, host_dtype(args.dtype))
-    model = task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend or "numpy")
+    place: dict[str, Any] = dict(backend=args.backend or "numpy", device=args.device)
+    model = task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, **place)
     return f"minibeit {model.ops.backend} {args.dtype}", model_gradients(job, model).arrays
 
 

@@ -6,6 +6,7 @@ between two only until the device has done the one before.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,8 @@ class TrainerOnDevice(Trainer):
     """
 
     optimizer_class, average_class = AdamWOnDevice, AverageOnDevice
+    optimizer: AdamWOnDevice
+    sums: SumsOnDevice
 
     def __init__(self, model: Any, *args: Any, **options: Any) -> None:
         self._begun: deque[Begun] = deque()
@@ -137,7 +140,7 @@ class TrainerOnDevice(Trainer):
         ways += [] if self.recompute else ["--recompute"]
         return f"a batch of {len(self.rows)}{pieces} does not fit, try {' or '.join(ways) or 'a smaller model'}"
 
-    def _new_sums(self) -> SummedGradients:
+    def _new_sums(self) -> SumsOnDevice:
         return SumsOnDevice(self.optimizer.slots, self.optimizer.weights.dtype, self.ranks)
 
     # A step -----------------------------------------------------------------------------------------------------------
@@ -154,7 +157,6 @@ class TrainerOnDevice(Trainer):
 
     def _backward(self, batch: Batch) -> tuple[Any, list[Any]]:
         """(loss, what the model said of each piece); the gradients are then in `sums`."""
-        assert self.sums is not None
         terms, losses, said = self._terms(batch), [], []
         self.sums.begin()
         for piece, samples, last in self._pieces_of(replace(batch, pixels=self._uploads.upload(batch.pixels))):
@@ -185,7 +187,7 @@ class TrainerOnDevice(Trainer):
 
     def _judged(self, loss: float, batch: Batch, said: list[np.ndarray]) -> Learned:
         pieces = [piece for piece, _, _ in self._pieces_of(batch)]
-        pairs = zip(said or [None] * len(pieces), pieces, strict=True)
+        pairs = zip(said or itertools.repeat(None), pieces)
         own = np.sum([self.objective.right(answers, piece) for answers, piece in pairs], axis=0)
         right, answers = self.ranks.total(own.astype(np.float64)).tolist()
         return Learned(loss, None, right, int(answers))
@@ -224,4 +226,9 @@ class TrainerOnDevice(Trainer):
         host = self.model.ops.to_host
         model = object.__new__(type(self.model))
         vars(model).update(vars(self.model), _arrays={n: host(a) for n, a in self.model.arrays.items()})
+        return model
+
+    def _for_inference(self) -> Any:
+        model = self._portable()
+        model.params = model.ops.prepare(model.plain_params)
         return model

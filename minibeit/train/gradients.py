@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
+from ..ops import GPU_BACKENDS, host_dtype
 from ..ops.backward.maps import BatchStatistics
 from ..params import flatten, unflatten
 from ..tape import Node, Tape, gradients, values
 from ..trace import Trace
 
 Array = Any
-BACKENDS = ("numpy", "numba")
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What `value_and_grad` returns; `loss, grads = value_and_grad(...)` takes the first two of it."""
 
-    loss: float  # unless it was not waited for
+    loss: Any  # a number, or where it was not waited for an array
     grads: Any  # the tree of the model's parameters: a gradient for each, None for what is frozen or has no part
     output: Any  # what the model returned: the logits, and whatever else was asked for
     running: dict[str, np.ndarray]  # new running statistics of batch norms, by canonical name
@@ -61,19 +61,16 @@ def value_and_grad(
     layers are still to come; what it returns takes the gradient's place, and None drops it.  It may change the
     parameter, which the rest of the backward does not read.
 
-    Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
-    raises it for.
+    Raises ValueError for a pattern that matches no parameter, and whatever the model raises it for.
     """
-    if model.ops.backend not in BACKENDS:
-        names = " or ".join(map(repr, BACKENDS))
-        raise ValueError(f"gradients: expected a model of the backend {names}, found {model.ops.backend!r}")
     statistics = BatchStatistics() if batch_statistics is True else batch_statistics or None
     tape = Tape(model.ops, statistics, recompute)
     params = model.plain_params
-    named = flatten(params)
-    watched = tape.watch(params, matching(named, frozen))
     noted = Trace(() if trace is None else trace.select)
     with model.ops.num_threads(model.num_threads):
+        params = placed(params, model)
+        named = flatten(params)
+        watched = tape.watch(params, matching(named, frozen))
         output = recorded(model, tape, watched).forward(pixel_values, rng=rng, trace=noted, **inputs)
         made = output.get("loss") if loss is None else loss(tape.ops, output)
         if made is None:
@@ -105,6 +102,14 @@ def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | No
             node.gradient = ready(names[node], node.gradient)
 
     return final
+
+
+def placed(params: Any, model: Any) -> Any:
+    """`params` where the model computes; a training has them there already."""
+    if model.ops.backend not in GPU_BACKENDS:
+        return params
+    dtype = host_dtype(model.dtype)
+    return unflatten(params, {name: model.ops.asarray(array, dtype) for name, array in flatten(params).items()})
 
 
 def recorded(model: Any, tape: Tape, params: Any) -> Any:

@@ -161,14 +161,14 @@ class Trainer:
 
         The ranks take turns in batches, and the first makes the metrics of what all have found.
         """
-        score, ranks = self.objective.score(), self.ranks.count
+        score, ranks, model = self.objective.score(), self.ranks.count, self._for_inference()
         size = min(-(-self.batch_size // (self.pieces * ranks)), -(-len(examples) // ranks))
         own = [example for i, example in enumerate(examples) if i // size % ranks == self.ranks.rank]
         batches = in_batches(own, size, self._read_judged, self.workers)
         for _ in range(0, len(examples), size * ranks):
             for _, samples in itertools.islice(batches, 1):  # in the last turn there may be none for this rank
                 batch = self.objective.batch(samples)
-                score.add(self.model(batch.pixels, **batch.inputs), batch)
+                score.add(model(batch.pixels, **batch.inputs), batch)
             if self.ranks.any(sign is not None and sign.asked):
                 raise Stopped
         for other in self.ranks.gathered(score)[1:]:
@@ -318,6 +318,10 @@ class Trainer:
         """The model with its arrays in main memory."""
         return self.model
 
+    def _for_inference(self) -> Any:
+        """The model as its weights are now, to be called."""
+        return self.model
+
     # What is kept -----------------------------------------------------------------------------------------------------
 
     def _vectors(self) -> dict[str, np.ndarray]:
@@ -377,7 +381,7 @@ class Trainer:
         elif not math.isfinite(found.loss):
             trace, noise = Trace(), Noise(self.seed, self.state.step, tuple(self.rows.tolist()))
             with contextlib.suppress(ValueError):
-                self.model(batch.pixels, rng=noise, trace=trace, **batch.inputs)
+                self._for_inference()(batch.pixels, rng=noise, trace=trace, **batch.inputs)
             what = self._first(trace)
         else:
             what = f"the gradient of {self._first(dict(reversed(flatten(found.grads).items())))}"

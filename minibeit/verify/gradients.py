@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from ..ops import GPU_BACKENDS
 from ..params import flatten
 from ..tape import Node, Tape, mapped
 from ..tasks import task_class
 from ..trace import Trace
-from ..train.gradients import recorded
+from ..train.gradients import placed, recorded
 from .budget import Yardstick
 from .difference import distance, heat_map
 from .gradient_diagnosis import diagnose
@@ -85,24 +86,23 @@ def model_gradients(job: Job, model: Any, given: Found | None = None) -> Made:
     With `given`, the backward goes on with these cotangents in place of its own: each array is then what the ops since
     the last given one make of it.  Raises ValueError for a backend without gradients.
     """
-    if model.ops.backend != "numpy":
-        raise ValueError(f"gradients: expected a model of the backend 'numpy', found {model.ops.backend!r}")
-    tape = _Probed(model.ops, given or {})
-    watched = tape.watch(model.params)
-    tape.parameters = {name: leaf for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
-    inputs = dict(job.inputs)
+    if model.ops.backend not in ("numpy", *GPU_BACKENDS):
+        raise ValueError(f"gradients: expected a model of the backend 'numpy' or 'cupy', found {model.ops.backend!r}")
+    tape, inputs = _Probed(model.ops, given or {}), dict(job.inputs)
     with model.ops.num_threads(model.num_threads):
+        watched = tape.watch(placed(model.plain_params, model))
+        tape.parameters = {name: leaf for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
         output = recorded(model, tape, watched).forward(inputs.pop("pixel_values"), trace=tape.trace, **inputs)
         tape.backward(output["loss"], np.ones_like(output["loss"].value))
-    tape.note_parameters()
-    return _complete(tape)
+        tape.note_parameters()
+        return _complete(tape)
 
 
 def _complete(tape: _Probed) -> Made:
     """What was noted; parameters with a part in several ops have their sum only at the end."""
     for name, node in tape.parameters.items():
         if node.gradient is not None:
-            tape.made.arrays[GRADIENT + name] = np.asarray(node.gradient)
+            tape.made.arrays[GRADIENT + name] = np.asarray(tape.base.to_host(node.gradient))
     return tape.made
 
 
@@ -129,7 +129,7 @@ class _Probed(Tape):
             self.note_parameters()
             self._keep(name, g, out)
             other = self.given.get(name)
-            return (g if other is None or other.shape != g.shape else other.astype(g.dtype),)
+            return (g if other is None or other.shape != g.shape else self.base.asarray(other, g.dtype.name),)
 
         out = super()._note(backward, (node,), {}, None, node.value)
         return out
@@ -139,7 +139,7 @@ class _Probed(Tape):
         return super().call(name, *args, **options)
 
     def _keep(self, name: str, array: np.ndarray, node: Node) -> None:
-        self.made.arrays[name] = array
+        self.made.arrays[name] = self.base.to_host(array)
         self.made.ops[name] = tuple(dict.fromkeys(self.origins.get(id(node), ())))
 
     def _note(self, backward: Callable[..., Any], args: tuple[Any, ...], options: Any, saved: Any, made: Any) -> Any:

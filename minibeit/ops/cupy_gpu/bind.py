@@ -34,7 +34,7 @@ def on_device(
 
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
     bound.update({name: getattr(arrays, name) for name in placing})
-    bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
+    bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype), on_host=on_host)
     for name in (*placing, "prepare", "num_threads"):
         origin[name] = "cupy"
     return bound
@@ -64,6 +64,8 @@ def _down(x: Any) -> Any:
 
 
 def _up(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_up, x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_up, x))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(x, **{f.name: _up(getattr(x, f.name)) for f in dataclasses.fields(x)})
     return arrays.asarray(x, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else x
