@@ -41,7 +41,14 @@ def class_folders(folder: Path, count: int = 5, colors=("red", "green")) -> Path
 
 
 def trainer(
-    data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, backend="numpy", dtype="float32", device=None, **options
+    data: Path,
+    folder: Path,
+    recipe: Recipe = QUICK,
+    seed: int = 0,
+    backend="numpy",
+    dtype="float32",
+    device=None,
+    **options,
 ) -> Trainer:
     """A trainer of a tiny model on `data`."""
     examples = read_examples(data, 0.2)

@@ -104,7 +104,7 @@ class TrainerOnDevice(Trainer):
     """`Trainer` for a model of the backend cupy.  State and checkpoints are the same files, to be resumed on either.
 
     In float16 the loss is scaled: a step whose gradients overflow is left out and halves the scale, `GOOD_STEPS` good
-    ones double it.  In every other dtype a step that is not finite changes nothing, nor do those that have begun since.
+    ones double it.  Any other step that is not finite changes nothing, nor do those that have begun since.
     """
 
     optimizer_class, average_class = AdamWOnDevice, AverageOnDevice
@@ -178,9 +178,9 @@ class TrainerOnDevice(Trainer):
             loss, norm, scale, good, finite = told.tolist()
             if self.optimizer.half:
                 self.state.loss_scale, self.state.good_steps = scale, int(good)
-            if finite:
+            if finite or (self.optimizer.half and math.isfinite(loss) and scale >= SMALLEST_SCALE):
                 self._take_in(begun.step, self._judged(loss, begun.batch, said), begun.rate, norm)
-            elif not self.optimizer.half or scale < SMALLEST_SCALE:
+            else:
                 self._begun.clear()  # they have changed nothing
                 self.state.step = begun.step - 1
                 raise NotFinite(self._sentence(self._first_not_finite(self._again(begun.batch), begun.batch)))

@@ -35,8 +35,8 @@ extern "C" __global__ void sums_of_squares(
 }
 
 // One block.  From the sums of squares: the norm, whether there is a step to make, and what each parameter's needs.
-// Gradients are those of SCALE times the loss.  With an `interval` a step that is not finite is left out and halves
-// SCALE, which doubles after so many good steps; without, nothing is changed any more.
+// Gradients are those of SCALE times the loss.  With an `interval` a step whose gradients are not finite is left out and
+// halves SCALE, which doubles after so many good steps; without, or if it is the loss, nothing is changed any more.
 extern "C" __global__ void plan(
     const double* sums, long long blocks, const A* loss, const unsigned char* present, const double* rates,
     const double* decays, long long* steps, double* factors, double* control, double* told, long long parameters,
@@ -60,7 +60,7 @@ extern "C" __global__ void plan(
   }
   __syncthreads();  // all have read `control`
   if (threadIdx.x != 0) return;
-  if (interval > 0) {
+  if (interval > 0 && isfinite(double(loss[0]))) {
     control[GOOD] = finite ? control[GOOD] + 1 : 0;
     if (!finite) control[SCALE] = scale / 2;
     if (control[GOOD] >= interval) {

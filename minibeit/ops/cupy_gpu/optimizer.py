@@ -43,8 +43,8 @@ class DeviceAdamW:
     """The moments of flat weights, and their update: see `reference.adamw`.
 
     `places` are (first element, end, factor of the rate, decay) of each parameter.  The gradients are those of the
-    loss times `scale`; with an `interval` the scale is halved by every step that is not finite, which is left out, and
-    doubled after so many that are.  Without one, nothing is updated any more after a step that is not finite.
+    loss times `scale`; with an `interval` the scale is halved by every step whose gradients are not finite, which is
+    left out, and doubled after so many that are.  Without one, or if it is the loss, nothing is updated any more.
     """
 
     def __init__(
