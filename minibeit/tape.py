@@ -186,6 +186,7 @@ class Tape:
             if hasattr(reference_backward, f"{name}_backward"):
                 table[name] = self._noting(name)
         table["recompute"] = self.recompute
+        table["all_finite"] = table.get("finite_on_host", table["all_finite"])  # a loss that is NaN says it later
         table["queued"] = reference.queued  # a tape reads arrays as they are made
         table["to_host"] = lambda x: x if isinstance(x, Node) else self.base.to_host(x)
         return SimpleNamespace(**table)

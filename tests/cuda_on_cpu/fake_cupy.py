@@ -207,6 +207,7 @@ def _set_device(device: int) -> None:
 
 def _synchronize() -> None:
     world.check()
+    world.note_wait(queues.pending_on(world.current))
     queues.finish_device(world.current)
 
 

@@ -199,6 +199,11 @@ def null_queue(device: int) -> Queue:
     return _null[device]
 
 
+def pending_on(device: int) -> bool:
+    """Whether a device has work that has not run."""
+    return bool(_of_device(device))
+
+
 def finish_device(device: int) -> None:
     """The host waits for all work of a device."""
     for queue in _of_device(device):

@@ -34,7 +34,8 @@ def on_device(
 
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
     bound.update({name: getattr(arrays, name) for name in placing})
-    bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype), on_host=on_host)
+    bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
+    bound.update(on_host=on_host, finite_on_host=arrays.finite_on_host)
     for name in (*placing, "prepare", "num_threads"):
         origin[name] = "cupy"
     return bound
