@@ -9,7 +9,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from cli_helpers import config, run
+from cli_helpers import config, run, save
 from cuda_on_cpu import kernels
 from cuda_on_cpu.backend import cupy_backend
 from rank_trainers import KINDS, save_data
@@ -70,6 +70,15 @@ def test_steps_are_those_of_the_cpu(cupy, data, on_cpu, tmp_path, options):
     assert model.config.id2label == {0: "green", 1: "red"}
 
 
+def test_in_float64_nothing_but_the_order_of_sums_differs(cupy, data, tmp_path):
+    recipe = dataclasses.replace(AVERAGED, clip=0.0)
+    truth = trainer(data, tmp_path / "cpu", recipe, dtype="float64")
+    truth.run()
+    made = trainer(data, tmp_path / "gpu", recipe, backend="cupy", dtype="float64")
+    made.run()
+    assert farthest(made, truth) < 1e-10
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training(cupy, kind, tmp_path):
     """With dropout, stochastic depth, mixing and clipping, the noise being that of the CPU."""
@@ -82,6 +91,12 @@ def test_every_kind_of_training(cupy, kind, tmp_path):
     a, b = made._vectors(), truth._vectors()
     assert all(np.abs(a[name] - b[name]).max() < 2e-3 for name in a if name != "steps")
     assert made.state.history[0]["train_loss"] == pytest.approx(truth.state.history[0]["train_loss"], rel=1e-3)
+
+
+def test_a_trainer_of_the_cpu_refuses_a_model_of_a_gpu(cupy, data, tmp_path):
+    made = trainer(data, tmp_path, backend="cupy")
+    with pytest.raises(ValueError, match=r"found the backend cupy; use trainer_of\(model\)"):
+        Trainer(made.model, made.objective, made.recipe, tmp_path)
 
 
 def test_what_is_frozen_stays(cupy, data, tmp_path):
@@ -240,6 +255,17 @@ def test_the_commands_train_on_a_gpu(cupy, capsys, data, tmp_path):
         code, out, err = run(capsys, *words, *common)
         assert code == 0 and "best epoch 1 of 1" in out, err
     assert "of the 17.2 GB of GPU 1" in err
+    probe = ("--linear-probe", "--epochs", 2, "--backend", "cupy", "-o", tmp_path / "probe")
+    code, out, err = run(capsys, "finetune", data, "-m", tmp_path / "classifier", *probe)
+    assert code == 0 and "best: block" in out, err
+
+
+def test_gradients_are_verified(cupy, capsys, tmp_path):
+    made = save(tmp_path / "model", "classify", num_hidden_layers=2)
+    words = ("verify", "--gradients", "-m", made, "--random-seed", 1, "--backend", "cupy", "--device", 1)
+    code, out, err = run(capsys, *words)
+    assert code == 0 and "minibeit cupy float32 are within the error budget" in out, out + err
+    assert "gradient.beit.embeddings.patch.weight" in out
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -88,7 +88,7 @@ def value_and_grad(
         {name: gradients(leaf) if isinstance(leaf, Node) else None for name, leaf in flatten(watched).items()},
     )
     plain = type(output)(**{name: values(value) for name, value in output.items()})
-    running = {} if statistics is None else statistics.running(named)
+    running = {} if statistics is None else statistics.running(named, model.ops.to_host)
     return Gradients(float(values(made)) if wait else values(made), grads, plain, running)
 
 

@@ -94,6 +94,10 @@ class Trainer:
         record: Callable[[int, dict[str, float]], None] = lambda step, numbers: None,
         ranks: Ranks | None = None,
     ) -> None:
+        if not isinstance(self, trainer_of(model)):
+            raise ValueError(
+                f"model: expected one on a CPU, found the backend {model.ops.backend}; use trainer_of(model)"
+            )
         self.ranks = ranks or Ranks()
         self.model, self.objective, self.recipe, self.folder = model, objective, recipe, Path(folder)
         self.seed, self.recompute, self.workers, self.tell, self.record = seed, recompute, workers, tell, record

@@ -178,7 +178,7 @@ def set_running(model: Any, running: Mapping[str, np.ndarray]) -> None:
         adopt(model, {name: array for name, array in flatten(model.plain_params).items() if name not in running})
     named = flatten(model.params)
     for name, array in running.items():
-        named[name][...] = array
+        named[name][...] = model.ops.asarray(array, array.dtype.name)
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
