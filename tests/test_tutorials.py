@@ -21,8 +21,6 @@ FOLDER = HOME / "tutorials"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 LARGEST = 800_000  # bytes of a notebook, whose figures have twice the pixels that they are shown with
 SECONDS = 600
-# It measures speed, so its notebook is built on a quiet machine only: exercises and finer figures wait for that.
-WAITING = {"05_from_loops_to_the_roof"}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def test_notebook_is_made_from_the_script_and_was_run(script, build):
     outputs = [output for cell in code for output in cell["outputs"]]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert figures
-    assert script.stem in WAITING or all(sharp(output) for output in figures)
+    assert all(sharp(output) for output in figures)
     assert not any(output["output_type"] == "error" for output in outputs)
 
 
@@ -103,7 +101,7 @@ def sharp(output) -> bool:
     return abs(picture.width / output["metadata"]["image/png"]["width"] - 2) < 0.02
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.stem not in WAITING], ids=lambda path: path.stem)
+@each_script
 def test_ends_in_two_exercises_with_solutions(script, build):
     found = build.cells(script)
     place = [i for i, (kind, text) in enumerate(found) if kind == "markdown" and "## Exercises" in text]

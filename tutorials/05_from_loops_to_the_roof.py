@@ -444,3 +444,33 @@ slow = BeitForImageClassification(config, backend="numpy", arrays=model.arrays)
 difference = model(picture).logits - slow(picture).logits
 assert np.abs(difference).max() < 1e-4 * np.abs(slow(picture).logits).max()
 print("all rungs agree")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A CPU has 32 vector registers of 16 numbers. A tile of m rows and n vectors needs m n of them for sums, n for the
+#    row of `W` and one for an element of `x`. Which tile does most operations per byte moved, and what speaks against
+#    it?
+# 2. How much slower is the product in float64, with NumPy's `@`? Guess first: how many numbers fit into a vector, and
+#    how many bytes are moved?
+#
+# The next two cells have solutions.
+
+# %% [solution]
+# 1. A nearly square tile moves least, and a row counts one number where a vector counts sixteen: few vectors, many
+# rows. Against it speaks that each row is one more instruction to fetch for every vector of W (section 8), and that 197
+# rows are not a multiple of 30: the last tile is nearly half empty.
+tiles_that_fit = [(m, n) for m in range(1, 32) for n in range(1, 32) if m * n + n + 1 <= 32]
+per_byte_moved = {(m, n): 2 * m * 16 * n / (4 * (m + 16 * n)) for m, n in tiles_that_fit}
+for m, n in sorted(per_byte_moved, key=per_byte_moved.get, reverse=True)[:5]:
+    wasted = -N % m / (N + -N % m)
+    print(f"{m:2} rows x {n} vectors: {per_byte_moved[m, n]:.2f} operations per byte, {wasted:.1%} of the rows wasted")
+assert max(per_byte_moved, key=per_byte_moved.get) == (30, 1)
+assert (6, 4) in per_byte_moved and (12, 2) in per_byte_moved
+
+# %% [solution]
+# 2. Half as many numbers fit into a vector and twice the bytes are moved: about twice the time.
+x64, W64 = x.astype(np.float64), W.astype(np.float64)
+single, double = least(lambda: x @ W.T), least(lambda: x64 @ W64.T)
+print(f"float32 {1000 * single:.1f} ms, float64 {1000 * double:.1f} ms: {double / single:.2f} times as long")
+assert np.array_equal(x64 @ W64.T, truth)

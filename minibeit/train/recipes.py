@@ -167,7 +167,7 @@ _PRE: dict[str, Any] = dict(
 PRETRAINING_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         image_size=28, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-        **_PRE,
+        layer_scale_init_value=1.0, initializer_range=0.1, **_PRE,
     ),
     "base": _PRE,
     "large": dict(
@@ -225,7 +225,7 @@ TOKENIZERS: dict[str, TokenizerRecipe] = {
         cooling=1.5e5 / 3e6, average=0.999, source="Ramesh et al. 2021, appendix A.2",
     ),
     "tiny": TokenizerRecipe(
-        epochs=6, batch_size=64, lr=3e-3, floor=1e-4, warmup=0.2, crop=None, flip=0.0,
-        source="this program's own, for small images of signs and things",
+        epochs=6, batch_size=16, lr=5e-3, floor=1e-4, warmup=0.2, coldest=0.5, crop=None, flip=0.0,
+        source="this program's own, for small images of signs and things, in many warm steps, so that tokens are used",
     ),
 }  # fmt: skip

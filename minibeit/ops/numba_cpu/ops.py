@@ -108,7 +108,7 @@ def attention(
     keep: np.ndarray | None = None,
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
     """See `reference.attention`."""
-    if return_probs or keep is not None or not is_float32(q, k, v) or q.size == 0 or not can_fuse(q, k, v, bias):
+    if return_probs or keep is not None or not _can_attend(q, k, v, bias):
         return _numpy.attention(q, k, v, bias, return_probs, keep)
     return attend(q, k, v, bias)
 
@@ -122,9 +122,13 @@ def attention_of_low_precision(
     keep: np.ndarray | None = None,
 ) -> Any:  # 3 x (B, H, N, d) -> (B, N, D)
     """See `low_precision.attention`; on a CPU without products of bfloat16 they are of float32."""
-    if return_probs or keep is not None or not is_float32(q, k, v) or q.size == 0 or not can_fuse(q, k, v, bias):
+    if return_probs or keep is not None or not _can_attend(q, k, v, bias):
         return _low_attention(q, k, v, bias, return_probs, keep)
     return attend(q, k, v, bias, bfloat16=True)
+
+
+def _can_attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: Any | None) -> bool:
+    return is_float32(q, k, v) and q.size > 0 and can_fuse(q, k, v, bias)
 
 
 @synchronous

@@ -71,12 +71,21 @@ def _scale_row(source, size, factor, target):
 
 
 @njit(error_model="numpy")
-def reverse_table(table, table_bytes, head, offsets, reversed_):
+def _reverse_table(table, table_bytes, head, offsets, reversed_):
     """One head's column of the bias table, last offset first, so that the bias of one query row lies in runs."""
     for r in range(offsets):
         store_float(reversed_ + 4 * (offsets - 1 - r), load_float(table + r * table_bytes + 4 * head))
     for j in range(LANES):
         store_float(reversed_ + 4 * (offsets + j), _ZERO)
+
+
+@njit(error_model="numpy")
+def read_bias(table, table_bytes, head, rows, columns, reversed_):
+    """One head of the bias table: its offsets reversed; returns (CLS to patches, patches to CLS, CLS to CLS)."""
+    offsets = (2 * rows - 1) * (2 * columns - 1)
+    _reverse_table(table, table_bytes, head, offsets, reversed_)
+    ends = table + offsets * table_bytes + 4 * head
+    return load_float(ends), load_float(ends + table_bytes), load_float(ends + 2 * table_bytes)
 
 
 @njit(error_model="numpy")
@@ -190,11 +199,7 @@ def attention(args, task, thread):
     _pack_values(p.v + offset, row_bytes, count, size, values)
     to_cls = row0 = corner = _ZERO
     if table != 0:
-        offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
-        reverse_table(table, table_bytes, head, offsets, reversed_)
-        row0 = load_float(table + offsets * table_bytes + 4 * head)
-        to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
-        corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
+        row0, to_cls, corner = read_bias(table, table_bytes, head, grid_rows, grid_columns, reversed_)
 
     first_row = chunk * p.query_rows
     last_row = min(first_row + p.query_rows, count)

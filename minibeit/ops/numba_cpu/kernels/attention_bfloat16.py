@@ -7,7 +7,7 @@ from numba import njit
 
 from ..low_arguments import ATTENTION_BFLOAT16
 from ..target import LANES, MR, NR
-from .attention import bias_row, largest_score, last_scores, prefetch_rows, reverse_table, store_context
+from .attention import bias_row, largest_score, last_scores, prefetch_rows, read_bias, store_context
 from .low_precision import multiply_bfloat16, multiply_narrow_bfloat16, store_bfloat16, store_bfloat16_pairs
 from .pack import pack_panel
 from .vector import exp, load, load_float, reader, splat, store_float, sum_lanes
@@ -110,11 +110,7 @@ def attention_bfloat16(args, task, thread):
     _pack_values(p.v + offset, row_bytes, count, size, tail, values)
     to_cls = row0 = corner = _ZERO
     if table != 0:
-        offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
-        reverse_table(table, table_bytes, head, offsets, reversed_)
-        row0 = load_float(table + offsets * table_bytes + 4 * head)
-        to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
-        corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
+        row0, to_cls, corner = read_bias(table, table_bytes, head, grid_rows, grid_columns, reversed_)
 
     first_row = chunk * p.query_rows
     last_row = min(first_row + p.query_rows, count)

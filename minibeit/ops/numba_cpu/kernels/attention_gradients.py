@@ -7,7 +7,7 @@ from numba import njit
 
 from ..arguments import ATTENTION_BACKWARD, QUERY_ROWS
 from ..target import LANES, MR, NR, STEPS
-from .attention import _exponentials, _pack_keys, _pack_values, _scale_row, bias_row, largest_score, reverse_table
+from .attention import _exponentials, _pack_keys, _pack_values, _scale_row, bias_row, largest_score, read_bias
 from .micro import multiply_narrow_tile, multiply_tile
 from .vector import (
     first_lanes,
@@ -138,10 +138,7 @@ def attention_backward(args, task, thread):
     to_cls = row0 = corner = _ZERO
     offsets = (2 * grid_rows - 1) * (2 * grid_columns - 1)
     if table != 0:
-        reverse_table(table, table_bytes, head, offsets, reversed_)
-        row0 = load_float(table + offsets * table_bytes + 4 * head)
-        to_cls = load_float(table + (offsets + 1) * table_bytes + 4 * head)
-        corner = load_float(table + (offsets + 2) * table_bytes + 4 * head)
+        row0, to_cls, corner = read_bias(table, table_bytes, head, grid_rows, grid_columns, reversed_)
         bins += task * (offsets + 2 * LANES) * 4
         for j in range(offsets + 2 * LANES):
             store_float(bins + 4 * j, _ZERO)
