@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 from importlib import import_module
@@ -12,12 +13,15 @@ import pytest
 from cli_helpers import config, run, save
 from cuda_on_cpu import kernels
 from cuda_on_cpu.backend import cupy_backend
+from cuda_on_cpu.world import counted
 from rank_trainers import KINDS, save_data
 from rank_trainers import trainer as trainer_of_kind
 from thread_ranks import on_ranks
 from training_data import QUICK, class_folders, trainer
 
 from minibeit import BeitForImageClassification
+from minibeit.outputs import ImageClassifierOutput
+from minibeit.train.gradients import Gradients
 from minibeit.train.loop import NotFinite, Trainer
 from minibeit.train.state import STATE_NAME, Stopped, load_state
 
@@ -203,6 +207,34 @@ def test_half_precision_has_float32_weights_and_stays_near_float32(cupy, data, o
     assert made.optimizer.weights.dtype == np.float32 and made._vectors()["weights"].dtype == np.float32
     for row, truth in zip(history, on_cpu.state.history, strict=True):
         assert row["train_loss"] == pytest.approx(truth["train_loss"], rel=0.05)
+
+
+# Waiting --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_waited_for_once_the_next_one_runs(cupy, tmp_path):
+    """All that the trainer does itself; gradients are made up, as whether an op waits is a matter of the op."""
+    data = class_folders(tmp_path / "data", 11)
+    made, seen = trainer(data, tmp_path / "o", dataclasses.replace(STEPS, epochs=1), backend="cupy"), []
+
+    def gradients(piece, samples, weight, ready, wait):
+        assert isinstance(piece.pixels, cupy.ndarray) and not wait
+        for name, array in made.model.arrays.items():
+            ready(name, cupy.ones(array.shape, np.float32) * weight)
+        logits = piece.pixels.sum((1, 2, 3))[:, None] * cupy.ones((1, 2), np.float32)
+        return Gradients(cupy.ones((), np.float32), None, ImageClassifierOutput(logits=logits), {})
+
+    made._gradients = gradients
+    with counted() as world:
+        made.tell = lambda progress: seen.append((list(world.waits), list(world.copies)))
+        made.run()
+    assert made.steps == len(seen) == 4
+    for (waits, copies), (more_waits, more_copies) in itertools.pairwise(seen[1:]):
+        (wait,) = more_waits[len(waits) :]
+        assert "transfers.py" in wait
+        new = more_copies[len(copies) :]
+        assert [copy.nbytes for copy in new if copy.way == "upload"] == [4 * 3 * 16 * 16 * 4]  # the pixels
+        assert [copy.nbytes for copy in new if copy.way == "download"] == [5 * 8, 4 * 2 * 4]  # numbers, logits
 
 
 # Memory, ranks and commands -------------------------------------------------------------------------------------------
