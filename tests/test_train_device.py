@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
 import signal
+import threading
 from importlib import import_module
 
 import numpy as np
@@ -20,7 +22,10 @@ from thread_ranks import on_ranks
 from training_data import QUICK, class_folders, trainer
 
 from minibeit import BeitForImageClassification
+from minibeit.cli import ranks as cli_ranks
+from minibeit.cli.terminal import UsageError
 from minibeit.outputs import ImageClassifierOutput
+from minibeit.train import mpi
 from minibeit.train.gradients import Gradients
 from minibeit.train.loop import NotFinite, Trainer
 from minibeit.train.state import STATE_NAME, Stopped, load_state
@@ -267,6 +272,28 @@ def test_ranks_with_a_device_each_train_as_one(cupy, data, on_cpu, tmp_path):
     ]
     vector, loss = first.sums.vector.nbytes, 4
     assert first.ranks.handed_over == first.steps * (vector + loss)
+
+
+def test_commands_give_each_rank_a_gpu(cupy, monkeypatch):
+    monkeypatch.setattr(cli_ranks, "started", lambda: 2)
+    local = threading.local()
+    monkeypatch.setattr(mpi, "world", lambda: local.ranks)
+
+    def work(ranks):
+        local.ranks = ranks
+        ranks.local, ranks.on_host = ranks.rank, 2
+        args = argparse.Namespace(backend="cupy", device=None, threads=None, workers=None, quiet=False)
+        cli_ranks.join(args)
+        with cupy.cuda.Device(args.device):
+            total = cupy.ones(3, np.float32) * (1 + args.device)
+            assert args.ranks.total(total).get().tolist() == [3, 3, 3]
+        assert args.ranks.total(np.ones(2)).tolist() == [2, 2]  # of the host, by the others' way
+        args.device = 1
+        with pytest.raises(UsageError, match="--device: of several ranks each takes the GPU of its number"):
+            cli_ranks.join(args)
+        return args.ranks.rank
+
+    assert on_ranks(2, work) == [0, 1]
 
 
 def test_more_ranks_than_gpus_are_refused(cupy):
