@@ -24,6 +24,7 @@ from training_data import QUICK, class_folders, trainer
 from minibeit import BeitForImageClassification
 from minibeit.cli import ranks as cli_ranks
 from minibeit.cli.terminal import UsageError
+from minibeit.errors import DeviceError
 from minibeit.outputs import ImageClassifierOutput
 from minibeit.train import mpi
 from minibeit.train.gradients import Gradients
@@ -297,8 +298,11 @@ def test_commands_give_each_rank_a_gpu(cupy, monkeypatch):
 
 
 def test_more_ranks_than_gpus_are_refused(cupy):
+    nccl = import_module("minibeit.train.nccl")
     with pytest.raises(ValueError, match="3 ranks were started on a machine with 2 GPUs"):
-        import_module("minibeit.train.nccl").own_device(2, 3)
+        nccl.own_device(2, 3)
+    with pytest.raises(DeviceError, match=r"each needs its own .*Duplicate GPU"):
+        on_ranks(2, lambda ranks: nccl.on_device(ranks, 1))
 
 
 def test_the_commands_train_on_a_gpu(cupy, capsys, data, tmp_path):

@@ -28,7 +28,13 @@ class NcclRanks(Ranks):
         nccl = _nccl()
         self._types = {"float32": nccl.NCCL_FLOAT32, "float64": nccl.NCCL_FLOAT64}
         self._sum = nccl.NCCL_SUM
-        self._comm = nccl.NcclCommunicator(others.count, others.from_first(nccl.get_unique_id), others.rank)
+        name = others.from_first(nccl.get_unique_id)
+        try:
+            self._comm = nccl.NcclCommunicator(others.count, name, others.rank)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"NCCL cannot join the GPUs of the ranks, of which each needs its own ({error})"
+            ) from None
         self._stream = cupy.cuda.Stream(non_blocking=True)
 
     def total(self, numbers: Any) -> Any:
@@ -66,13 +72,17 @@ class NcclRanks(Ranks):
 
 
 def own_device(local: int, on_host: int) -> int:
-    """The GPU of the rank that is number `local` of those on this machine.  Raises ValueError if there are too few."""
+    """The GPU of the rank that is number `local` of those on this machine.  Raises ValueError if there are too few.
+
+    A rank that sees a single GPU takes that: Slurm may have given each its own.
+    """
     open_device(None)
     there = cupy.cuda.runtime.getDeviceCount()
+    if there == 1:
+        return 0
     if on_host > there:
         raise ValueError(
-            f"{on_host} ranks were started on a machine with {there} GPU{'s' if there > 1 else ''}; NCCL wants one for "
-            "each: start fewer ranks"
+            f"{on_host} ranks were started on a machine with {there} GPUs; NCCL wants one for each: start fewer ranks"
         )
     return local
 

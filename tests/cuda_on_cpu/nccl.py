@@ -27,13 +27,18 @@ class _Meeting:
 
     def __init__(self) -> None:
         self.parts: dict[int, np.ndarray] = {}
+        self.devices: list[int] = []
         self.barrier: threading.Barrier | None = None
         self.lock = threading.Lock()
 
-    def joined(self, count: int) -> None:
+    def joined(self, count: int, device: int) -> None:
+        """Waits for the others.  Raises RuntimeError, in every rank, if two have the same device."""
         with self.lock:
+            self.devices.append(device)
             self.barrier = self.barrier or threading.Barrier(count, timeout=SECONDS)
         self.barrier.wait()
+        if len(set(self.devices)) < count:
+            raise RuntimeError("NCCL_ERROR_INVALID_USAGE: Duplicate GPU detected")
 
     def total(self, rank: int, part: np.ndarray) -> np.ndarray:
         assert self.barrier is not None
@@ -54,15 +59,9 @@ def get_unique_id() -> tuple[int, ...]:
 class NcclCommunicator:
     """One rank, on the device that is current now.  Returns when all have come."""
 
-    devices: dict[tuple[int, ...], set[int]] = {}
-
     def __init__(self, ndev: int, commId: tuple[int, ...], rank: int) -> None:
-        used = self.devices.setdefault(commId, set())
-        if world.current in used:
-            raise RuntimeError("NCCL_ERROR_INVALID_USAGE: Duplicate GPU detected")
-        used.add(world.current)
         self._rank, self._device, self._meeting = rank, world.current, _meetings[commId]
-        self._meeting.joined(ndev)
+        self._meeting.joined(ndev, world.current)
 
     def allReduce(self, sendbuf: int, recvbuf: int, count: int, datatype: int, op: int, stream: int) -> None:
         """Queues the sum over all ranks in the stream."""
