@@ -121,7 +121,7 @@ class Tape:
         training = {} if self.statistics is None or "_bn_" not in name else {"statistics": self.statistics}
         noted = any(map(watched, args))
         forward = self._half(name, "forward")
-        if forward is None or not (noted or training):
+        if forward is None or not (noted or training or hasattr(self.base, "on_host")):
             made, saved = self._plain(name)(*plain, **options), None
         else:
             made, saved = forward(*plain, **options, **training)

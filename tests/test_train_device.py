@@ -34,7 +34,7 @@ from minibeit.train.state import STATE_NAME, Stopped, load_state
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no g++")
 AVERAGED = dataclasses.replace(QUICK, average=0.5)
 STEPS = dataclasses.replace(AVERAGED, epochs=4)  # eight of them
-TOO_LARGE = 1e39  # as a scale, for float32
+TOO_LARGE = 2.0**22  # as a scale, for float16
 CLOSE = 2e-5  # of a weight after eight steps of Adam, whose first ones are of the size of the rate, 1e-2
 
 
@@ -241,6 +241,16 @@ def test_a_step_is_waited_for_once_the_next_one_runs(cupy, tmp_path):
         new = more_copies[len(copies) :]
         assert [copy.nbytes for copy in new if copy.way == "upload"] == [4 * 3 * 16 * 16 * 4]  # the pixels
         assert [copy.nbytes for copy in new if copy.way == "download"] == [5 * 8, 4 * 2 * 4]  # numbers, logits
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"dtype": "bfloat16"}], ids=str)
+def test_no_op_of_the_transformer_is_waited_for(cupy, tmp_path, options):
+    data = class_folders(tmp_path / "data", 11)
+    made, waits = trainer(data, tmp_path / "o", dataclasses.replace(STEPS, epochs=1), backend="cupy", **options), []
+    with counted() as world:
+        made.tell = lambda progress: waits.append(len(world.waits))
+        made.run()
+    assert np.diff(waits[1:]).tolist() == [1, 1]  # for the step before
 
 
 # Memory, ranks and commands -------------------------------------------------------------------------------------------
