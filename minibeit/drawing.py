@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .colours import Colour
+from .files import atomic_write
 
 PAPER, INK, EDGE = (255, 255, 255), (24, 24, 24), (150, 150, 150)
 ROW, SWATCH, MARGIN, TEXT = 26, 34, 14, 15  # of the legend, in pixels
@@ -81,3 +84,9 @@ def png(picture: Image.Image) -> bytes:
 def tinted(photo: np.ndarray, tint: np.ndarray) -> np.ndarray:  # two of (h, w, 3) -> (h, w, 3)
     """A photo under colours."""
     return np.rint((1 - OVERLAY) * photo + OVERLAY * tint).astype(np.uint8)
+
+
+def save_png(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Writes a PNG file that appears complete or not at all."""
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG", **options)

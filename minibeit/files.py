@@ -8,6 +8,7 @@ removes those that are not locked.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .places import Address, place
 
 if TYPE_CHECKING:
     import mmap
@@ -34,14 +37,19 @@ _cleaned: set[Path] = set()  # folders that this process has cleaned
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str] | Address) -> Iterator[BinaryIO]:
     """Yields a binary file that becomes `path` if the block succeeds, and is removed if it raises.
 
     The temporary file is in the same folder, since a rename is atomic only within one file system.  A symbolic link
     is kept and its target replaced; the new file inherits the permissions of the one it replaces.  A pipe or a device
-    gets the bytes once they are complete.
+    gets the bytes once they are complete; so does an address.
     Raises OSError that names `path`, never the temporary file.
     """
+    if isinstance(path, Address):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
+        return
     target = _target(path)
     if target is None:
         with _through(path) as file:
@@ -102,8 +110,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         file.flush()
 
 
-def identity(path: str | os.PathLike[str]) -> Any:
-    """A value that is equal for two paths to the same file, also through links or with case ignored."""
+def identity(path: Any) -> Any:
+    """A value that is equal for two paths or addresses of the same file, also through links or with case ignored."""
+    there = place(str(path))
+    if isinstance(there, Address):
+        return there.canonical
     try:
         found = os.stat(path)
     except (OSError, ValueError):

@@ -12,6 +12,7 @@ import numpy as np
 
 Z95 = 1.959963984540054  # the standard normal is within +-Z95 with probability 0.95
 RESAMPLES = 1000
+MOST_DRAWN = 1 << 24  # times that images are counted at once, in all resamples together: 128 MB
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -141,8 +142,8 @@ def ratio_interval(
     """
     if len(parts) < 2:
         return math.nan, math.nan
-    drawn = _resampled(len(parts), resamples, seed)
-    low, high = _middle((drawn @ parts) / (drawn @ wholes))
+    sums = _resampled_sums(np.stack([parts, wholes], axis=1), resamples, seed)
+    low, high = _middle(sums[:, 0] / sums[:, 1])
     return float(low), float(high)
 
 
@@ -156,8 +157,7 @@ def segmentation_intervals(
     Source: Efron 1979.
     """
     n, _, K = counts.shape
-    drawn = _resampled(n, resamples, seed)
-    sums = (drawn @ counts.reshape(n, -1).astype(np.float64)).reshape(resamples, 3, K)
+    sums = _resampled_sums(counts.reshape(n, -1), resamples, seed).reshape(resamples, 3, K)
     figures = {**segmentation_scores(sums), "class_iou": class_iou(sums), "class_accuracy": class_accuracy(sums)}
     return {name: _middle(values) if n > 1 else np.full((2, *values.shape[1:]), np.nan) for name, values in
             figures.items()}  # fmt: skip
@@ -168,9 +168,14 @@ def _log_softmax(x: np.ndarray, axis: int) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
 
 
-def _resampled(n: int, resamples: int, seed: int) -> np.ndarray:  # -> (resamples, n)
-    """How often each of n images is drawn, in every resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+def _resampled_sums(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:  # (n, m) -> (resamples, m)
+    """The sums over the images of each resample, which draws n of n images; no more than fit into memory at a time."""
+    rng, n, x = np.random.default_rng(seed), len(values), values.astype(np.float64)
+    some, sums = max(1, MOST_DRAWN // n), []
+    for first in range(0, resamples, some):
+        drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(some, resamples - first))  # how often each image is
+        sums.append(drawn.astype(np.float64) @ x)
+    return np.concatenate(sums)
 
 
 def _middle(values: np.ndarray) -> np.ndarray:  # (resamples, ...) -> (2, ...)

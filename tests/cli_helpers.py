@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +99,32 @@ def run(capsys, *words) -> tuple[int, str, str]:
 
 
 def start(*words, **options) -> subprocess.Popen:
-    """The command line as a process of its own."""
-    command = [sys.executable, "-m", "minibeit", *map(str, words)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", **options)
+    """The command line as a process of its own, which Ctrl-C interrupts."""
+    return start_python("-m", "minibeit", *map(str, words), **options)
+
+
+def start_python(*words: str, **options) -> subprocess.Popen:
+    """Python as a process of its own.  A shell starts what runs behind it deaf to Ctrl-C, and its children with it."""
+    pipe, before = subprocess.PIPE, signal.signal(signal.SIGINT, signal.default_int_handler)
+    settings = dict(env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    try:
+        return subprocess.Popen([sys.executable, *words], **{**settings, **options})
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def served(folder: str | Path) -> Iterator[str]:
+    """The address of a web server of this process that has a folder's files."""
+    handler = functools.partial(_Quiet, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass

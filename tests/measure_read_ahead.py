@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from minibeit import BeitConfig, BeitForImageClassification, BeitImageProcessor, read_ahead
-from minibeit.cli.inputs import Found, run_batches
+from minibeit.cli.inputs import run_batches
 from minibeit.images.ahead import default_workers
+from minibeit.runs.found import Found
 
 WIDTH, HEIGHT, BATCH = 4000, 3000, 8
 SHARES = (0.09, 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16)  # of the octaves, from the finest

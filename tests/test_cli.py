@@ -14,8 +14,8 @@ from cli_helpers import ENVIRONMENT, run, save, save_pictures, start
 
 import minibeit.cli
 from minibeit.cli import COMMANDS, main
-from minibeit.cli.inputs import find_images
 from minibeit.cli.terminal import one_line, table
+from minibeit.runs.found import find_images
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,7 @@ def test_ctrl_c_is_one_line_and_code_130(capsys, monkeypatch):
 def test_a_process_that_is_interrupted_says_so(checkpoint, tmp_path):
     folder = tmp_path / "many"
     save_pictures(folder, *(f"{i}.png" for i in range(40)))
-    # A shell may have started the tests in the background, where SIGINT is ignored by all that are started from there.
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    process = start("classify", *[folder] * 200, "--model", checkpoint, "-q", **default)
+    process = start("classify", *[folder] * 200, "--model", checkpoint, "-q")
     process.stdout.readline()  # it is at work
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

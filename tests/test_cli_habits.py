@@ -129,8 +129,7 @@ def test_closed_streams_do_not_matter(models, tmp_path):
 @pytest.mark.parametrize("delay", [0.3, 0.5, 0.8, 1.5])
 def test_ctrl_c_at_any_moment_is_one_line(models, tmp_path, delay):
     save_pictures(tmp_path, *(f"{i}.png" for i in range(20)))
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    process = start("classify", *[tmp_path] * 400, "--model", models["classify"], "-q", **default)
+    process = start("classify", *[tmp_path] * 400, "--model", models["classify"], "-q")
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -362,6 +361,15 @@ def test_what_is_read_is_not_overwritten_by_any_of_its_names(capsys, models, tmp
     assert before == {path: path.read_bytes() for path in before}
     with pytest.raises(UsageError, match="is an input"):
         check_outputs([tmp_path / "." / "a.png"], [str(picture)])
+
+
+def test_inputs_are_not_looked_at_where_no_file_is_written(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(minibeit.cli.inputs, "identity", lambda path: looked_at.append(path) or path)
+    check_outputs([], ["a.png", "b.png"])
+    assert not looked_at
+    check_outputs([Path("c.png")], ["a.png"])
+    assert looked_at == ["a.png", Path("c.png")]
 
 
 def test_a_folder_never_holds_the_results_of_two_models(capsys, models, tmp_path):

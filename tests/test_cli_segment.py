@@ -198,3 +198,14 @@ def test_more_classes_than_a_palette_holds_are_16_bit_gray():
     picture = indexed(labels, distinct_colours(300))
     assert picture.mode.startswith("I;16")
     np.testing.assert_array_equal(np.asarray(picture), labels)
+
+
+def test_a_command_that_is_refused_removes_nothing(capsys, tmp_path):
+    save_pictures(tmp_path, "a.png")
+    many = save(tmp_path / "many", "segment", id2label={i: f"class {i}" for i in range(151)})
+    words = ["segment", tmp_path / "a.png", "-o", tmp_path / "out", "-q", "-m"]
+    assert run(capsys, *words, save(tmp_path / "few", "segment"))[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, _, err = run(capsys, *words, many, "--overwrite", "--palette", "ade20k")
+    assert code == 2 and "--palette ade20k has 150 colours, the model has 151 classes" in err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before != {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,25 @@ def test_the_picture_shows_each_image_and_its_tokens(capsys, tokenizer, tmp_path
         row = drawn[i * (448 + gap) :][:448]
         assert np.abs(row[:, :448][::zoom, ::zoom] - image).max() <= 1
         assert np.abs(row[:, -448:][::zoom, ::zoom] - image).max() <= 2  # the token's colour, rounded twice
+
+
+def test_images_are_read_once_and_let_go(capsys, tokenizer, tmp_path, monkeypatch):
+    save_pictures(tmp_path / "in", *(f"{i}.png" for i in range(40)))
+    read, alive, preprocess = [], [], DalleTokenizer.preprocess
+
+    def seen(self, source, *sizes):
+        read.append(Path(source).name)
+        pixels = preprocess(self, source, *sizes)
+        arrays.append(weakref.ref(pixels))
+        alive.append(sum(array() is not None for array in arrays))
+        return pixels
+
+    arrays: list[weakref.ref] = []
+    monkeypatch.setattr(DalleTokenizer, "preprocess", seen)
+    words = ["tokenize", tmp_path / "in", "-t", tokenizer, "-o", tmp_path / "o.png", "-b", 1, "-q"]
+    assert run(capsys, *words)[0] == 0
+    assert sorted(read) == sorted(f"{i}.png" for i in range(40))
+    assert max(alive) < 20  # what is read ahead, not all of them
 
 
 @pytest.mark.parametrize("words", [["--size", "8"], ["--size", "24"], ["--size", "8", "--center-crop"]])

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures
+from cli_helpers import ENVIRONMENT, NAMES, run, save, save_pictures, served
 
 from minibeit import BeitBackbone, BeitForImageClassification, BeitImageProcessor, CheckpointError
 
 pytest.importorskip("distributed", reason="needs the extra cluster")
+import cloudpickle
 import dask.bag
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from distributed import Client
+from distributed import Client, KilledWorker
 
-from minibeit.cluster import Classify, Features, find, run_on_dask
+from minibeit.cluster import Classify, Features, Summary, find, run_on_dask
+from minibeit.cluster.engine import _gather
 from minibeit.cluster.folder import MANIFEST, Folder
+from minibeit.cluster.worker import Holder, compute_shard
 from minibeit.cluster.works import fingerprint
 
 
@@ -148,6 +148,8 @@ def test_other_work_is_not_mixed_in(client, work, checkpoint, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"has shards of other work, whose {said} is .*; choose another --output"):
             run_on_dask(images_, changed, tmp_path / "out", dask=client)
+    with pytest.raises(ValueError, match=r'whose work is \{"top_k": 5\} and not \{"top_k": 3\}; choose'):
+        run_on_dask(images, Classify(work.model, processor, top_k=3), tmp_path / "out", dask=client)
     with pytest.raises(ValueError, match="shard size is 256 and not 7"):
         run_on_dask(images, work, tmp_path / "out", dask=client, shard_size=7)
     assert len(rows(tmp_path / "out")) == 24
@@ -173,6 +175,15 @@ def test_a_shard_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         folder.write(0, pa.table({"x": [1]}))
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_a_damaged_shard_is_named(client, work, images, tmp_path, memory):
+    for place in (str(tmp_path), "memory://out"):
+        run_on_dask(images, work, place, dask=client, shard_size=12)
+        with fsspec.open(f"{place}/shard-00000001.parquet", "wb") as file:
+            file.write(b"PAR1")
+        with pytest.raises(ValueError, match=r"/shard-00000001.parquet: the shard is damaged \(.*once deleted"):
+            run_on_dask(images, work, place, dask=client, shard_size=12)
 
 
 def test_models_are_told_apart(tmp_path, checkpoint):
@@ -213,6 +224,44 @@ def test_a_cluster_without_workers(work, images, tmp_path, monkeypatch):
             run_on_dask(images, work, tmp_path, dask=address)
 
 
+class Future:
+    """What Dask has of a shard: a result, or an error each time that it is asked for."""
+
+    def __init__(self, *results):
+        self.results, self.retried = list(results), 0
+
+    def result(self):
+        found = self.results[self.retried]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def retry(self):
+        self.retried += 1
+
+
+def test_only_a_shard_that_kills_a_worker_when_it_is_alone_is_to_blame():
+    killed = KilledWorker("key", None, 3)
+    futures = [Future((5, 1)), Future(killed, killed), Future(killed, (7, 0)), Future((5, 0))]
+    told, summary = [], Summary()
+    _gather(zip(["a", "b", "c", "d"], futures), summary, told.append)
+    assert summary.failed == ["b: 4 workers died of it, one after another"]
+    assert (summary.images, summary.computed, summary.broken, told) == (17, 17, 1, [5, 5, 7])
+    assert [future.retried for future in futures] == [0, 1, 1, 0]
+    with pytest.raises(CheckpointError):
+        _gather([("a", Future(CheckpointError("gone")))], summary, told.append)
+
+
+def test_what_a_worker_had_finished_is_not_computed_again(client, work, images, tmp_path):
+    folder, found = Folder(str(tmp_path)), []
+    folder.prepare({"work": 1})
+    for items in (images[:7], ["never read"]):
+        client.register_plugin(Holder(cloudpickle.dumps(work), str(tmp_path)), name="again")
+        found.append(client.submit(compute_shard, "again", 0, items, pure=False).result())
+        client.unregister_worker_plugin("again")
+    assert found == [(7, 1), (7, 1)] and [row["file"] for row in rows(tmp_path)] == images[:7]
+
+
 # Places ---------------------------------------------------------------------------------------------------------------
 
 
@@ -247,20 +296,12 @@ def test_addresses_are_listed_fetched_and_written_to(client, work, images, memor
 
 def test_images_from_a_web_server(client, work, images, tmp_path):
     pytest.importorskip("aiohttp", reason="fsspec needs it for http")
-    handler = functools.partial(Quiet, directory=os.path.dirname(images[0]))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with served(os.path.dirname(images[0])) as address:
         found = [f"{address}/{i}.png" for i in (0, 1, 2)] + [f"{address}/gone.png"]
+        assert find([f"{found[0]}?size=5"]) == [f"{found[0]}?size=5"]  # which is no pattern
         summary = run_on_dask(found, work, tmp_path, dask=client)
-        server.shutdown()
     assert (summary.images, summary.broken) == (4, 1)
     assert [row["labels"][0] for row in rows(tmp_path)[:3]] == expected(work, images[:3])[1]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 def test_lists_folders_and_patterns_are_found(images, tmp_path, monkeypatch):
@@ -321,7 +362,6 @@ def test_without_the_extra_one_sentence_names_it(capsys, tmp_path, checkpoint, i
         (["features", "-o", "x.npz", "--workers", "2"], "--workers goes with --dask"),
         (["evaluate", "--shard-size", "2"], "--shard-size goes with --dask"),
         (["classify", "--dask", "tcp://h:1", "--workers", "2", "-o", "out"], "this cluster has workers of its own"),
-        (["segment", "--dask", "local", "-o", "s3://b/x"], "segment writes maps to a folder"),
         (["classify", "--dask", "local", "-o", "notes.txt"], "is a file, expected a folder"),
     ],
 )

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from test_cli_pretrain import TOKENS
 
+from minibeit import BeitImageProcessor
 from minibeit.tokenizer.tokenizer import DalleTokenizer
 
 pytest.importorskip("distributed", reason="needs the extra cluster")
@@ -137,3 +138,67 @@ def gone(model):
         return context
 
     return without
+
+
+# What results depend on -----------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *words):
+    """Runs a command that finds shards that were made otherwise."""
+    code, out, err = run(capsys, *words)
+    return code == 1 and not out and "has shards of other work, whose work is" in err and err.count("\n") == 1
+
+
+def test_shards_of_another_table_of_colours_or_image_processor_are_refused(capsys, dask, tmp_path):
+    model, table = save(tmp_path / "model", "segment"), tmp_path / "colours.txt"
+    for path in save_pictures(tmp_path / "val", "a.png", "b.png", size=(20, 33)):
+        colours = np.full((20, 33, 3), 9, np.uint8)
+        colours[:7] = 3
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        Image.fromarray(colours).save(tmp_path / "maps" / path.name)
+    words = [
+        "evaluate",
+        tmp_path / "val",
+        "--maps",
+        tmp_path / "maps",
+        "-m",
+        model,
+        "--colours",
+        table,
+        *dask,
+        "--slide",
+    ]
+    table.write_text("3 3 3 ant\n9 9 9 bee\n")
+    assert run(capsys, *words, "-o", tmp_path / "out")[0] == 0
+    assert run(capsys, *words, "-o", tmp_path / "out", "-b", 2)[0] == 0  # which changes no result
+    table.write_text("3 3 3 bee\n9 9 9 ant\n")
+    assert refused(capsys, *words, "-o", tmp_path / "out")
+    assert run(capsys, *words, "-o", tmp_path / "two")[0] == 0
+    BeitImageProcessor(size=16, resample=2, do_normalize=False).save_pretrained(model)
+    assert refused(capsys, *words, "-o", tmp_path / "two")
+
+
+def test_shards_of_another_tokenizer_are_refused(capsys, dask, folders, tmp_path):
+    tokens, model = tmp_path / "tokens", save(tmp_path / "model", "mask", vocab_size=10)
+    words = ["evaluate", folders, "-m", model, "-t", tokens, *dask, "-o", tmp_path / "out"]
+    DalleTokenizer(TOKENS, backend="numpy").save_pretrained(tokens)
+    assert run(capsys, *words)[0] == 1
+    shutil.move(tokens, tmp_path / "moved")
+    DalleTokenizer(TOKENS, backend="numpy", seed=1).save_pretrained(tokens)
+    assert refused(capsys, *words)
+    words[words.index(tokens)] = tmp_path / "moved"  # the same one elsewhere
+    assert run(capsys, *words)[0] == 1
+
+
+def test_overwrite_removes_the_shards_that_tell_of_another_models_maps(capsys, dask, tmp_path):
+    save_pictures(tmp_path / "in", "a.png", "b.png")
+    models = [save(tmp_path / str(i), "segment", initializer_range=0.1 * i) for i in (1, 2)]
+    words = ["segment", "-o", tmp_path / "out", *dask]
+    assert run(capsys, *words, tmp_path / "in", "-m", models[0])[0] == 0
+    code, _, err = run(capsys, *words, tmp_path / "in/a.png", "-m", models[1])
+    assert code == 2 and "--overwrite removes its 2 results" in err
+    code, out, err = run(capsys, *words, tmp_path / "in/a.png", "-m", models[1], "--overwrite")
+    assert code == 0 and "1 images in 1 shards;" in out and not err
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["a_labels.png", "a_legend.png"]
+    run(capsys, "segment", "-o", tmp_path / "out", tmp_path / "in/b.png", "-m", models[0], "--overwrite", "-q")
+    assert not list((tmp_path / "out/shards").iterdir())

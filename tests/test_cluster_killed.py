@@ -6,16 +6,13 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import ENVIRONMENT, save
+from cli_helpers import save, start
 from PIL import Image
 
 pytest.importorskip("distributed", reason="needs the extra cluster")
@@ -34,23 +31,6 @@ def cluster():
     """Two processes of one thread, each started anew when it dies."""
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
         yield cluster
-
-
-def start(words: list[str], **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "minibeit", *words]
-    pipe = subprocess.PIPE
-    # A shell starts what runs behind it deaf to Ctrl-C, and its children with it.
-    with hearing_ctrl_c():
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, **options)
-
-
-@contextmanager
-def hearing_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def shards(folder: Path) -> set[str]:
@@ -81,7 +61,7 @@ def test_every_image_once_though_a_worker_and_the_client_die(cluster, tmp_path):
     words = ["classify", str(images), "-m", str(model), "--dask", cluster.scheduler_address, "-o", str(output)]
     words += ["--shard-size", str(SHARD), "-k", "1", "-q"]
 
-    client = start(words)
+    client = start(*words)
     until(output, 10, client)
     victim, pid = next(iter(processes(cluster).items()))
     os.kill(pid, signal.SIGKILL)  # its shard is computed by another worker
@@ -92,7 +72,7 @@ def test_every_image_once_though_a_worker_and_the_client_die(cluster, tmp_path):
     time.sleep(1)  # shards that workers have begun are finished
     kept = {name: (output / name).stat().st_mtime_ns for name in shards(output)}
 
-    client = start(words)
+    client = start(*words)
     out, err = client.communicate(timeout=900)
     assert client.returncode == 1 and not err and f"{COUNT} images in {COUNT // SHARD} shards" in out
     assert f"({len(kept)} of them finished before)" in out or len(kept) < COUNT // SHARD
@@ -121,7 +101,7 @@ def test_ctrl_c_leaves_one_line_and_no_process(tmp_path):
     Image.new("RGB", (16, 16)).save(image)
     (tmp_path / "list.txt").write_text(f"{image}\n" * 100_000)
     words = ["classify", str(tmp_path / "list.txt"), "-m", str(model), "--dask", "local", "--workers", "2", "-q"]
-    program = start([*words, "-o", str(tmp_path / "out")], start_new_session=True)
+    program = start(*words, "-o", tmp_path / "out", start_new_session=True)
     until(tmp_path / "out", 2, program)
     os.killpg(program.pid, signal.SIGINT)  # as a terminal does, to workers as well
     out, err = program.communicate(timeout=120)

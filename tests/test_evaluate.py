@@ -18,12 +18,19 @@ from test_pretraining import CONFIG, Brightness
 from minibeit import BeitForMaskedImageModeling, BeitImageProcessor
 from minibeit.cli import _parser
 from minibeit.evaluate import segmentation
-from minibeit.evaluate.classification import evaluate_classification, pixels_of
+from minibeit.evaluate.classification import Judged, classification_of, evaluate_classification, pixels_of
 from minibeit.evaluate.evaluation import Figure
 from minibeit.evaluate.labelled import Labelled, LabelledImages
 from minibeit.evaluate.maps import paired
-from minibeit.evaluate.masked_modeling import RECIPE, evaluate_masked_modeling, unlabelled_images
+from minibeit.evaluate.masked_modeling import (
+    RECIPE,
+    Predicted,
+    evaluate_masked_modeling,
+    masked_modeling_of,
+    unlabelled_images,
+)
 from minibeit.evaluate.page import page
+from minibeit.evaluate.reading import Measured
 from minibeit.evaluate.segmentation import evaluate_segmentation
 from minibeit.evaluate.split import without_split
 from minibeit.metrics import wilson
@@ -354,3 +361,14 @@ def test_figures_as_people_read_them():
     assert Figure("top1", 0.5, 0.25, 0.755).interval() == "25.00 to 75.50"
     assert Figure("loss", 1.5, kind="number").shown() == "1.5000" and Figure("loss", 1.5).interval() == ""
     assert Figure("iou", float("nan")).shown() == "–"
+
+
+def test_an_image_that_has_gone_since_it_was_measured_is_named_and_not_drawn(tmp_path):
+    (path,) = save_pictures(tmp_path, "0.png")
+    images = tuple(Labelled(str(tmp_path / name), 0) for name in ("gone.png", "0.png"))
+    judged = [Judged(image, 1, 2.0, 1, 0.5) for image in images]
+    found = classification_of(Measured(judged, [], []), LabelledImages(images, ("ant", "bee")), **FACTS)
+    assert [len(one.drawings) for one in found.worst] == [0, 1] and "gone.png" in page(found)
+    predicted = [Predicted(image.path, 2.0, 1, 4, np.arange(16) < 4) for image in images]
+    found = masked_modeling_of(Measured(predicted, [], []), CONFIG, **FACTS)
+    assert [len(one.drawings) for one in found.worst] == [0, 2] and "gone.png" in page(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,12 @@ def test_the_truth_is_found_beside_the_images(tmp_path, place):
     flat(tmp_path / "data/val")
     written_truth("devkit", tmp_path / "data" / place)
     assert [image.label for image in labelled_images(tmp_path / "data", of_size(1000)).images] == TRUE
+
+
+def test_the_truth_is_found_beside_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(flat(tmp_path / "val"))
+    written_truth("numbers", tmp_path)
+    assert [image.label for image in labelled_images(Path("."), of_size(1000)).images] == TRUE
 
 
 def test_synset_folders_are_classes_in_sorted_order(tmp_path):

@@ -24,7 +24,7 @@ ARRAY_LIBRARIES = {"numpy", "numba", "cupy", "torch", "jax", "scipy", "tensorflo
 
 # Imports point down this list.  A name is a file or a folder of the package; those of one row may use each other.
 LAYERS = [
-    {"text", "errors", "files", "file_names", "foreign", "machine", "signatures", "strict_json"},
+    {"text", "errors", "files", "file_names", "foreign", "machine", "places", "signatures", "strict_json"},
     {"catalogue", "loading_options"},
     {"hub", "labels", "task_table"},
     {"config", "config_checks"},
@@ -36,8 +36,9 @@ LAYERS = [
     {"auto", "flax", "train", "pipelines"},
     {"evaluate"},
     {"explorer"},
-    {"verify", "bench"},
-    {"cli", "cluster"},
+    {"verify", "bench", "runs"},
+    {"cluster"},
+    {"cli"},
     {"__main__", "__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -148,6 +149,23 @@ def test_the_interval_of_a_ratio_is_that_of_resampled_images():
     scores = [np.repeat(parts, times).sum() / np.repeat(wholes, times).sum() for times in drawn]
     assert found == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])), rel=1e-12)
     assert all(map(math.isnan, metrics.ratio_interval(parts[:1], wholes[:1])))
+
+
+def test_intervals_of_many_images_are_made_piece_by_piece(monkeypatch):
+    rng = np.random.default_rng(0)
+    counts, parts, wholes = rng.integers(0, 9, (20, 3, 4)), rng.random(20), 1 + rng.random(20)
+    expected = metrics.segmentation_intervals(counts, seed=3), metrics.ratio_interval(parts, wholes, seed=3)
+    monkeypatch.setattr(metrics, "MOST_DRAWN", 70)  # three resamples at a time, and one at the end
+    found = metrics.segmentation_intervals(counts, seed=3), metrics.ratio_interval(parts, wholes, seed=3)
+    for name, ends in expected[0].items():
+        np.testing.assert_array_equal(found[0][name], ends)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-12)
+    monkeypatch.setattr(metrics, "MOST_DRAWN", 30_000)
+    tracemalloc.start()
+    metrics.ratio_interval(np.ones(3_000), np.ones(3_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6  # all at once take 48 MB
 
 
 def test_scores_in_training_count_equal_logits_as_evaluation_does():

@@ -15,8 +15,9 @@ from llvmlite import binding as llvm
 from other_process import SMALL, run_python
 from python_threads import call_in_threads
 
+from minibeit import machine
 from minibeit.ops import get_ops, numba_cpu
-from minibeit.ops.numba_cpu import cpus, gemm, machine_code, memory, pool, queue
+from minibeit.ops.numba_cpu import gemm, machine_code, memory, pool, queue
 from minibeit.ops.numba_cpu.arguments import SHARES
 from minibeit.ops.numba_cpu.target import TILE
 from minibeit.params import Linear
@@ -193,13 +194,13 @@ def test_quotas_of_control_groups(membership, files, expected, tmp_path):
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text + "\n")
-    assert cpus.cpu_quota(file, root) == expected
+    assert machine.cpu_quota(file, root) == expected
 
 
 @pytest.mark.parametrize("quota, threads", [(None, 7), (0.5, 1), (1.5, 2), (30.0, 7)])
 def test_the_default_number_of_threads_follows_mask_and_quota(quota, threads, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
-    monkeypatch.setattr(cpus, "_own_quota", lambda: quota)
+    monkeypatch.setattr(machine, "_own_quota", lambda: quota)
     monkeypatch.delenv("MINIBEIT_NUM_THREADS", raising=False)
     assert pool.default_num_threads.__wrapped__() == threads
 

@@ -339,5 +339,5 @@ def test_words_that_make_no_command_are_said_by_the_first_alone(started_twice, c
 def test_ranks_of_one_machine_share_its_cores(own, others, usable, expected, monkeypatch):
     from minibeit.train import mpi
 
-    monkeypatch.setattr(mpi, "_own_cores", lambda: frozenset(own))
+    monkeypatch.setattr(mpi, "own_cpus", lambda: frozenset(own))
     assert mpi.MpiRanks.cores(SimpleNamespace(_cores=list(map(frozenset, others))), usable) == expected

@@ -5,19 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cli_helpers import ENVIRONMENT, run, save, save_pictures
+from cli_helpers import run, save, save_pictures, start_python
 from PIL import Image
 
 import minibeit
-from minibeit import BeitImageProcessor, ImageError, read_ahead
+from minibeit import BeitImageProcessor, ImageError, machine, read_ahead
+from minibeit.cli import bench
+from minibeit.cluster import engine
 from minibeit.images.ahead import MOST_WORKERS, default_workers
 
 WAIT = 30.0
@@ -82,8 +84,17 @@ def test_threads_end_with_the_iterator():
         time.sleep(0.01)
 
 
-def test_a_thread_for_each_cpu_and_no_more_than_eight():
-    assert 1 <= default_workers() <= min(MOST_WORKERS, os.cpu_count())
+@pytest.mark.parametrize("mask, quota, count", [(7, None, 7), (7, 2.5, 3), (30, None, 30), (30, 0.5, 1)])
+def test_everything_counts_the_same_cpus(mask, quota, count, monkeypatch):
+    """Those of the affinity mask, within what the control groups of a container have time for."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(mask)), raising=False)
+    monkeypatch.setattr(machine, "_own_quota", lambda: quota)
+    assert machine.usable_cpus() == count
+    assert default_workers() == min(count, MOST_WORKERS)
+    assert bench._threads(SimpleNamespace(threads=None)) == count
+    started = []
+    engine._local(SimpleNamespace(LocalCluster=lambda **options: started.append(options["n_workers"])), None, 2)
+    assert started == [max(1, count // 2)]
 
 
 def test_one_image_object_in_many_places_is_decoded_once_at_a_time(tmp_path):
@@ -109,9 +120,8 @@ def test_threads_leave_the_warnings_filters_alone(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_does_not_wait_for_what_is_being_read():
     script = """
-import signal, time
+import time
 from minibeit import read_ahead
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it deaf to Ctrl-C
 def read(item):
     if item == 0:
         print("reading", flush=True)
@@ -119,9 +129,7 @@ def read(item):
 for _ in read_ahead(range(9), read, workers=2):
     pass
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_python("-c", script)
     assert process.stdout.readline() == "reading\n"
     time.sleep(0.2)
     started = time.monotonic()

@@ -43,7 +43,7 @@ from minibeit.train.start import from_checkpoint, from_scratch
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDE, LABELS = 28, (100, 600, 6000, 60000)
 EPOCHS = {100: 200, 600: 100, 6000: 10, 60000: 2}  # of fine-tuning, so that few labels are seen often
-PRETRAINING_EPOCHS = 5
+PRETRAINING_EPOCHS = 3
 TOKENS = DalleTokenizerConfig(
     num_groups=3, num_blocks_per_group=1, hidden_size=16, vocab_size=128, n_init=16, input_channels=1, image_size=SIDE
 )

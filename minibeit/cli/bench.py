@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,9 +187,9 @@ def _folder(path: str | None) -> Iterator[Path]:
 
 
 def _threads(args: argparse.Namespace) -> int:
-    if args.threads:
-        return args.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from ..machine import usable_cpus
+
+    return args.threads or usable_cpus()
 
 
 def _races(args: argparse.Namespace) -> list[tuple[Workload, Plan]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.found import Found
+from ..runs.results import Result, predictions
 from ..text import shown_name
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
-from .inputs import Found, Result, add_image_arguments, run_batches
+from .inputs import add_image_arguments, run_batches
 from .loading import add_draft_argument, add_model_arguments, load_model, load_processor, shipped_checkpoint
 from .terminal import UsageError, note, out, positive, print_csv_line, print_json_line, print_json_list
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..config import BeitConfig
 
 HELP = "classify images: print the most probable labels"
@@ -122,21 +122,6 @@ def given_names(path: Path) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise UsageError(f"--labels {path}: expected names of classes as text, found other values among them")
     return values
-
-
-def predictions(
-    logits: np.ndarray, problem: str | None, names: Sequence[str], top_k: int
-) -> list[dict[str, Any]]:  # (K,)
-    """Label, index, score and logit of the `top_k` classes with the highest scores, the highest first."""
-    import numpy as np
-
-    from ..scores import scores
-
-    values = scores(logits, problem)
-    best = np.argsort(-values, kind="stable")[:top_k]
-    return [
-        {"label": names[int(i)], "index": int(i), "score": float(values[i]), "logit": float(logits[i])} for i in best
-    ]
 
 
 def _row(result: Result, config: BeitConfig, names: list[str], top_k: int, errors: list[str]) -> dict[str, Any]:

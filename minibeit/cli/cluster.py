@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .inputs import Found, find_images
+from ..places import is_address, place
+from ..runs.found import Found, find_images
 from .terminal import UsageError, counter, note, out, positive
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def check_cluster_options(
         if given:
             raise UsageError(f"--{given[0].replace('_', '-')} goes with --dask, which is not given")
         return
-    from ..cluster import LOCAL, is_address
+    from ..cluster import LOCAL
     from ..cluster.extra import needed
 
     for library in ("distributed", "pyarrow", "fsspec"):
@@ -79,6 +81,11 @@ def named_images(args: argparse.Namespace) -> list[Found]:
     return [Found(place) for place in find(args.images, args.recursive)]
 
 
+def named_place(args: argparse.Namespace, word: str) -> Path:
+    """The path or the address of data, with --dask one that workers in other folders understand."""
+    return place(word if args.dask is None or is_address(word) else os.path.abspath(word))
+
+
 def run_shards(args: argparse.Namespace, work: Any, images: Sequence[Any], output: str) -> Summary:
     """Computes `work` on the cluster of --dask, with a progress bar; the shards go to `output`."""
     from ..cluster import SHARD_SIZE, run_on_dask
@@ -102,15 +109,18 @@ def measured_on_dask(
     measure: Callable[[Sequence[Any]], Measured[Any]],
     columns: Columns,
     model: Any,
-    facts: Mapping[str, Any],
+    depends: Mapping[str, Any],
     images: Sequence[Any],
 ) -> tuple[Measured[Any], float]:
-    """(what workers `measure` of all images, the seconds that it took).  Raises ValueError if a shard is missing."""
+    """(what workers `measure` of all images, the seconds that it took).  Raises ValueError if a shard is missing.
+
+    `depends` is what the result depends on, beside the model: shards that were made otherwise are refused.
+    """
     from ..cluster.evaluation import Measure
     from ..cluster.folder import Folder
     from ..cluster.works import fingerprint
 
-    work = Measure(measure, columns, {**facts["settings"], "model": fingerprint(model)}, model.ops.backend)
+    work = Measure(measure, columns, {**depends, "model": fingerprint(model)}, model.ops.backend)
     summary = run_shards(args, work, images, args.output)
     if summary.failed:
         raise ValueError(f"{summary.failed[0]}; without it there are no figures, and the same command tries it again")
@@ -122,7 +132,7 @@ def measured_on_dask(
 
 def run_command(args: argparse.Namespace, work: Any, images: Sequence[Any], within: str = "") -> int:
     """The whole of a command with --dask; its exit code.  The shards go to --output, or to the folder `within` it."""
-    summary = run_shards(args, work, images, os.path.join(args.output, within) if within else args.output)
+    summary = run_shards(args, work, images, str(place(args.output) / within))
     out(f"{args.output}: {summary.sentence()}")
     for sentence in summary.failed[:FEW]:
         note(sentence)

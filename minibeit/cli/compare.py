@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .inputs import STDIN, Found, check_finite, find_images
+from ..runs.found import STDIN, Found, find_images
+from ..runs.results import check_finite
 from .loading import check_head, config_of, load_processor, made_for
 from .reports import (
     add_report_arguments,
@@ -161,10 +162,11 @@ def _task(args: argparse.Namespace, made: list[str | None]) -> tuple[str, tuple[
 
 def _how(args: argparse.Namespace, line: StatusLine, count: int) -> How:
     from ..evaluate.comparison import How
+    from ..images.ahead import default_workers
 
     return How(
         batch_size=args.batch_size or 8,
-        workers=args.workers,
+        workers=args.workers or default_workers(),
         worst=args.worst,
         draw=args.html is not None,
         seed=args.seed,

@@ -117,7 +117,7 @@ def _check_destination(args: argparse.Namespace) -> None:
 
 def _calibration_images(folder: str) -> list[str]:
     """Images of the folder, spread evenly over it.  Raises ValueError if there are none."""
-    from .inputs import find_images
+    from ..runs.found import find_images
 
     found = [entry.source for entry in find_images([folder], recursive=True) if entry.error is None]
     if not found:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
-from .cluster import add_cluster_arguments, check_cluster_options
+from .cluster import add_cluster_arguments, check_cluster_options, named_place
 from .loading import add_model_arguments, made_for
 from .measuring import CLASSIFICATION, MASKED, MEASURED, SEGMENTATION
 from .reports import (
@@ -31,7 +29,8 @@ segmentation has images/ and annotations/ as ADE20K does, or is a folder of imag
 masked image modelling it is any folder or list of images, and --tokenizer says which tokens are to be predicted.
 Of data with a split, the held-out images are measured; of other data all, and a note says so.
 An image that cannot be used is named on stderr and left out, the exit code is 1.
-With --dask the images are measured by the workers of a cluster, which must see DATA under the same path.
+DATA may also be at an address (s3://, gs://, hf://, ...), and lists may name images by address; this needs fsspec.
+With --dask the images are measured by the workers of a cluster, which must see DATA under the same path or address.
 """
 EXAMPLES = """\
   minibeit evaluate flowers/val --model flowers-beit --html report.html
@@ -40,6 +39,7 @@ EXAMPLES = """\
   minibeit evaluate val/images/ --maps val/masks/ --model DIR --json numbers.json
   minibeit evaluate photos/val --model microsoft/beit-base-patch16-224-pt22k --tokenizer dall-e/
   minibeit evaluate imagenet/ --model DIR --dask local --workers 8 --output judged/
+  minibeit evaluate s3://bucket/imagenet/ --model DIR --dask tcp://scheduler:8786 --output s3://bucket/judged
 """
 OWN = {
     CLASSIFICATION: ("crop_fraction", "labels"),
@@ -84,15 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_view_arguments(parser)
     parser.add_argument("-o", "--output", metavar="FOLDER", help="with --dask: folder or address of the results")
     add_cluster_arguments(parser, workers=False)
-    parser.set_defaults(workers=None)  # threads that read, or with --dask local processes
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.model:
         raise UsageError("evaluate needs a checkpoint; give it with --model")
     check_cluster_options(args, options=("threads", "shard_size", "output"))
-    data = Path(args.data if args.dask is None else os.path.abspath(args.data))  # workers may be in another folder
     _check_files(args)
+    data = named_place(args, args.data)
     task = task_of(args.model)
     _check_options(args, task)
     with StatusLine(args.quiet) as line:

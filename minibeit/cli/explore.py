@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..runs.found import STDIN, STDIN_NAME, Found, from_stdin
 from ..text import shown_name
-from .inputs import STDIN, STDIN_NAME, Found, check_output, from_stdin
+from .inputs import check_output
 from .loading import add_model_arguments, load_model, load_processor, load_tokenizer, shipped_checkpoint
 from .terminal import StatusLine, UsageError, note, out, positive
 

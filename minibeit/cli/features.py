@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.results import Result, pooled
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
-from .inputs import Result, add_image_arguments, check_output, failed, run_batches
+from .inputs import add_image_arguments, check_output, failed, run_batches
 from .loading import add_draft_argument, add_model_arguments, config_of, load_processor
 from .terminal import UsageError, note, out, positive
 
@@ -122,13 +123,6 @@ def _collect(results: Iterable[Result]) -> tuple[list[str], list[np.ndarray]]:
         files.append(result.file)
         rows.append(result.value)
     return files, rows
-
-
-def pooled(states: np.ndarray, pool: str) -> np.ndarray:  # (B, N, D) -> (B, D) or (B, N, D)
-    """One vector per image, or all tokens with "none"."""
-    if pool == "cls":
-        return states[:, 0]
-    return states[:, 1:].mean(axis=1) if pool == "mean" else states
 
 
 def _write(output: Path, rows: list[np.ndarray], files: list[str], facts: dict[str, Any]) -> None:

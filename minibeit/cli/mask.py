@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.found import STDIN, Found, from_stdin
+from ..runs.results import check_finite
 from ..text import shown_name
-from .inputs import STDIN, Found, check_finite, check_output, from_stdin
+from .inputs import check_output
 from .loading import add_model_arguments, check_decoder, load_model, load_processor, load_tokenizer
 from .terminal import UsageError, out, print_json
 
@@ -85,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
         for place in hidden:
             place["own"] = int(own[place["row"], place["column"]])
     if args.output:
-        from .pictures import masked, save_png
+        from ..drawing import save_png
+        from .pictures import masked
 
         drawn = [] if own is None else [_guessed(tokenizer, own, hidden)]
         save_png(masked(seen, mask, *drawn), Path(args.output))

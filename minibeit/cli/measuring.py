@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cluster import measured_on_dask
-from .inputs import SHARD_READERS, check_finite, check_outputs
+from ..places import FETCHERS, is_address, place
+from ..runs.results import SHARD_READERS, check_finite
+from .cluster import measured_on_dask, named_place
+from .inputs import check_outputs
 from .loading import config_of, load_model, load_processor, load_tokenizer
 from .reports import reports
 from .terminal import StatusLine, UsageError
@@ -34,9 +35,10 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
     if args.crop_fraction is not None and config.image_shape[0] != config.image_shape[1]:
         height, width = config.image_shape
         raise UsageError(f"--crop-fraction: takes squares, but the model's images are {height} x {width} pixels")
-    labelled = labelled_images(data, config, None if args.labels is None else Path(args.labels))
-    truth = found_truth(data) if data.is_dir() else None
-    check_outputs(reports(args), [*(image.path for image in labelled.images), *([str(truth)] if truth else [])])
+    labelled = labelled_images(data, config, None if args.labels is None else place(args.labels))
+    paths = [image.path for image in labelled.images]
+    truth = found_truth(data) if data.is_dir() and not is_address(args.data) else None
+    check_outputs(reports(args), [*paths, *([str(truth)] if truth else [])])
     model = load_model(BeitForImageClassification, args, fetched=True)
     processor = load_processor(args.model, model.config, args.quiet)
     read = pixels_of(processor, args.crop_fraction, min(model.config.image_shape))
@@ -44,16 +46,17 @@ def _classification(args: argparse.Namespace, data: Path, line: StatusLine) -> E
     facts = _facts(args, _preparation(processor) | _cropped(args, model.config.image_shape))
     if args.dask is None:
         return evaluate_classification(
-            compute, labelled, read, batch_size=batch_size, **_reading(args, line, len(labelled.images)), **facts
+            compute, labelled, read, batch_size=batch_size, **_reading(args, line, len(paths), paths), **facts
         )
     from ..cluster.evaluation import JUDGED
 
+    readers = _readers(paths, SHARD_READERS)
     measured, seconds = measured_on_dask(
         args,
-        lambda images: judged_images(compute, images, outputs, read, batch_size=batch_size, workers=SHARD_READERS),
+        lambda images: judged_images(compute, images, outputs, read, batch_size=batch_size, workers=readers),
         JUDGED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict()},
         labelled.images,
     )
     return classification_of(measured, labelled, seconds=seconds, **facts)
@@ -71,8 +74,9 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
     from .segment import palette
 
-    pairs = paired(data, None if args.maps is None else Path(args.maps))
-    check_outputs(reports(args), [file for pair in pairs for file in (pair.path, pair.map)])
+    pairs = paired(data, None if args.maps is None else named_place(args, args.maps))
+    paths = [file for pair in pairs for file in (pair.path, pair.map)]
+    check_outputs(reports(args), paths)
     model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))
     config = model.config
     how = inference_of(args, config)
@@ -97,17 +101,17 @@ def _segmentation(args: argparse.Namespace, data: Path, line: StatusLine) -> Eva
     facts = dict(seed=args.seed, notes=without_split(data, pairs), **_facts(args, settings))
     if args.dask is None:
         return evaluate_segmentation(
-            predict, pairs, names, colours, **reading, **_reading(args, line, len(pairs)), **facts
+            predict, pairs, names, colours, **reading, **_reading(args, line, len(pairs), paths), **facts
         )
     from ..cluster.evaluation import SEGMENTED
 
-    classes = len(names)
+    classes, readers = len(names), _readers(paths, SHARD_READERS)
     measured, seconds = measured_on_dask(
         args,
-        lambda some: segmented_images(predict, some, classes, **reading, workers=SHARD_READERS),
+        lambda some: segmented_images(predict, some, classes, **reading, workers=readers),
         SEGMENTED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict(), **_of_maps(read_map)},
         pairs,
     )
     gallery = Gallery(names, colours, facts.pop("worst"), draw=False)
@@ -142,6 +146,13 @@ def _map_reader(args: argparse.Namespace, processor: Any, config: BeitConfig) ->
     return MapReader(dataclasses.replace(table, classes=order[table.classes]))
 
 
+def _of_maps(read_map: Any) -> dict[str, Any]:
+    """What segmentation on Dask depends on and its settings do not say, and on what it does not depend."""
+    colours = read_map.colours
+    table = None if colours is None else [colours.keys.tolist(), colours.classes.tolist()]
+    return {"colours": table, "batch_size": None}
+
+
 def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> Evaluation:
     from ..evaluate.masked_modeling import (
         evaluate_masked_modeling,
@@ -174,20 +185,22 @@ def _masked_modeling(args: argparse.Namespace, data: Path, line: StatusLine) -> 
         seed=args.seed, notes=without_split(data, images), **_facts(args, {"tokenizer": args.tokenizer} | seen)
     )
     if args.dask is None:
-        reading = _reading(args, line, len(paths))
+        reading = _reading(args, line, len(paths), paths)
         return evaluate_masked_modeling(
             network, config, processor, tokenizer, paths, batch_size=batch_size, **reading, **facts
         )
     from ..cluster.evaluation import PREDICTED
+    from ..cluster.works import fingerprint
 
+    readers = _readers(paths, SHARD_READERS)
     measured, seconds = measured_on_dask(
         args,
         lambda some: predicted_images(
-            network, config, processor, tokenizer, some, batch_size=batch_size, workers=SHARD_READERS
+            network, config, processor, tokenizer, some, batch_size=batch_size, workers=readers
         ),
         PREDICTED,
         model,
-        facts,
+        {**facts["settings"], "processor": processor.to_dict(), "tokenizer": fingerprint(tokenizer)},
         paths,
     )
     return masked_modeling_of(measured, config, seconds=seconds, **facts)
@@ -233,7 +246,14 @@ def _facts(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]
     )
 
 
-def _reading(args: argparse.Namespace, line: StatusLine, count: int) -> dict[str, Any]:
-    """What every task is given that runs in this process."""
-    workers = args.workers or min(8, os.cpu_count() or 1)
+def _reading(args: argparse.Namespace, line: StatusLine, count: int, paths: Sequence[str]) -> dict[str, Any]:
+    """What every task is given that reads `count` images from `paths` in this process."""
+    from ..images.ahead import default_workers
+
+    workers = args.workers or _readers(paths, default_workers())
     return dict(workers=workers, tell=lambda done: line.show(f"{done} of {count} images"))
+
+
+def _readers(paths: Sequence[str], usual: int) -> int:
+    """The threads that read images, more where they mostly wait for what they fetch."""
+    return FETCHERS if any(map(is_address, paths)) else usual

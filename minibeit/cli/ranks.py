@@ -35,8 +35,8 @@ def rank() -> int:
 def join(args: argparse.Namespace) -> None:
     """Sets `args.ranks`, and what follows from it: the first alone speaks, and those on one machine share its cores."""
     from ..images.ahead import MOST_WORKERS
+    from ..machine import usable_cpus
     from ..ops import GPU_BACKENDS, default_backend
-    from ..ops.numba_cpu.cpus import usable_cpus
     from ..train.ranks import Ranks
 
     args.ranks = ranks = Ranks()
@@ -54,7 +54,7 @@ def join(args: argparse.Namespace) -> None:
         if args.threads is None and "MINIBEIT_NUM_THREADS" not in os.environ:
             args.threads = ranks.cores(usable_cpus())
     if args.workers is None:
-        args.workers = min(MOST_WORKERS, ranks.cores(os.cpu_count() or 1))
+        args.workers = min(MOST_WORKERS, ranks.cores(usable_cpus()))
     if not ranks.first:
         import logging
 

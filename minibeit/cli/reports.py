@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--worst", type=not_negative, default=24, metavar="N", help="how many images to show (default 24)"
     )
     parser.add_argument(
-        "--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N",
+        "--workers", type=positive, metavar="N",
         help="threads that read images while the model computes (default: one a core, at most 8)",
     )  # fmt: skip
     parser.add_argument(

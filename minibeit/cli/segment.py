@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_writable
-from ..text import one_line, shown_name
-from . import results
+from ..places import Address, is_address, place
+from ..runs import marks
+from ..runs.found import STDIN, Found
+from ..runs.maps import segmented
+from ..text import one_line
 from .cluster import add_cluster_arguments, check_cluster_options, named_images, run_command
-from .inputs import STDIN, Found, add_image_arguments, check_finite, check_outputs, unusable
+from .inputs import add_image_arguments, check_outputs
 from .loading import add_model_arguments, load_model, load_processor
 from .terminal import UsageError, note, out, positive, print_json_list, progress, table
 from .views import add_view_arguments, config_changes, inference_of, processor_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..colours import Colour
-    from ..sliding import Inference
 
 HELP = "find the class of every pixel, drawn as images"
 DESCRIPTION = """\
@@ -34,7 +34,8 @@ Finds the class of every pixel.  For each image NAME it writes to the output fol
 
 and prints the shares.  A folder holds the results of one model; --overwrite replaces those of another.
 Images that cannot be read are named on stderr and skipped; the exit code is then 1.
-With --dask the shares are written to Parquet files in the folder's shards/, where such images have a row that says why.
+With --dask the shares are written to Parquet files in the output's shards/, where such images have a row that says
+why, and the output may be an address (s3://, ...).
 """
 EXAMPLES = """\
   minibeit segment street.jpg --model microsoft/beit-base-finetuned-ade-640-640 --output out --overlay
@@ -43,9 +44,9 @@ EXAMPLES = """\
   minibeit segment street.jpg --model DIR --output out --slide --flip --scales 0.5 0.75 1 1.25 1.5 1.75
   minibeit segment scans/ --model DIR --output out --scores --json
   minibeit segment scans/ --model OTHER --output out --overwrite
+  minibeit segment s3://bucket/scans/ --model DIR --dask tcp://scheduler:8786 --output s3://bucket/maps
 """
 SHARDS = "shards"  # with --dask, the folder of tables in that of the maps
-AHEAD = 2  # images that are read before they are computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(
         parser, "a checkpoint of semantic segmentation, such as microsoft/beit-base-finetuned-ade-640-640"
     )
-    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder to write to, created if necessary")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", required=True,
+        help="folder to write to, created if necessary; with --dask also an address",
+    )  # fmt: skip
     parser.add_argument(
         "--palette",
         choices=["auto", "ade20k"],
@@ -72,37 +76,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cluster import is_address
     from ..tasks.semantic_segmentation import BeitForSemanticSegmentation
 
     if not args.model:
         raise UsageError("segment needs a checkpoint of semantic segmentation; give it with --model")
     check_cluster_options(args, printing=["json"], options=("workers", "threads", "shard_size"))
+    if is_address(args.output) and (args.dask is None or args.overwrite):
+        said = "--overwrite removes maps from a folder" if args.overwrite else "without --dask maps go to a folder"
+        raise UsageError(f"--output: {said}, found the address {args.output}")
     found = named_images(args)
-    if is_address(args.output):
-        raise UsageError(f"--output: segment writes maps to a folder, found the address {args.output}")
-    folder = Path(args.output)
+    folder = place(args.output)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output: {folder} is a file, expected a folder")
     outputs = _output_names(found, args)
     check_outputs([path for paths in outputs for path in paths.values()], [entry.file for entry in found], args.model)
-    check_writable(folder / "labels.png")
-    mark = results.mark_of(args.model)
-    others = results.of_others(folder, mark)
-    if others and not args.overwrite:
-        raise UsageError(
-            f"{others[0]}: is the result of another model, {results.model_in(others[0])}; choose another --output, or "
-            f"--overwrite removes its {len(others)} results"
-        )
+    mark = marks.mark_of(args.model)
+    others = _of_others(folder, mark, args.overwrite)
     model = load_model(BeitForSemanticSegmentation, args, fetched=True, **config_changes(args))  # by `mark_of`
     how = inference_of(args, model.config)
     if args.scores and how.views > 1:
         raise UsageError(f"--scores are the logits of one view, the options ask for {how.views} of each image")
-    folder.mkdir(parents=True, exist_ok=True)
-    for labels in others:
-        results.remove(labels)
     processor = processor_of(args, load_processor(args.model, model.config, args.quiet))
     colours = palette(args.palette, model.config.num_labels)
+    if isinstance(folder, Path):
+        folder.mkdir(parents=True, exist_ok=True)
+    _remove(others)
     if args.dask is not None:
         from ..cluster import Segment
 
@@ -131,6 +129,40 @@ def palette(name: str, count: int) -> list[Colour]:
     return class_colours(ADE20K_CLASSES)[:count]
 
 
+def _of_others(folder: Path, mark: str, overwrite: bool) -> list[Path]:
+    """The label maps of another model in a folder, which are to be removed.
+
+    Raises UsageError if they are not to be overwritten, and for maps at an address that no shards there tell of.
+    """
+    if isinstance(folder, Address):
+        from ..cluster.folder import MANIFEST
+
+        if (folder / SHARDS / MANIFEST).is_file() or not folder.is_dir():
+            return []  # the manifest says of which model the maps are
+        for entry in folder.iterdir():
+            if entry.name.endswith(marks.LABELS):
+                raise UsageError(f"{entry}: is a map that this command has not made; choose another --output")
+        return []
+    check_writable(folder / "labels.png")
+    others = marks.of_others(folder, mark)
+    if others and not overwrite:
+        raise UsageError(
+            f"{others[0]}: is the result of another model, {marks.model_in(others[0])}; choose another --output, or "
+            f"--overwrite removes its {len(others)} results"
+        )
+    return others
+
+
+def _remove(others: list[Path]) -> None:
+    """Removes label maps, what was drawn with them, and the shards that tell of them."""
+    from ..cluster.folder import Folder
+
+    for folder in {labels.parent for labels in others}:
+        Folder(str(folder / SHARDS)).clear()
+    for labels in others:
+        marks.remove(labels)
+
+
 def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str, Path]]:
     """The files to write for each input; inputs with the same name in several folders get a number."""
     kinds = {"labels": ".png", "legend": ".png"}
@@ -139,6 +171,7 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
             kinds[kind] = ".png"
     if args.scores:
         kinds["scores"] = ".npz"
+    folder = place(args.output)
     taken: dict[str, int] = {}  # a name and the last number that was given to it
     outputs = []
     for entry in found:
@@ -149,7 +182,7 @@ def _output_names(found: list[Found], args: argparse.Namespace) -> list[dict[str
             name = f"{stem}-{number}"
         taken[stem.lower()] = number
         taken.setdefault(name.lower(), 1)
-        outputs.append({kind: Path(args.output) / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
+        outputs.append({kind: folder / f"{name}_{kind}{suffix}" for kind, suffix in kinds.items()})
     return outputs
 
 
@@ -160,107 +193,6 @@ def _noted(rows: Iterator[dict[str, Any]], errors: list[str]) -> Iterator[dict[s
             note(row["error"])
             errors.append(row["error"])
         yield row
-
-
-def segmented(
-    work: Iterable[tuple[Found, dict[str, Path]]],
-    model: Any,
-    processor: Any,
-    how: Inference,
-    colours: list[Colour],
-    mark: str,
-    workers: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Writes the results of each image to its files; yields what they show, or why there are none.
-
-    Images are read ahead by `workers` threads.
-    """
-    from ..images.ahead import read_ahead
-
-    read = read_ahead(work, lambda one: (*one, _read(one[0], processor)), workers, most=AHEAD)
-    for entry, paths, picture in read:
-        try:
-            if isinstance(picture, ValueError):
-                raise picture
-            yield _segment(entry, picture, paths, model, processor, how, colours, mark)
-        except ValueError as error:
-            result = unusable(entry.file, entry.named(str(error)))
-            yield {"file": result.file, "error": result.error}
-
-
-def _read(entry: Found, processor: Any) -> Any:
-    """The image of a file, or the ValueError that says why there is none."""
-    from ..images.opening import read_picture
-
-    try:
-        if entry.error is not None:
-            raise ValueError(entry.error)
-        return read_picture(entry.source, processor.apply_exif_orientation)
-    except ValueError as error:
-        return error
-
-
-def _segment(
-    entry: Found,
-    picture: Any,
-    paths: dict[str, Path],
-    model: Any,
-    processor: Any,
-    how: Inference,
-    colours: list[Colour],
-    mark: str,
-) -> dict[str, Any]:
-    from .. import drawing
-    from ..images.loading import load_image
-    from ..sliding import largest_logit, largest_mean_probability, views_of
-    from .pictures import save_png
-
-    size = picture.height, picture.width
-    views = views_of(lambda pixels: check_finite(model(pixels).logits), processor, picture, size, how)
-    if how.views == 1:
-        logits = next(views).logits
-        labels = largest_logit(logits, size)
-    else:
-        labels = largest_mean_probability(views, size)
-    classes = _shares(labels, model.config.id2label, colours)
-    save_png(drawing.indexed(labels, colours), paths["labels"], pnginfo=results.as_text(mark))
-    key = [(colours[c["index"]], shown_name(c["label"]), drawing.share_text(c["share"])) for c in classes]
-    save_png(drawing.legend(key), paths["legend"])
-    if "overlay" in paths or "figure" in paths:
-        overlay = drawing.overlay(load_image(picture, entry.file, channels=3), labels, colours)
-        if "overlay" in paths:
-            save_png(overlay, paths["overlay"])
-        if "figure" in paths:
-            save_png(drawing.with_legend(overlay, key), paths["figure"])
-    if "scores" in paths:
-        from ..checkpoint.formats.npz_file import write_npz
-
-        write_npz(paths["scores"], {"logits": logits})
-    return {
-        "file": entry.file,
-        "height": size[0],
-        "width": size[1],
-        **{kind: str(path) for kind, path in paths.items()},
-        "classes": classes,
-    }
-
-
-def _shares(labels: np.ndarray, names: dict[int, str], colours: list[Colour]) -> list[dict[str, Any]]:
-    """The classes that occur, the largest first."""
-    import numpy as np
-
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    return [
-        {
-            "index": int(i),
-            "label": names[int(i)],
-            "pixels": int(counts[i]),
-            "share": float(counts[i] / labels.size),
-            "color": list(colours[i]),
-        }
-        for i in np.argsort(-counts, kind="stable")
-        if counts[i]
-    ]
 
 
 def _print_table(row: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..runs.found import find_images
+from ..runs.results import Result
 from ..text import shown_name
-from .inputs import Result, add_image_arguments, check_output, find_images, run_batches
+from .inputs import add_image_arguments, check_output, run_batches
 from .loading import add_backend_arguments, check_decoder, load_tokenizer
 from .terminal import UsageError, note, out, positive, print_json_list
 
@@ -64,17 +66,21 @@ def run(args: argparse.Namespace) -> int:
     def processor(source: Any) -> SimpleNamespace:
         return SimpleNamespace(pixel_values=tokenizer.preprocess(source, args.size, args.center_crop))
 
-    def compute(pixels: np.ndarray) -> np.ndarray:
-        return tokenizer.encode(pixels)
+    drawn: list[list[np.ndarray]] = []  # a row for each image that has tokens, as bytes: the pixel values are let go
 
-    sources = {entry.file: entry.source for entry in found}
+    def compute(pixels: np.ndarray) -> np.ndarray:
+        ids = tokenizer.encode(pixels)
+        if args.output:
+            drawn.extend(_pair(tokenizer, *one) for one in zip(pixels, ids))
+        return ids
+
     results = list(run_batches(found, processor, compute, args.batch_size, args.quiet))
     good = [result for result in results if result.error is None]
     if args.output and good:
-        from .pictures import beside, save_png
+        from ..drawing import save_png
+        from .pictures import beside
 
-        rows = [_pair(tokenizer, processor(sources[result.file]).pixel_values, result.value) for result in good]
-        save_png(beside(rows), Path(args.output))
+        save_png(beside(drawn), Path(args.output))
         if not args.json and not args.quiet:
             note(f"drawn in {shown_name(args.output)}: left the image, right what its tokens stand for")
     if args.json:
@@ -104,9 +110,9 @@ def _print_grids(results: Iterable[Result], pooling: int) -> None:
             out("  " + " ".join(str(token).rjust(width) for token in row))
 
 
-def _pair(tokenizer: Any, pixels: np.ndarray, ids: np.ndarray) -> list[np.ndarray]:  # -> two of (H, W, 3) uint8
+def _pair(tokenizer: Any, pixels: np.ndarray, ids: np.ndarray) -> list[np.ndarray]:  # (C, H, W) -> (H, W, 3) twice
     """What the tokenizer saw of an image, and what it makes of the tokens."""
     from ..evaluate.drawing import levels
     from ..tokenizer.preprocess import unmap_pixels
 
-    return [levels(unmap_pixels(pixels[0])), levels(tokenizer.decode(ids[None])[0])]
+    return [levels(unmap_pixels(pixels)), levels(tokenizer.decode(ids[None])[0])]

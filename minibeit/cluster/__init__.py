@@ -14,8 +14,9 @@ folder.py     shards on disk, the manifest       works.py    what is computed of
 engine.py     the run, in the process that the user started        worker.py   the run, in Dask's workers
 """
 
+from ..places import is_address
 from .engine import LOCAL, SHARD_SIZE, Summary, run_on_dask
-from .places import find, is_address
+from .places import find
 from .works import Classify, Features, Segment
 
 __all__ = ["LOCAL", "SHARD_SIZE", "Classify", "Features", "Segment", "Summary", "find", "is_address", "run_on_dask"]

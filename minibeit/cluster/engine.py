@@ -14,9 +14,11 @@ from uuid import uuid4
 
 from .. import __version__
 from ..images.ahead import read_ahead
+from ..machine import usable_cpus
+from ..places import is_address
 from .extra import needed
 from .folder import Folder
-from .places import find, is_address
+from .places import find
 
 LOCAL = "local"
 SHARD_SIZE = 256  # images
@@ -77,8 +79,8 @@ def run_on_dask(
     Raises ValueError for an output with shards of other work, OSError for a cluster that cannot be reached, and
     whatever stops the work itself, such as CheckpointError where a worker does not have the model's file.
     """
-    started, place = time.monotonic(), os.fspath(output)
-    folder = Folder(place if is_address(place) else os.path.abspath(place))
+    started, where = time.monotonic(), os.fspath(output)
+    folder = Folder(where if is_address(where) else os.path.abspath(where))
     if isinstance(images, (str, os.PathLike)):
         images = find([os.fspath(images)])
     bag = hasattr(images, "to_delayed")
@@ -132,7 +134,7 @@ def _held(client: Any, work: Any, folder: Folder) -> Iterator[str]:
             f"the workers have minibeit {', '.join(sorted(found))}, expected {__version__}, which is here; install the "
             "same version everywhere"
         )
-    client.register_plugin(Holder(needed("cloudpickle").dumps(work), folder.place), name=name)
+    client.register_plugin(Holder(needed("cloudpickle").dumps(work), str(folder.place)), name=name)
     try:
         yield name
     finally:
@@ -188,16 +190,28 @@ def _partitions(client: Any, name: str, bag: Any, kept: set[int]) -> Iterator[tu
 
 
 def _gather(finished: Iterable[tuple[str, Any]], summary: Summary, tell: Callable[[int], None]) -> None:
-    """Counts what is finished.  A shard that killed its workers is noted; any other error ends the run."""
-    killed = needed("distributed").KilledWorker
-    for what, future in finished:
-        try:
-            images, broken = future.result()
-        except killed as error:
-            summary.failed.append(f"{what}: {error.allowed_failures + 1} workers died of it, one after another")
-            continue
+    """Counts what is finished.  A shard that killed its workers is noted; any other error ends the run.
+
+    Dask blames all that a dead worker had been given, so that each of them is tried once more when it is alone.
+    """
+    killed, suspects = needed("distributed").KilledWorker, []
+
+    def counted(future: Any) -> None:
+        images, broken = future.result()
         summary.computed += images
         _count(summary, images, broken, tell)
+
+    for what, future in finished:
+        try:
+            counted(future)
+        except killed:
+            suspects.append((what, future))
+    for what, future in suspects:
+        future.retry()
+        try:
+            counted(future)
+        except killed as error:
+            summary.failed.append(f"{what}: {error.allowed_failures + 1} workers died of it, one after another")
 
 
 # The cluster ----------------------------------------------------------------------------------------------------------
@@ -232,9 +246,8 @@ def _client(distributed: Any, **place: Any) -> Any:
 
 def _local(distributed: Any, workers: int | None, threads: int) -> Any:
     """Processes on this machine, each started anew when it dies."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return distributed.LocalCluster(
-        n_workers=workers or max(1, cores // threads),
+        n_workers=workers or max(1, usable_cpus() // threads),
         threads_per_worker=threads,
         processes=True,
         dashboard_address=":0",

@@ -39,13 +39,18 @@ class Holder(WorkerPlugin):
 def compute_shard(name: str, number: int, items: Sequence[Any]) -> tuple[int, int]:
     """Computes the work `name` on items and writes a shard; how many rows it has, and how many of them are errors.
 
-    One thread of the worker computes: as many shards are computed at a time as the worker has threads.
+    One thread of the worker computes: as many shards are computed at a time as the worker has threads.  Dask asks again
+    for what a worker had finished before it died: a shard that is there is only counted.
     """
     holder: Holder = get_worker().plugins[name]  # which a worker has before it is given shards
-    work = holder.work()
-    with get_ops(work.backend).num_threads(1):
-        table = work.table(list(items))
-    Folder(holder.place).write(number, table)
+    folder = Folder(holder.place)
+    if folder.has(number):
+        table = folder.read(number, ["error"])
+    else:
+        work = holder.work()
+        with get_ops(work.backend).num_threads(1):
+            table = work.table(list(items))
+        folder.write(number, table)
     return len(table), len(table) - table["error"].null_count
 
 

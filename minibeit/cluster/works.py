@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..cli.inputs import SHARD_READERS, Result, results_of, unusable
+from ..places import place
+from ..runs.maps import segmented
+from ..runs.results import SHARD_READERS, Result, pooled, predictions, results_of, unusable
 from .extra import needed
 from .places import copies
 
@@ -85,8 +86,6 @@ class Classify(Work):
 
     def table(self, images: Sequence[str]) -> Any:
         """The rows of some images, a pyarrow.Table."""
-        from ..cli.classify import predictions
-
         pa, config = needed("pyarrow"), self.model.config
         names = self.names or [config.id2label[i] for i in range(config.num_labels)]
         rows = []
@@ -120,8 +119,6 @@ class Features(Work):
 
     def table(self, images: Sequence[str]) -> Any:
         """The rows of some images, a pyarrow.Table."""
-        from ..cli.features import pooled
-
         pa, config = needed("pyarrow"), self.model.config
         width = config.hidden_size
         shape = (1 + config.grid[0] * config.grid[1], width) if self.pool == "none" else (width,)
@@ -139,10 +136,11 @@ class Features(Work):
 class Segment(Work):
     """The class of every pixel of each image, drawn into files, as `minibeit segment` does.
 
-    Images are pairs of a path or address and {kind: path of the file to write}, of which "labels" and "legend" must be
-    there and "overlay", "figure" and "scores" may be.  `how` says which views are computed, `colours` are those of the
-    classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels` (the map's path),
-    `classes` (those that occur, with `index`, `label`, `pixels` and `share`, the largest first), `error`.
+    Images are pairs of a path or address and {kind: path or address of the file to write}, of which "labels" and
+    "legend" must be there and "overlay", "figure" and "scores" may be.  `how` says which views are computed, `colours`
+    are those of the classes, `mark` is the model's name in the maps.  Columns: `file`, `height`, `width`, `labels`
+    (where the map is), `classes` (those that occur, with `index`, `label`, `pixels` and `share`, the largest first),
+    `error`.
     """
 
     how: Any = None
@@ -158,11 +156,9 @@ class Segment(Work):
 
     def table(self, images: Sequence[tuple[str, dict[str, str]]]) -> Any:
         """Writes the maps of some images; their rows, a pyarrow.Table."""
-        from ..cli.segment import segmented
-
         pa = needed("pyarrow")
         found = copies([image for image, _ in images])
-        files = ({kind: Path(path) for kind, path in paths.items()} for _, paths in images)
+        files = ({kind: place(path) for kind, path in paths.items()} for _, paths in images)
         drawn = self.how, list(self.colours), self.mark, SHARD_READERS
         rows = list(segmented(zip(found, files), self.model, self.processor, *drawn))
         fields = [("index", pa.int32()), ("label", pa.string()), ("pixels", pa.int64()), ("share", pa.float64())]
@@ -171,8 +167,9 @@ class Segment(Work):
 
 
 def fingerprint(model: Any) -> str:
-    """A digest of a model's config and of samples of its weights, which tells two trainings apart at little cost."""
-    prepared = model._prepared
+    """A digest of the config of a model, or a tokenizer, and of samples of its weights: it tells two trainings apart at
+    little cost."""
+    prepared = getattr(model, "_prepared", None)  # a tokenizer has none
     arrays = model.arrays if prepared is None else prepared.arrays
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name in sorted(arrays):

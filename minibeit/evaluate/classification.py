@@ -12,7 +12,8 @@ import numpy as np
 
 from ..image_processor import BeitImageProcessor
 from ..metrics import mean_interval, ranks, wilson
-from .drawing import thumbnail
+from ..places import place
+from .drawing import thumbnail_of
 from .evaluation import NUMBER, ClassRow, Evaluation, Figure, Worst
 from .labelled import Labelled, LabelledImages
 from .reading import Measured, Reader
@@ -88,7 +89,7 @@ def judged_images(
     tell: Callable[[int], None] = lambda done: None,
 ) -> Measured[Judged]:
     """What `compute` says of some images, as in `evaluate_classification`; `outputs` as in `LabelledImages`."""
-    reader: Reader[Labelled] = Reader(images, lambda image: read(image.path), workers)
+    reader: Reader[Labelled] = Reader(images, lambda image: read(place(image.path)), workers)
     judged: list[Judged] = []
     for batch, pixels in reader.batches(batch_size):
         logits = compute(pixels)
@@ -159,4 +160,5 @@ def _confusions(judged: list[Judged]) -> tuple[tuple[int, int, int], ...]:
 
 def _shown(one: Judged, names: tuple[str, ...], draw: bool) -> Worst:
     text = f"{names[one.image.label]}, taken for {names[one.predicted]} ({one.probability:.0%})"
-    return Worst(one.image.path, text, one.loss, (("", thumbnail(one.image.path)),) if draw else ())
+    photo = thumbnail_of(one.image.path) if draw else None
+    return Worst(one.image.path, text, one.loss, () if photo is None else (("", photo),))

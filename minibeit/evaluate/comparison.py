@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import kl_divergence, ratio_interval
-from .drawing import thumbnail
+from .drawing import thumbnail_of
 from .evaluation import SMALL, Evaluation, Figure, Worst
 from .reading import Reader
 
@@ -140,4 +140,5 @@ def shown(found: Sequence[Worst], how: How) -> tuple[Worst, ...]:
     some = tuple(found[: how.worst])
     if not how.draw:
         return some
-    return tuple(replace(one, drawings=(("", thumbnail(one.path)),)) for one in some)
+    photos = (thumbnail_of(one.path) for one in some)
+    return tuple(one if photo is None else replace(one, drawings=(("", photo),)) for one, photo in zip(some, photos))

@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from ..drawing import tinted
+from ..errors import ImageError
 from ..images.loading import load_image
 from ..images.transforms import resize_labels
+from ..places import place
 
 SIDE = 320  # pixels of the longer side of an image in a report
 IGNORED = (255, 255, 255)
@@ -22,6 +24,14 @@ def thumbnail(image: Any, side: int = SIDE) -> np.ndarray:  # -> (h, w, 3)
     small = Image.fromarray(load_image(image, channels=3))
     small.thumbnail((side, side))
     return np.asarray(small)
+
+
+def thumbnail_of(path: str) -> np.ndarray | None:  # -> (h, w, 3)
+    """The thumbnail of an image by its path or address; None for one that cannot be read any more."""
+    try:
+        return thumbnail(place(path))
+    except ImageError:
+        return None
 
 
 def overlay(photo: np.ndarray, labels: np.ndarray, colours: np.ndarray) -> np.ndarray:  # -> (h, w, 3)

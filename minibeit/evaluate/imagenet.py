@@ -57,7 +57,7 @@ def read_flat(folder: Path, data: Path, truth: Path | None = None) -> list[tuple
 
 def found_truth(data: Path) -> Path | None:
     """The file with the true classes in or beside `data`; None if there is none."""
-    for base in (data, data.parent):
+    for base in (data, data.absolute().parent):
         for place in PLACES:
             for name in TRUTHS:
                 if (base / place / name).is_file():

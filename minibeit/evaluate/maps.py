@@ -9,6 +9,7 @@ import numpy as np
 
 from ..images.opening import read_picture
 from ..images.transforms import IGNORED_LABEL
+from ..places import place
 from ..train.label_maps import MapReader, Pair, check_sizes, find_pairs, matched
 from .split import held_out
 
@@ -21,14 +22,14 @@ def paired(data: Path, maps: Path | None = None) -> list[Pair]:
     """
     if maps is None:
         return held_out(data, find_pairs(data))
-    for place in (data, maps):
-        if place.is_file():
+    for folder in (data, maps):
+        if folder.is_file():
             raise ValueError(
-                f"{place}: expected a folder, of images or of the label maps of --maps, found a file; a list names the "
-                "map of each image itself, without --maps"
+                f"{folder}: expected a folder, of images or of the label maps of --maps, found a file; a list names "
+                "the map of each image itself, without --maps"
             )
-        if not place.is_dir():
-            raise FileNotFoundError(f"{place}: there is no such folder")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no such folder")
     return matched(data, maps, None)
 
 
@@ -37,8 +38,8 @@ def read_pair(pair: Pair, read_map: MapReader, upright: bool = True) -> tuple[An
 
     Raises ImageError for a file that cannot be read, and ValueError for a map of another size or that is none.
     """
-    image = read_picture(pair.path, upright)
-    labels = read_map(pair.map, upright)
+    image = read_picture(place(pair.path), upright)
+    labels = read_map(place(pair.map), upright)
     check_sizes(pair, image.size, labels)
     return image, labels
 

@@ -15,11 +15,12 @@ from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..images.transforms import resize_labels
 from ..metrics import ratio_interval
+from ..places import place
 from ..train.examples import Example, Examples, listed_images
 from ..train.pretraining import MaskedModeling, token_losses
 from ..train.recipes import PRETRAINING
 from ..train.splits import held_out_folders, images_in
-from .drawing import thumbnail
+from .drawing import thumbnail_of
 from .evaluation import NUMBER, Evaluation, Figure, Worst
 from .reading import AHEAD, Measured, Reader
 from .split import held_out
@@ -103,8 +104,8 @@ def predicted_images(
     objective = MaskedModeling(Examples("unlabelled", (), (), ()), processor, RECIPE, config, tokenizer)
 
     def read(path: str) -> Any:
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        return objective.read_judged(Example(path, None, True, digest))
+        content = place(path).read_bytes()
+        return objective.read_judged(Example(path, None, True, hashlib.sha256(content).hexdigest()), content)
 
     reader: Reader[str] = Reader(paths, read, workers)
     found: list[Predicted] = []
@@ -176,9 +177,9 @@ def _figures(found: list[Predicted], seed: int) -> tuple[Figure, ...]:
 def _shown(one: Predicted, grid: tuple[int, int], draw: bool) -> Worst:
     loss = one.loss / one.masked
     text = f"loss {loss:.3f}, {one.right} of {one.masked} tokens right"
-    if not draw:
+    photo = thumbnail_of(one.path) if draw else None
+    if photo is None:
         return Worst(one.path, text, loss)
-    photo = thumbnail(one.path)
     covered = resize_labels(one.mask.reshape(grid), (photo.shape[0], photo.shape[1])).astype(bool)
     seen = np.where(covered[..., None], np.array(COVER, np.uint8), photo)
     return Worst(one.path, text, loss, (("image", photo), ("what the model sees", seen)))

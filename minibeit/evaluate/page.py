@@ -86,7 +86,7 @@ def _notes(evaluation: Evaluation) -> str:
 def _gallery(evaluation: Evaluation, words: Words) -> str:
     if not evaluation.worst:
         return ""
-    wide = " wide" if len(evaluation.worst[0].drawings) > 1 else ""
+    wide = " wide" if any(len(worst.drawings) > 1 for worst in evaluation.worst) else ""
     figures = "".join(map(_shown, evaluation.worst))
     heading = f"<h2>{dict(words.worst)[evaluation.unit]}</h2>"
     return f'{heading}{_legend(evaluation, words)}<div class="gallery{wide}">{figures}</div>'

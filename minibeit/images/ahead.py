@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,8 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
+
+from ..machine import usable_cpus
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -73,8 +74,7 @@ def computed(
 
 def default_workers() -> int:
     """One thread for each CPU that this process may use, at most MOST_WORKERS."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cpus, MOST_WORKERS)
+    return min(usable_cpus(), MOST_WORKERS)
 
 
 def _results(items: Iterable[Item], read: Callable[[Item], Result], workers: int, most: int) -> Iterator[Result]:

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import ImageError
+from ..places import Address, is_address
 from ..strict_json import brief
 
 MOST_PIXELS = 1 << 27
@@ -41,8 +42,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_picture(item: Any) -> bool:
-    """Whether `item` is something that `opened` opens: a path, bytes, a file object or a PIL image."""
-    return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or _is_file(item)
+    """Whether `item` is something that `opened` opens: a path, an `Address`, bytes, a file object or a PIL image."""
+    return isinstance(item, (str, os.PathLike, Address, bytes, bytearray, memoryview, Image.Image)) or _is_file(item)
 
 
 def opened(
@@ -53,7 +54,7 @@ def opened(
     Of the JPEGs among files and bytes with `needed` a half, a quarter or an eighth of the height and width is decoded,
     if at least `needed` pixels are left of either.  Raises ImageError, naming file or argument, as `read_picture` does.
     """
-    if isinstance(item, (str, os.PathLike)):
+    if isinstance(item, (str, os.PathLike, Address)):
         return str(item), read_picture(item, apply_exif_orientation, needed)
     with _locks.of(item):
         if isinstance(item, Image.Image):
@@ -68,17 +69,20 @@ def opened(
 
 
 def read_picture(
-    path: str | os.PathLike[str], apply_exif_orientation: bool = True, needed: int | None = None
+    path: str | os.PathLike[str] | Address, apply_exif_orientation: bool = True, needed: int | None = None
 ) -> Image.Image:
     """The decoded image of a file (of an animation the first frame), rotated upright according to its EXIF data.
 
-    `path` may be a file:// URL.  Raises ImageError, naming the file, if it is missing, empty, truncated, no image, or a
-    decompression bomb: more pixels than `most_pixels()`, or than Pillow allows, which is twice
-    `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, rotating and converting take at most 8 bytes per pixel, for WebP 16 (its
-    decoder keeps two frames).
+    `path` may be a file:// URL, or an `Address`, which is fetched.  Raises ImageError, naming the file, if it is
+    missing, empty, truncated, no image, or a decompression bomb: more pixels than `most_pixels()`, or than Pillow
+    allows, which is twice `PIL.Image.MAX_IMAGE_PIXELS`.  Reading, rotating and converting take at most 8 bytes per
+    pixel, for WebP 16 (its decoder keeps two frames).
     """
-    name, file = str(path), _local(path)
+    name, file = str(path), _fetched(path) if isinstance(path, Address) else _local(path)
     with reading(name):
+        if isinstance(file, io.BytesIO):
+            with _open(file) as image:
+                return _decoded(image, name, apply_exif_orientation, needed)
         if not file.exists():
             raise ImageError(f"{name}: there is no such file")
         if not file.is_file():
@@ -121,7 +125,7 @@ def _content(file: Any, name: str) -> bytes:
 def _local(path: str | os.PathLike[str]) -> Path:
     """The file that a path or a file:// URL names."""
     name = os.fspath(path)
-    if not isinstance(name, str) or not name.startswith(("http://", "https://", "file://")):
+    if not isinstance(name, str) or not is_address(name):
         return Path(path)
     from urllib.parse import urlsplit
     from urllib.request import url2pathname  # with it come HTTP, TLS and mail
@@ -130,6 +134,16 @@ def _local(path: str | os.PathLike[str]) -> Path:
     if url.scheme != "file" or url.netloc not in ("", "localhost"):
         raise ImageError(f"{name}: expected an image on this machine, found an address; download it first")
     return Path(url2pathname(url.path))
+
+
+def _fetched(address: Address) -> io.BytesIO:
+    try:
+        content = address.read_bytes()
+    except OSError as error:
+        raise ImageError(str(error)) from error
+    if not content:
+        raise ImageError(f"{address}: expected an image, found an empty file")
+    return io.BytesIO(content)
 
 
 def _open(source: Any) -> Image.Image:

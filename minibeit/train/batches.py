@@ -27,10 +27,11 @@ def training_pixels(
     return erase(normalised(changed, processor), recipe.erasing, rng)
 
 
-def read_image(path: str, processor: BeitImageProcessor) -> Image.Image:
-    """An image file as the processor reads it, before it is resized."""
+def read_image(path: str, processor: BeitImageProcessor, content: bytes | None = None) -> Image.Image:
+    """An image file, whose `content` may have been read, as the processor reads it, before it is resized."""
     mean = processor.image_mean
     pixels = load_image(
+        path if content is None else content,
         path,
         channels=len(mean) if isinstance(mean, list) else 3,
         apply_exif_orientation=processor.apply_exif_orientation,

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import ImageError
 from ..file_names import IMAGE_SUFFIXES
 from ..images.opening import read_picture
+from ..places import within
 from ..strict_json import brief
 from .ranks import Ranks
 from .splits import check_fraction, checked_split, images_in, part_of, parted, parts_of, rows_of, split, subfolders
@@ -210,7 +211,7 @@ def _listed(path: Path) -> tuple[str, list[Example]]:
 def _file(path: Path, where: str, row: dict[str, Any]) -> str:
     if not isinstance(row.get("path"), str) or not row["path"]:
         raise ValueError(f"{where}: expected the path of an image, found {brief(row.get('path'))}")
-    return str(path.parent / row["path"])
+    return str(within(path.parent, row["path"]))
 
 
 def _label(where: str, key: str, value: Any, folder: Path) -> Any:

@@ -18,6 +18,7 @@ from ..errors import ImageError
 from ..images.ahead import read_ahead
 from ..images.opening import read_picture
 from ..images.transforms import IGNORED_LABEL, reduce_labels
+from ..places import place, within
 from ..strict_json import brief
 from ..text import one_line
 from .examples import MAP_FOLDERS, SHOWN
@@ -56,7 +57,7 @@ class MapReader:
     colours: Colours | None = None
     reduce: bool = False  # number 0 is ignored, every other k is class k - 1
 
-    def __call__(self, path: str, upright: bool = True) -> np.ndarray:  # -> (H, W) uint8
+    def __call__(self, path: str | Path, upright: bool = True) -> np.ndarray:  # -> (H, W) uint8
         """The class of every pixel of a label map, 255 for those that are ignored.
 
         Raises ImageError for a file that cannot be read, and ValueError, naming the file, for one that is no label map.
@@ -81,7 +82,7 @@ class MapReader:
             )
         return (reduce_labels(numbers) if self.reduce else numbers).astype(np.uint8)
 
-    def _looked_up(self, pixels: np.ndarray, path: str) -> np.ndarray:  # (H, W, 3) -> (H, W)
+    def _looked_up(self, pixels: np.ndarray, path: str | Path) -> np.ndarray:  # (H, W, 3) -> (H, W)
         assert self.colours is not None
         found = pixels.astype(np.int32) @ np.array([65536, 256, 1], np.int32)
         places = np.searchsorted(self.colours.keys, found).clip(max=len(self.colours.keys) - 1)
@@ -167,7 +168,7 @@ def read_colours(path: str | os.PathLike[str]) -> Colours:
     colours: dict[int, int] = {}
     names: list[str] = []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = place(os.fspath(path)).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeError as error:
         raise ValueError(f"{path}: expected lines of UTF-8 text, found something else ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -249,7 +250,7 @@ def _listed(path: Path) -> list[Pair]:
                 raise ValueError(
                     f"{where}: expected path and map, an image and its label map, found {brief(row.get(key))} as {key}"
                 )
-        files = [str(path.parent / row[key]) for key in ("path", "map")]
+        files = [str(within(path.parent, row[key])) for key in ("path", "map")]
         pairs.append(Pair(files[0], files[1], part_of(where, row.get("split"))))
     return checked_split(path, pairs)
 
@@ -257,7 +258,7 @@ def _listed(path: Path) -> list[Pair]:
 # What is in them ------------------------------------------------------------------------------------------------------
 
 
-def _check_format(image: Image.Image, path: str) -> None:
+def _check_format(image: Image.Image, path: str | Path) -> None:
     if image.format not in LOSSLESS or image.info.get("compression") == "jpeg":
         raise ValueError(
             f"{path}: expected a label map in a format that keeps every value ({', '.join(LOSSLESS)}), found "

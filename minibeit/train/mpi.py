@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..machine import own_cpus
 from .ranks import Ranks
 
 Value = TypeVar("Value")
@@ -41,7 +42,7 @@ class MpiRanks(Ranks):
         self._begun: list[Any] = []
         host = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
         self.local, self.on_host = host.rank, host.size
-        self._cores = host.allgather(_own_cores())
+        self._cores = host.allgather(own_cpus())
         host.Free()
 
     def total(self, numbers: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ class MpiRanks(Ranks):
             _give_way()
 
     def cores(self, usable: int) -> int:
-        own = _own_cores()
+        own = own_cpus()
         shares = sum(1 / sum(core in cores for cores in self._cores) for core in own)
         return max(1, int(usable * shares / len(own) + 1e-9))
 
@@ -89,9 +90,3 @@ def _give_way() -> None:
         os.sched_yield()
     else:
         time.sleep(0)
-
-
-def _own_cores() -> frozenset[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))

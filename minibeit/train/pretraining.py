@@ -66,8 +66,8 @@ class MaskedModeling(Objective):
         image = read_image(example.path, self.processor)
         return self._sample(*two_views(image, self.shape, self.token_shape, self.recipe, rng), rng)
 
-    def read_judged(self, example: Example) -> Sample:
-        image = read_image(example.path, self.processor)
+    def read_judged(self, example: Example, content: bytes | None = None) -> Sample:
+        image = read_image(example.path, self.processor, content)
         views = image.resize(self.shape[::-1], BICUBIC), image.resize(self.token_shape[::-1], LANCZOS)
         return self._sample(*views, np.random.default_rng(int(example.digest[:DIGITS], 16)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...foreign import as_real
+from ...machine import usable_cpus
 from ...params import table_rows
 from .. import reference
 from .device import cupy
@@ -72,7 +72,7 @@ def _piece_by_piece(work: Callable[[slice], Any], size: int, piece: int) -> Iter
 
 @cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), "minibeit-upload")
+    return ThreadPoolExecutor(min(MOST_THREADS, usable_cpus()), "minibeit-upload")
 
 
 def _numpy_dtype(dtype: Any) -> Any:

@@ -6,7 +6,7 @@ by the NumPy definition of the same op, and so is everything when NUMBA_DISABLE_
 target.py             the CPU: its vectors, the register tile of the matrix product
 arguments.py          what a kernel and its caller agree on: arguments by name, constants
 kernels/              what is compiled: imported only where a kernel is not on disk yet
-cache.py, machine_code.py, pool.py, cpus.py   machine code, where it is kept on disk, the threads that run it
+cache.py, machine_code.py, pool.py   machine code, where it is kept on disk, the threads that run it
 memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels that wait for their turn
 guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...machine import usable_cpus
 from . import guard
 from .arguments import CONTROL_BYTES, LEFT, MORE, RECORD, STARTED
-from .cpus import usable_cpus
 from .machine_code import Kernel
 from .memory import Operand, aligned, constant_operand
 
