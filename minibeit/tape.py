@@ -242,11 +242,7 @@ def nodes(x: Any) -> Iterator[Node]:
 
 def watched(x: Any) -> bool:
     """Whether there is a node in `x`."""
-    if isinstance(x, Node):
-        return True
-    if isinstance(x, (list, tuple)):
-        return any(map(watched, x))
-    return dataclasses.is_dataclass(x) and any(watched(getattr(x, f.name)) for f in dataclasses.fields(x))
+    return next(nodes(x), None) is not None
 
 
 def values(x: Any) -> Any:

@@ -15,14 +15,21 @@ from minibeit.ops import numba_cpu
 if not numba_cpu.COMPILED:
     pytest.skip("NUMBA_DISABLE_JIT is set", allow_module_level=True)
 
-from minibeit.ops.numba_cpu import arguments, halves, low_arguments, machine_code, map_arguments  # noqa: F401  (halves has kernels)
+from minibeit.ops.numba_cpu import (
+    arguments,
+    gradient_arguments,
+    halves,  # noqa: F401  (it has kernels)
+    low_arguments,
+    machine_code,
+    map_arguments,
+)
 from minibeit.ops.numba_cpu.arguments import Arguments
 
 FOLDER = Path(arguments.__file__).parent
 PACKAGE = FOLDER.parents[1]
 STRUCTURES = {
     name: value
-    for module in (arguments, map_arguments, low_arguments)
+    for module in (arguments, gradient_arguments, map_arguments, low_arguments)
     for name, value in vars(module).items()
     if isinstance(value, Arguments)
 }
@@ -109,7 +116,13 @@ def test_callers_use_the_arguments_of_the_kernel_that_they_run():
     assert found > 15
 
 
-BELOW = {"arguments": [], "target": [], "map_arguments": ["arguments"], "low_arguments": ["arguments", "target"]}
+BELOW = {
+    "arguments": [],
+    "target": [],
+    "gradient_arguments": ["arguments"],
+    "map_arguments": ["arguments"],
+    "low_arguments": ["arguments", "target"],
+}
 
 
 def test_kernels_import_nothing_from_their_callers():

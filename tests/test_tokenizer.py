@@ -20,7 +20,7 @@ from minibeit.params import flatten, unflatten
 from minibeit.tape import Tape
 from minibeit.tokenizer import network
 from minibeit.tokenizer.params import param_shapes, shapes
-from minibeit.tokenizer.preprocess import map_pixels, unmap_pixels
+from minibeit.tokenizer.preprocess import likeliest_pixels, map_pixels, unmap_pixels
 
 SMALL = DalleTokenizerConfig(
     num_groups=2, num_blocks_per_group=1, hidden_size=8, vocab_size=11, input_channels=2, n_init=5, image_size=6
@@ -217,8 +217,27 @@ def test_many_images_go_in_several_passes(monkeypatch):
 def test_a_trace_keeps_every_block():
     trace = Trace()
     logits = make().logits(pixels(1, 2, 4, 4), trace=trace)
-    assert list(trace) == ["input", "groups.0.blocks.0", "groups.1.blocks.0", "logits"]
-    assert np.array_equal(trace["logits"], logits)
+    block, wide = ["path.0", "path.1", "path.2", "output"], "encoder.groups.1.blocks.0."
+    assert list(trace) == [
+        "encoder.input",
+        *(f"encoder.groups.0.blocks.0.{name}" for name in block),
+        "encoder.groups.0.pooled",
+        *(wide + name for name in ["identity", *block]),
+        "encoder.logits",
+    ]
+    assert np.array_equal(trace["encoder.logits"], logits)
+
+
+def test_the_whole_way_is_that_of_its_halves():
+    tokenizer, trace = make(), Trace()
+    x = pixels(2, 2, 6, 4)
+    out = tokenizer(x, trace=trace)
+    assert np.array_equal(out.logits, tokenizer.logits(x))
+    assert np.array_equal(out.tokens, tokenizer.encode(x))
+    assert np.array_equal(out.tokens, trace["tokens"])
+    assert np.array_equal(trace["decoder.statistics"], out.statistics)
+    assert np.array_equal(likeliest_pixels(out.statistics), tokenizer.decode(out.tokens))
+    assert DalleTokenizer(SMALL.replace(n_init=None), backend="numpy")(x).statistics is None
 
 
 def test_damaged_weights_are_told():

@@ -116,6 +116,30 @@ def attention_by(change_scores=lambda s: s, axis=-1):
     return op("attention", faulty)
 
 
+def scaled_scores(factor, of_bias):
+    def faulty(q, k, v, bias, return_probs=False, keep=None):
+        table = bias.table * np.float32(of_bias)
+        index = reference.relative_position_index(bias.grid)
+        return reference.attend(q * np.float32(factor), k, v, table, index, return_probs)
+
+    return op("attention", faulty)
+
+
+@pytest.mark.parametrize(
+    ("factor", "of_bias", "says"),
+    [
+        (1.5, 1.0, "the scores are multiplied by 1.5"),
+        (1.0, 0.7, "the position bias is multiplied by 0.7"),
+        (0.8, 3.0, "the scores are multiplied by 0.8 and the position bias is multiplied by 3"),
+        (2.0, 1.0, "the scores are not divided by sqrt(d)"),
+    ],
+)
+def test_fitted_factors_of_scores_and_bias(factor, of_bias, says):
+    report = report_of(Fault("scaled", PROBS, scaled_scores(factor, of_bias)))
+    assert report.guilty.name == PROBS
+    assert report.guilty.note == says
+
+
 def hiding(allowed):
     return attention_by(lambda s: np.where(allowed(s.shape[-1]), s, -np.inf))
 

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..text import one_line, shown_name
 from .inputs import check_output
-from .loading import add_model_arguments, load_processor, shipped_checkpoint
+from .loading import add_model_arguments
 from .terminal import UsageError, not_negative, note, out
+from .verify_job import judged_pixels, made_model, open_job, settle_what, write_test_weights
 
 if TYPE_CHECKING:
-    from ..verify.judging import Row
     from ..verify.lockstep import Job, Report
     from ..verify.streams import RunSource, Source
     from ..verify.trace_file import TraceFile
 
 HELP = "compare layer by layer with PyTorch, a trace from elsewhere, or float64"
 DESCRIPTION = """\
-Runs a model in lockstep with the reference in float64 and prints, for every intermediate array, how far it is from the
-truth and how far PyTorch float32 (or NumPy float32) is.  Names the first array whose own error is out of budget, and
-what that usually means.  A trace in bfloat16, float16 or int8 is measured by a run that imitates that precision.
+Runs a model or a tokenizer in lockstep with the reference in float64 and prints, for every intermediate array, how far
+it is from the truth and how far PyTorch float32 (or NumPy float32) is.  Names the first array whose own error is out of
+budget, and what that usually means.  A trace in bfloat16, float16 or int8 is measured by a run that imitates that
+precision.
 The exit code is 0 if everything is within budget, 1 if something is not, 2 if nothing could be compared.
 docs/verify.md shows how to write a trace.
 """
@@ -30,6 +31,7 @@ EXAMPLES = """\
   minibeit verify --model DIR                            the same without PyTorch; NumPy float32 is the yardstick
   minibeit verify --model DIR --against THEIRS.safetensors   another implementation's trace, made anywhere
   minibeit verify --gradients --against torch            every gradient, layer by layer, compared with autograd's
+  minibeit verify --tokenizer DIR --against torch        a discrete VAE: DALL-E's files, Flava's codebook, one's own
   minibeit verify --list-names --model DIR               the names and shapes that such a trace has
   minibeit verify --weights A B                          two checkpoints, tensor by tensor
 """
@@ -37,12 +39,12 @@ REPORTS = (".html", ".json", ".md")
 PRECISIONS = ("bfloat16", "float16", "int8")  # of `verify.low_precision`, which is imported when it computes
 PROBS = "*.attention.probs"
 NORMS, MIGRATED = "norms", "migrated"  # an entry in the metadata of traces of minibeit's int8
-BLOCK = 0.4  # share of patches hidden when a model of masked image modelling gets a random input
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, "a checkpoint (default: the shipped one, which reads digits)")
     parser.set_defaults(unusable=2)
+    parser.add_argument("-t", "--tokenizer", metavar="DIR|FILE", help="a tokenizer instead of a model")
     parser.add_argument("--task", help="treat the checkpoint as a model of this task")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--image", metavar="FILE", help="an image as input")
@@ -93,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
         return run_gradients(args)
     from ..verify.trace_file import TraceFile
 
-    args.model = args.model or str(shipped_checkpoint())
+    settle_what(args)
     trace = None if args.against in (None, "torch", "timm") else TraceFile(args.against)
-    job = _job(args, trace)
+    job = open_job(args, trace)
     if args.test_weights:
-        return _test_weights(args, job)
+        return write_test_weights(args, job)
     if args.list_names:
         from ..verify.trace_names import describe
 
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if args.export_golden:
         from ..verify.golden_pack import export_golden
 
-        out(f"wrote {export_golden(args.export_golden, job, args.model, tuple(args.only or ['*']))}")
+        out(f"wrote {export_golden(args.export_golden, job, args.tokenizer or args.model, tuple(args.only or ['*']))}")
         return 0
     if args.save_trace:
         return _save_trace(args, job)
@@ -121,100 +123,13 @@ def _check_usage(args: argparse.Namespace) -> None:
             raise UsageError(f"--report: expected a file name ending in {', '.join(REPORTS)}, found {path}")
     for path in [*args.report, *([args.save_trace] if args.save_trace else [])]:
         inputs = [file for file in (args.image, args.against, *(args.weights or ())) if file]
-        check_output(Path(path), inputs, args.model)
+        check_output(Path(path), inputs, args.tokenizer or args.model)
     if args.yardstick and args.against in (None, "torch", "timm"):
         raise UsageError("--yardstick is for a trace; without one, --against says what minibeit is measured by")
+    if args.tokenizer and (args.model or args.task or args.published):
+        raise UsageError("--tokenizer: cannot be combined with --model, --task or --published")
     if args.size and args.image:
         raise UsageError("--size goes with random pixels; an image gets the size that the image processor gives it")
-
-
-def _job(args: argparse.Namespace, trace: TraceFile | None) -> Job:
-    from ..checkpoint.load import load_checkpoint, open_checkpoint
-    from ..task_table import TASKS
-    from ..verify.lockstep import Job
-    from ..verify.trace_file import misfits
-
-    if args.task is not None and args.task not in TASKS:
-        raise UsageError(f"--task: expected one of {', '.join(TASKS)}, found {args.task}")
-    task = args.task or open_checkpoint(args.model).task or "model"
-    config, arrays = load_checkpoint(args.model, task)
-    inputs: dict[str, Any] = {}
-    if trace is not None and args.random_seed is None and not args.size:
-        inputs = trace.inputs_for(task)
-        if not inputs and not args.image:
-            raise ValueError(
-                f"{args.against}: has no array input.pixel_values, so what it was made from is not known; give "
-                "--image, or --random-seed N if it was made from `minibeit verify --random-seed N`"
-            )
-    job = Job(config, task, arrays, inputs or _inputs(args, config, task))
-    if trace is not None and args.random_seed is None and "bool_masked_pos" not in trace.inputs:
-        job.inputs = {name: array for name, array in job.inputs.items() if name != "bool_masked_pos"}
-    wrong = misfits(trace, job) if trace is not None else []
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return job
-
-
-def _inputs(args: argparse.Namespace, config: Any, task: str) -> dict[str, Any]:
-    import numpy as np
-
-    if args.image:
-        inputs = {"pixel_values": load_processor(args.model, config, args.quiet)(args.image).pixel_values}
-        rng = np.random.default_rng(0)
-    else:
-        rng = np.random.default_rng(args.random_seed or 0)
-        shape = (1, config.num_channels, *(args.size or config.image_shape))
-        inputs = {"pixel_values": rng.standard_normal(shape, dtype=np.float32)}
-    if task == "masked_image_modeling" and config.use_mask_token:
-        (height, width), (ph, pw) = inputs["pixel_values"].shape[2:], config.patch_shape
-        inputs["bool_masked_pos"] = rng.random((1, (height // ph) * (width // pw))) < BLOCK
-    return inputs
-
-
-def _test_weights(args: argparse.Namespace, job: Job) -> int:
-    """Writes the checkpoint; the architecture in its config says for which task it is."""
-    import shutil
-
-    from ..checkpoint.save import save_checkpoint
-    from ..file_names import PROCESSOR_NAME, beside
-    from ..hub import resolve
-    from ..loading_options import FETCHED
-    from ..task_table import TASKS
-    from ..verify.informative import informative_weights
-
-    folder, seed = Path(args.test_weights), args.random_seed or 0
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--test-weights: expected a folder that is empty or not there yet, found {folder}")
-    config = job.config.replace(architectures=[TASKS[job.task].architecture(job.config.model_type)])
-    save_checkpoint(folder, config, job.task, informative_weights(job.config, job.task, seed))
-    settings = beside(resolve(args.model, FETCHED), PROCESSOR_NAME)
-    if settings.is_file():
-        shutil.copyfile(settings, folder / PROCESSOR_NAME)
-    out(f"wrote {folder}: seed {seed}; give both sides this checkpoint")
-    return 0
-
-
-def _pixels(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> tuple[Row | None, list[str]]:
-    """The row of the pixels, where there are two sides of them, and what is to be said of those where there are not."""
-    if trace is None:
-        return None, []
-    notes = _unmasked(args, job, trace)
-    if not args.image:
-        return None, [*notes, "preprocessing was not looked at, since no --image is given"]
-    if "pixel_values" not in trace.inputs:
-        return None, [*notes, f"preprocessing was not looked at, since {args.against} has no input.pixel_values"]
-    from ..verify.pixels import judge
-
-    processor = load_processor(args.model, job.config, args.quiet)
-    return judge(trace.inputs["pixel_values"], processor, args.image), notes
-
-
-def _unmasked(args: argparse.Namespace, job: Job, trace: TraceFile) -> list[str]:
-    """What is to be said where a model that hides patches is compared on a call that hides none."""
-    masked = job.task == "masked_image_modeling" and job.config.use_mask_token
-    if not masked or "bool_masked_pos" in job.inputs:
-        return []
-    return [f"{args.against} has no input.bool_masked_pos, so it was compared with a run in which no patch is masked"]
 
 
 def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
@@ -224,7 +139,7 @@ def _verify(args: argparse.Namespace, job: Job, trace: TraceFile | None) -> int:
     candidate, origins, leave_out = _candidate(args, job, trace)
     library = args.yardstick or (args.against if args.against in ("torch", "timm") else None)
     yardstick = None if library is None else _pytorch(library, job, leave_out)
-    first, notes = _pixels(args, job, trace)
+    first, notes = judged_pixels(args, job, trace)
     if trace.metadata.get(NORMS) == MIGRATED if trace is not None else args.dtype == "int8":
         job = _migrated(job)
     if not args.quiet:
@@ -275,6 +190,12 @@ def _precision(args: argparse.Namespace, trace: TraceFile | None) -> str | None:
 
 
 def _pytorch(library: str, job: Job, leave_out: tuple[str, ...] = ()) -> RunSource:
+    from ..verify.networks import TOKENIZER
+
+    if job.task == TOKENIZER:
+        from ..verify.torch_tokenizer import tokenizer_source
+
+        return tokenizer_source(job, leave_out)
     if library == "timm":
         from ..verify.timm_runner import timm_source
 
@@ -292,25 +213,11 @@ def _candidate(
 
     if trace is not None:
         return trace.source(), {}, ()
-    model = _model(args, job)
-    fused = model.ops.origin["attention"] != "numpy" and not args.attentions
+    model = made_model(args, job)
+    fused = not args.tokenizer and model.ops.origin["attention"] != "numpy" and not args.attentions
     label = f"minibeit {model.ops.backend} {args.dtype}"
     leave_out = (PROBS,) if fused else ()
     return model_source(job, model, label, leave_out=leave_out), model.ops.origin, leave_out
-
-
-def _model(args: argparse.Namespace, job: Job) -> Any:
-    from ..ops import host_dtype
-    from ..tasks import task_class
-
-    arrays = _cast(job.arrays, host_dtype(args.dtype))
-    return task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, backend=args.backend, device=args.device)
-
-
-def _cast(arrays: Any, dtype: str) -> Any:
-    import numpy as np
-
-    return {name: np.asarray(array, dtype) for name, array in arrays.items()}
 
 
 def _bisect(args: argparse.Namespace, job: Job) -> int:
@@ -337,7 +244,7 @@ def _save_trace(args: argparse.Namespace, job: Job) -> int:
         source = _pytorch(args.against, job)
         save_trace(args.save_trace, job, source.run, source.label, select)
     else:
-        model = _model(args, job)
+        model = made_model(args, job)
         label, low = f"minibeit {model.ops.backend} {args.dtype}", _precision(args, None)
         save_trace(
             args.save_trace,
@@ -371,9 +278,11 @@ def _write_reports(args: argparse.Namespace, report: Report) -> None:
 
 
 def _weights(args: argparse.Namespace) -> int:
-    from ..verify.weights import compare_weights, describe
+    from ..tokenizer.files import holds_tokenizer
+    from ..verify.weights import compare_tokenizers, compare_weights, describe
 
-    report = compare_weights(args.weights[0], args.weights[1], args.task)
+    compare = compare_tokenizers if all(map(holds_tokenizer, args.weights)) else compare_weights
+    report = compare(args.weights[0], args.weights[1], args.task)
     out(describe(report))
     return 0 if report.ok else 1
 

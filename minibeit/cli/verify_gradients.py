@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .loading import shipped_checkpoint
 from .terminal import UsageError, out
+from .verify_job import call_inputs, cast, read_network, settle_what
 
 if TYPE_CHECKING:
     from ..verify.gradients import GradientJob
@@ -19,7 +19,7 @@ def run_gradients(args: argparse.Namespace) -> int:
 
     if args.bisect or args.against == "timm":
         raise UsageError("--gradients: cannot be combined with --bisect or --against timm; use --against torch")
-    args.model = args.model or str(shipped_checkpoint())
+    settle_what(args)
     trace = None if args.against in (None, "torch") else TraceFile(args.against)
     job = _job(args, trace)
     if args.list_names:
@@ -37,32 +37,28 @@ def run_gradients(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace, trace: TraceFile | None) -> GradientJob:
-    from ..checkpoint.load import load_checkpoint, open_checkpoint
     from ..verify.gradient_files import call_of
     from ..verify.gradients import LOSSES, with_labels
     from ..verify.lockstep import Job
-    from .verify import _inputs
 
-    task = args.task or open_checkpoint(args.model).task or "model"
+    config, task, arrays = read_network(args)
     if task not in LOSSES:
         raise ValueError(
             f"gradients: expected a task with a loss ({', '.join(LOSSES)}), found {task}; choose by --task"
         )
-    config, arrays = load_checkpoint(args.model, task)
-    inputs = _inputs(args, config, task) if trace is None else call_of(trace)
+    inputs = call_inputs(args, config, task) if trace is None else call_of(trace, task)
     return with_labels(Job(config, task, arrays, inputs), args.random_seed or 0)
 
 
 def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, Any]]:
     """(label, gradients) of minibeit's own backward."""
     from ..ops import host_dtype
-    from ..tasks import task_class
     from ..verify.gradients import model_gradients
-    from .verify import _cast
+    from ..verify.networks import trained_network
 
-    arrays = _cast(job.arrays, host_dtype(args.dtype))
+    arrays = cast(job.arrays, host_dtype(args.dtype))
     place: dict[str, Any] = dict(backend=args.backend or "numpy", device=args.device)
-    model = task_class(job.task)(job.config, arrays=arrays, dtype=args.dtype, **place)
+    model = trained_network(job.config, job.task, arrays, dtype=args.dtype, **place)
     return f"minibeit {model.ops.backend} {args.dtype}", model_gradients(job, model).arrays
 
 
@@ -114,8 +110,9 @@ def _export(args: argparse.Namespace, job: GradientJob, only: tuple[str, ...]) -
     from ..verify.gradient_files import add_gradients
     from ..verify.lockstep import Job
 
-    plain = {name: array for name, array in job.inputs.items() if name != "labels"}
-    folder = export_golden(args.export_golden, Job(job.config, job.task, job.arrays, plain), args.model)
+    plain = {name: job.inputs[name] for name in ("pixel_values", "bool_masked_pos") if name in job.inputs}
+    forward = Job(job.config, job.task, job.arrays, plain)
+    folder = export_golden(args.export_golden, forward, args.tokenizer or args.model)
     add_gradients(folder, job, only)
     out(f"wrote {folder}")
     return 0

@@ -21,6 +21,7 @@ from .config import MODEL_TYPE, DalleTokenizerConfig
 from .names import DALL_E, Half, check_half, find_halves, joined_config
 from .params import param_shapes
 
+MODEL_TYPES = (MODEL_TYPE, "flava_image_codebook")
 ENDINGS = (".pkl", ".safetensors", ".pt", ".pth", ".bin")  # of the encoder's and the decoder's own files
 
 
@@ -48,6 +49,23 @@ def read_tokenizer(
     except CheckpointError as error:
         raise CheckpointError(f"{place}: {error}") from None
     return config, {name: arrays[name] for name in param_shapes(config)}
+
+
+def holds_tokenizer(path: str | os.PathLike[str], loading: Loading | None = None) -> bool:
+    """Whether the file or folder, or the id on the Hub, is a tokenizer's, as far as its `config.json` or names say.
+
+    Raises FileNotFoundError for a path that does not exist.
+    """
+    place = resolve(path, loading)
+    if _files(place) != [place]:
+        return True
+    settings = beside(place, CONFIG_NAME)
+    try:
+        if settings.is_file():
+            return _settings(settings).get("model_type") in MODEL_TYPES
+        return place.is_file() and bool(find_halves(_open(place, loading).tensors))
+    except CheckpointError:
+        return False  # whoever reads it says what is wrong
 
 
 def write_tokenizer(

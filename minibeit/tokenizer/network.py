@@ -1,4 +1,7 @@
-"""The discrete VAE's encoder and decoder, bottom-up.  Source: Ramesh et al. 2021, appendix A; the package dall_e."""
+"""The discrete VAE's encoder and decoder, bottom-up.  Source: Ramesh et al. 2021, appendix A; the package dall_e.
+
+What each function records stands in docs/verify.md, "Tokenizers".
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,18 @@ from .params import Decoder, Encoder, ResidualBlock
 Array = Any
 
 
-def residual_block(ops: Ops, p: ResidualBlock, x: Array, gain: float) -> Array:  # (B, C, h, w) -> (B, out, h, w)
+def residual_block(
+    ops: Ops, p: ResidualBlock, x: Array, gain: float, trace: Scope = SILENT
+) -> Array:  # (B, C, h, w) -> (B, out, h, w)
     """identity(x) + gain * path(x); before each of the path's four convolutions stands a ReLU.
 
     The gain, 1 / (number of blocks)^2, keeps the sum of all paths small at the beginning of training.
     """
-    identity = x if p.identity is None else ops.conv2d(x, p.identity)
+    identity = x if p.identity is None else trace.record("identity", ops.conv2d(x, p.identity))
     *inner, last = p.path
-    for conv in inner:
-        x = ops.relu_conv2d(x, conv)
-    return ops.relu_conv2d_residual(x, last, gain, identity)
+    for i, conv in enumerate(inner):
+        x = trace.record(f"path.{i}", ops.relu_conv2d(x, conv))
+    return trace.record("output", ops.relu_conv2d_residual(x, last, gain, identity))
 
 
 def encode(
@@ -31,9 +36,9 @@ def encode(
     x = trace.record("input", ops.conv2d(pixels, p.input))
     for i, group in enumerate(p.groups):
         for j, block in enumerate(group.blocks):
-            x = trace.record(f"groups.{i}.blocks.{j}", residual_block(ops, block, x, config.gain))
+            x = residual_block(ops, block, x, config.gain, trace.at(f"groups.{i}.blocks.{j}"))
         if i < len(p.groups) - 1:
-            x = ops.max_pool2x2(x)
+            x = trace.record(f"groups.{i}.pooled", ops.max_pool2x2(x))
     return trace.record("logits", ops.relu_conv2d(x, p.output))
 
 
@@ -55,7 +60,7 @@ def _decode(ops: Ops, p: Decoder, x: Array, config: DalleTokenizerConfig, trace:
     x = trace.record("input", x)
     for i, group in enumerate(p.groups):
         for j, block in enumerate(group.blocks):
-            x = trace.record(f"groups.{i}.blocks.{j}", residual_block(ops, block, x, config.gain))
+            x = residual_block(ops, block, x, config.gain, trace.at(f"groups.{i}.blocks.{j}"))
         if i < len(p.groups) - 1:
-            x = ops.upsample2x2(x)
+            x = trace.record(f"groups.{i}.enlarged", ops.upsample2x2(x))
     return trace.record("statistics", ops.relu_conv2d(x, p.output))

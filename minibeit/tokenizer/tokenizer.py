@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..errors import CheckpointError
 from ..foreign import as_numpy
 from ..loading_options import split_model_keywords
 from ..ops import LOW_DTYPES, get_ops, host_dtype
+from ..outputs import ModelOutput
 from ..params import unflatten
 from ..trace import SILENT, Scope, Trace
 from .config import DalleTokenizerConfig
@@ -24,14 +26,25 @@ LARGEST_PIXEL = 1e3  # far beyond 0.1..0.9, which pixels are mapped to
 MAP_BYTES = 512 << 20  # of the largest maps of a pass; more images than fit are computed in several
 
 
+@dataclass
+class TokenizerOutput(ModelOutput):
+    """What a tokenizer makes of pixels on the whole way through it."""
+
+    logits: np.ndarray | None = None  # (B, V, h, w)
+    tokens: np.ndarray | None = None  # (B, h, w)
+    statistics: np.ndarray | None = None  # (B, 2 C, height, width), of a tokenizer with a decoder
+
+
 class DalleTokenizer:
     """The discrete VAE of DALL-E (Ramesh et al. 2021), of any size: squares of pixels to numbers and back.
 
     BEiT's pre-training takes its visual tokens from it: `encode` gives one of `config.vocab_size` numbers to each
     square of `pooling` pixels a side, and `decode` draws what numbers stand for.  Without `arrays` ({canonical name:
-    array}) the weights are random, determined by `seed`.  `dtype`, `backend`, `num_threads` and `device` are as for
-    models.
+    array}) the weights are random, determined by `seed`.  `dtype`, `backend`, `num_threads`, `device` and `only` are as
+    for models.
     """
+
+    task = "tokenizer"  # as models have one
 
     def __init__(
         self,
@@ -42,6 +55,7 @@ class DalleTokenizer:
         backend: str | None = None,
         num_threads: int | None = None,
         device: int | None = None,
+        only: Collection[str] | None = None,
         arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if not isinstance(config, DalleTokenizerConfig):
@@ -50,7 +64,7 @@ class DalleTokenizer:
         self.dtype = dtype
         self.num_threads = num_threads
         self.device = device
-        self.ops = get_ops(backend, None, dtype, device)
+        self.ops = get_ops(backend, only, dtype, device)
         if dtype in LOW_DTYPES and self.ops.backend != "cupy":
             raise ValueError(f"dtype: a tokenizer has no layers of low precision, expected float32, found {dtype}")
         self.arrays = random_arrays(config, seed, host_dtype(dtype)) if arrays is None else arrays
@@ -111,6 +125,19 @@ class DalleTokenizer:
         """
         return pixels_of(images, size or self.config.image_size, self.config.input_channels, center_crop)
 
+    def __call__(self, pixel_values: Any, *, trace: Trace | None = None) -> TokenizerOutput:
+        """Pixels (B, C, height, width) to logits, to visual tokens, and to what the decoder makes of those.
+
+        `pixel_values` are mapped (see `preprocess`); `trace` keeps the intermediates.  Raises ValueError for others.
+        """
+        pixels = self._checked_pixels(pixel_values)
+        scope = SILENT if trace is None else Scope((trace,))
+        with self._session(None):
+            logits = self._logits(pixels, scope)
+            tokens = scope.record("tokens", self.ops.argmax_channels(logits))
+            statistics = self._statistics(tokens, scope) if self.has_decoder else None
+            return TokenizerOutput(*(None if x is None else self.ops.to_host(x) for x in (logits, tokens, statistics)))
+
     def logits(
         self, pixels: Any, *, num_threads: int | None = None, trace: Trace | None = None
     ) -> np.ndarray:  # (B, C, height, width) -> (B, V, h, w)
@@ -161,11 +188,13 @@ class DalleTokenizer:
 
     def _logits(self, pixels: np.ndarray, scope: Scope = SILENT) -> Any:
         x = self.ops.asarray(pixels, self.dtype)
-        return self._finite(encode(self.ops, self.params.encoder, x, self.config, scope))
+        return self._finite(encode(self.ops, self.params.encoder, x, self.config, scope.at("encoder")))
 
     def _decoded(self, ids: np.ndarray) -> np.ndarray:
-        made = decode(self.ops, self.params.decoder, self.ops.asarray(ids, "int64"), self.config)
-        return likeliest_pixels(self.ops.to_host(self._finite(made)))
+        return likeliest_pixels(self.ops.to_host(self._statistics(self.ops.asarray(ids, "int64"))))
+
+    def _statistics(self, tokens: Any, scope: Scope = SILENT) -> Any:
+        return self._finite(decode(self.ops, self.params.decoder, tokens, self.config, scope.at("decoder")))
 
     def _finite(self, made: Any) -> Any:
         """What the network computed.  Raises CheckpointError for NaNs, since its input was checked before."""

@@ -84,22 +84,27 @@ class DiscreteVae:
         temperature: float = 1.0,
         divergence_weight: float = 0.0,
         rng: np.random.Generator | Noise | None = None,
+        noise: Array | None = None,
         trace: Trace | None = None,
     ) -> DiscreteVaeOutput:  # (B, C, height, width) -> see DiscreteVaeOutput
         """The loss of mapped pixels, their tokens' logits and the decoder's statistics.
 
-        With `rng` tokens are drawn and relaxed at `temperature`; without it each place has its likeliest token.  The
-        loss is the mean of -log p(pixel), plus `divergence_weight` times the divergence from uniform tokens.
+        With `rng`, or with Gumbel `noise` (B, V, h, w) that was drawn before, tokens are drawn and relaxed at
+        `temperature`; without either each place has its likeliest token.  The loss is the mean of -log p(pixel), plus
+        `divergence_weight` times the divergence from uniform tokens.
         """
         ops, scope = self.ops, SILENT if trace is None else Scope((trace,))
         x = ops.asarray(pixel_values, self.dtype)
-        logits = encode(ops, self.params.encoder, x, self.config, scope)
-        if rng is None:
-            statistics = decode(ops, self.params.decoder, ops.argmax_channels(logits), self.config)
+        logits = encode(ops, self.params.encoder, x, self.config, scope.at("encoder"))
+        if rng is not None:
+            noise = gumbel_noise(as_noise(rng), logits.shape)
+        if noise is None:
+            tokens = ops.argmax_channels(logits)
+            statistics = decode(ops, self.params.decoder, tokens, self.config, scope.at("decoder"))
         else:
-            noise = ops.asarray(gumbel_noise(as_noise(rng), logits.shape), self.dtype)
-            relaxed = scope.record("relaxed", ops.gumbel_softmax(logits, noise, temperature))
-            statistics = decode_relaxed(ops, self.params.decoder, relaxed, self.config)
+            relaxed = ops.gumbel_softmax(logits, ops.asarray(noise, self.dtype), temperature)
+            relaxed = scope.record("relaxed", relaxed)
+            statistics = decode_relaxed(ops, self.params.decoder, relaxed, self.config, scope.at("decoder"))
         losses = [ops.logit_laplace_loss(statistics, x), ops.divergence_from_uniform(logits)]
         loss = ops.weighted_sum(losses, (1.0, divergence_weight))
         return DiscreteVaeOutput(ops.to_host(loss), ops.to_host(logits), ops.to_host(statistics))

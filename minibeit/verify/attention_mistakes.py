@@ -11,7 +11,7 @@ import numpy as np
 
 from ..ops import reference
 from ..params import Attention
-from .known_mistakes import ROUNDED, Guess, layers, rounded
+from .known_mistakes import ROUNDED, Guess, faults
 from .low_precision import half, int8
 
 
@@ -21,12 +21,12 @@ def project(which: str) -> Callable[..., Iterator[Guess]]:
     def guesses(x: Any, p: Attention, num_heads: int) -> Iterator[Guess]:
         B, N, D = x.shape
 
-        def heads(layer: Any) -> np.ndarray:
+        def heads(layer: Any, x: Any = x) -> np.ndarray:
             return reference.linear(x, layer).reshape(B, N, num_heads, -1).transpose(0, 2, 1, 3)
 
         own = getattr(p, which)
-        for text, faulty in layers(own):
-            yield text, heads(faulty)
+        for text, inputs, faulty in faults(x, own):
+            yield text, heads(faulty, inputs)
         for other in ("query", "key", "value"):
             layer = getattr(p, other)
             if other != which:
@@ -38,8 +38,6 @@ def project(which: str) -> Callable[..., Iterator[Guess]]:
         plain = reference.linear(x, own).reshape(B, num_heads, N, -1)
         yield "the reshape to heads lacks its transpose", plain
         yield "the scale 1 / sqrt(d) is already applied", heads(own) * (num_heads / D) ** 0.5
-        for text, inputs, faulty in rounded(x, own):
-            yield text, reference.linear(inputs, faulty).reshape(B, N, num_heads, -1).transpose(0, 2, 1, 3)
 
     return guesses
 
@@ -106,6 +104,36 @@ def attention(probs: bool) -> Callable[..., Iterator[Guess]]:
             yield text, p if probs else (p @ v).transpose(0, 2, 1, 3).reshape(B, N, -1)
 
     return guesses
+
+
+def another_scale(found: np.ndarray, q: Any, k: Any, v: Any, bias: Any, *_: Any, **__: Any) -> Iterator[Guess]:
+    """Probabilities of scores and a position bias that have the factors which fit `found` (B, H, N, N) best.
+
+    log p is a sum of both, but for a constant in each row.  Nothing for factors of which `attention` has the cause.
+    """
+    if found.shape != (*q.shape[:3], k.shape[2]) or not (found > 0).all():
+        return
+    parts = [q @ k.swapaxes(2, 3) / q.shape[3] ** 0.5]
+    if bias is not None and bias.table.any():
+        parts.append(np.broadcast_to(bias.table.T[:, reference.relative_position_index(bias.grid)], found.shape))
+    centred = [x - x.mean(-1, keepdims=True) for x in (*parts, np.log(found))]
+    columns = np.stack([x.reshape(-1) for x in centred], 1)
+    factors = np.linalg.lstsq(columns[:, :-1], columns[:, -1], rcond=None)[0]
+    said = [
+        f"{what} multiplied by {f:.4g}"
+        for what, f in zip(("the scores are", "the position bias is"), factors)
+        if _off(f)
+    ]
+    root = q.shape[3] ** 0.5
+    named = (
+        not _off(factors[0] / root) or not _off(factors[0] * root) or (len(factors) > 1 and not _off(1 + factors[1]))
+    )
+    if said and not named:
+        yield " and ".join(said), reference.softmax(sum(f * x for f, x in zip(factors, parts)))
+
+
+def _off(factor: float) -> bool:
+    return abs(factor - 1) > 1e-3
 
 
 def _other_softmax(q: Any, k: Any, table: Any, index: Any) -> Iterator[Guess]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..ops import BACKENDS
 from ..ops.table import TABLE, served_by
-from ..tasks import task_class
 from .lockstep import Job, Report, check, model_source
+from .networks import network
 
 
 @dataclass
@@ -41,7 +41,7 @@ def bisect(
     """One check per fast op; the guilty ones are those whose report is not ok."""
     suspects = []
     for op in fast_ops(backend):
-        model = task_class(job.task)(job.config, arrays=job.arrays, backend=backend, only={op}, device=device)
+        model = network(job.config, job.task, job.arrays, backend=backend, only={op}, device=device)
         source = model_source(job, model, f"minibeit, {op} of {backend} alone", leave_out)
         suspects.append(Suspect(op, check(job, source, leave_out=leave_out)))
         if progress is not None:

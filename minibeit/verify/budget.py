@@ -78,6 +78,11 @@ class Yardstick:
         return max(self.numpy[which], self.torch[which])
 
 
+def scatters(x: np.ndarray) -> bool:
+    """Whether an array has so few different numbers, such as a map of one pixel enlarged, that its rms is one draw."""
+    return x.size < FEW or (x.size < FEW * FEW and np.unique(x).size < FEW)
+
+
 def own_limit(yard: Yardstick, size: int, dtype: str, leeway: float = 1.0) -> float:
     """The largest relative rms error of one op within budget; `leeway` is its `error_budget` in the table of ops."""
     return OWN_FACTOR * max(yard.rms, _floor(size)) * _scale(dtype) * leeway

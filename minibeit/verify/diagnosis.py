@@ -12,7 +12,7 @@ import numpy as np
 
 from ..ops import reference
 from ..params import LayerNorm
-from . import attention_mistakes, known_mistakes
+from . import attention_mistakes, known_mistakes, map_mistakes
 from .float64_model import Call
 from .known_mistakes import Guess
 from .low_precision import stored_as
@@ -29,11 +29,21 @@ MOST_SAMPLES = 16
 PATIENCE = 20.0  # seconds; large convolutions are tried only as long as that
 FEW = 0.1  # an error is confined if nearly all of it lies in at most this share of an axis
 
+MISTAKES = {**known_mistakes.OPS, **map_mistakes.OPS}
+
 # Where a block has the parameters that these ops take as their second argument.
 PLACES = ("norm1", "norm2", "fc1", "fc2", "attention.output")
 BY_BLOCK = {name: getattr(reference, name) for name in ("layer_norm", "linear_activation", "linear_residual", "linear")}
 
 USUAL = (
+    (".identity", "the weights or bias of the 1x1 convolution, or a ReLU before it, which it does not have"),
+    (".path.", "the kernel's layout or padding, its bias, or the ReLU before it"),
+    ("blocks.", "the last convolution or the ReLU before it, the gain 1 / (number of blocks)^2, or the identity path"),
+    ("pooled", "the pooling: the largest of every 2x2 square"),
+    ("enlarged", "the enlargement: every pixel four times, not interpolated"),
+    ("coder.input", "other pixels or tokens, the kernel's layout or padding, or a bias"),
+    ("tokens", "the axis of the largest logit, the order of rows and columns, or the first number"),
+    ("statistics", "the last convolution's weights or bias, or the ReLU before it"),
     ("embeddings.patches", "other pixels (image, resizing, normalisation) or another layout of the patch weights"),
     ("embeddings", "the CLS token, the mask token or the absolute positions"),
     ("bias_table", "other numbers in the bias table, or another way to resize it to this grid"),
@@ -98,7 +108,7 @@ def _explained(
     """The known mistake that comes nearest to that part of the array; nothing if none explains half of the error."""
     error = _size(part(found) - part(exact))
     guesses = itertools.chain(
-        _stored(found) if known.precision is None else (),
+        _stored(found) if known.precision is None and name != "tokens" else (),
         _by_name(name, found, exact, calls, known),
         _guesses(name, exact, calls),
         _other_blocks(exact, calls, known.blocks),
@@ -160,8 +170,8 @@ def _guesses(name: str, exact: np.ndarray, calls: list[Call]) -> Iterator[Guess]
         elif call.op == "attention" and last in ("probs", "context"):
             guesses = attention_mistakes.attention(last == "probs")
             result = result[1] if last == "probs" else result[0]
-        elif call.op in known_mistakes.OPS:
-            guesses = known_mistakes.OPS[call.op]
+        elif call.op in MISTAKES:
+            guesses = MISTAKES[call.op]
         else:
             continue
         if result.shape != exact.shape:
@@ -190,6 +200,11 @@ def _by_name(name: str, found: np.ndarray, exact: np.ndarray, calls: list[Call],
         yield "the logits went through a softmax", e / e.sum(-1, keepdims=True)
         yield "the logits went through a log-softmax", exact - np.log(np.exp(exact).sum(-1, keepdims=True))
         yield "the logits went through a sigmoid", 1 / (1 + np.exp(-exact))
+    for call in calls:
+        if call.op == "attention" and name.endswith("probs"):
+            yield from attention_mistakes.another_scale(found, *call.wide_args(), **call.kwargs)
+        if call.op == "relu_conv2d_residual":
+            yield from map_mistakes.another_gain(found, *call.wide_args())
     yield from _dropped(found, exact, calls)
 
 
@@ -286,6 +301,8 @@ def _structure(name: str, found: np.ndarray, exact: np.ndarray) -> Iterator[str]
 
 
 def _axis_names(name: str, x: np.ndarray) -> tuple[str, ...]:
+    if name == "tokens":
+        return ("sample", "row", "column")
     if name.endswith("bias_table"):
         return ("row of the table", "head")
     if name.endswith("probs"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..ops import reference
 from ..ops.erf import erf
+from ..ops.short_winograd import short_conv
 
 if TYPE_CHECKING:
     from .float64_model import Call
@@ -136,3 +137,59 @@ def _bicubic_taps(old: int, new: int) -> list[tuple[np.ndarray, np.ndarray]]:
         index = np.clip(first.astype(int) + step, 0, old - 1)
         taps.append((index, np.where((step == 0) | (step == 1), near, far)))
     return taps
+
+
+# Attending ----------------------------------------------------------------------------------------------------------
+
+
+def attended(calls: list[Call], probs: bool) -> Iterator[np.ndarray]:
+    """Probabilities or contexts of small attention maps in float32, the scores added up in random orders.
+
+    A few large probabilities make up such a map's rms, and an error of a score is multiplied by its exponential: one
+    draw of NumPy's may be lucky.  The scores are scaled after the product and the softmax adds in float32, as in
+    engines.  Nothing for large maps and other ops.
+    """
+    call = next((call for call in reversed(calls) if call.op == "attention"), None)
+    if call is None or call.args[0].size * call.args[0].shape[2] > MOST_PRODUCTS:
+        return
+    q, k, v = map(_single, call.args[:3])
+    bias, d = call.args[3], q.shape[3]
+    added = 0 if bias is None else _single(bias.table).T[:, reference.relative_position_index(bias.grid)]
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        order = rng.permutation(d)
+        scores = _in_order(q[:, :, :, None, order] * k[:, :, None, :, order], -1) * np.float32(d**-0.5) + added
+        powers = np.exp(scores - scores.max(-1, keepdims=True))
+        p = powers / _in_order(powers, -1)[..., None]
+        yield p if probs else (p @ v).transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
+
+
+# Convolving ---------------------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = ("conv2d", "relu_conv2d", "relu_conv2d_residual")
+MOST_PRODUCTS = 1 << 18  # that are held to be added up in order; the rms of larger arrays is no longer one draw
+
+
+def convolved(calls: list[Call]) -> np.ndarray | None:
+    """What a tokenizer's convolution gives in float32 as engines may do it; None for other ops and sizes.
+
+    3x3 behind a ReLU: by Winograd's method, which loses a few times as much as NumPy's sums, up to fourteen times on
+    maps smaller than its tiles.  1x1 on small maps: channel after channel.
+    """
+    call = next((call for call in reversed(calls) if call.op in CONVOLUTIONS), None)
+    if call is None:
+        return None
+    x, conv, *rest = call.args
+    x, kernel = _single(x), conv.weight.shape[2]
+    x = x if call.op == "conv2d" else np.maximum(x, 0)
+    if kernel == 3 and call.op != "conv2d":
+        y = short_conv(x, _single(conv.weight), lambda x: x)
+    elif kernel == 1 and x.size * len(conv.weight) <= MOST_PRODUCTS:
+        (B, C), out = x.shape[:2], len(conv.weight)
+        products = x.reshape(B, C, 1, -1) * _single(conv.weight).reshape(out, C).T[:, :, None]  # (B, C, out, places)
+        y = _in_order(products, 1).reshape(B, out, *x.shape[2:])
+    else:
+        return None
+    if conv.bias is not None:
+        y = y + _single(conv.bias)[:, None, None]
+    return _single(rest[1]) + np.float32(rest[0]) * y if rest else y

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ..config import BeitConfig
 from ..ops import get_ops, reference
 from ..ops.table import CONTROL, TABLE, names_of
 from ..params import BATCH_NORM_EPS, Conv, ConvBatchNorm, ConvTranspose
-from ..tasks import task_class
 from . import engine_arithmetic
+from .networks import network
 
 STRIP_BYTES = 16 << 20  # what a strip of rows of a convolution may take
 MIXED = ("conv_bn_relu", "conv_bn_relu_resized", "concatenate")  # ops that need no float64 copy of their input
@@ -49,18 +48,18 @@ class Log:
         return calls
 
 
-def truth_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray], log: Log | None = None) -> Any:
+def truth_model(config: Any, task: str, arrays: Mapping[str, np.ndarray], log: Log | None = None) -> Any:
     """A float64 model with these weights; `log` collects the calls of its ops."""
     named = {name: a if _multiplied_only(name, a) else np.asarray(a, np.float64) for name, a in arrays.items()}
-    model = task_class(task)(config, arrays=named, dtype="float64", backend="numpy")
+    model = network(config, task, named, dtype="float64", backend="numpy")
     model.ops = double_ops(log)
     return model
 
 
-def float32_model(config: BeitConfig, task: str, arrays: Mapping[str, np.ndarray]) -> Any:
+def float32_model(config: Any, task: str, arrays: Mapping[str, np.ndarray]) -> Any:
     """The NumPy reference in float32 as engines compute it, with the convolutions that need little memory."""
     named = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
-    model = task_class(task)(config, arrays=named, dtype="float32", backend="numpy")
+    model = network(config, task, named, dtype="float32", backend="numpy")
     model.ops = SimpleNamespace(**{**vars(model.ops), **LEAN, **ENGINES})
     return model
 
@@ -125,6 +124,12 @@ def _enlarged(x: np.ndarray, size: tuple[int, int], rows: slice, dtype: Any) -> 
     return _resizing(dtype).resize_bilinear(part, (part.shape[2], size[1]))
 
 
+def conv2d_one_hot(ids: np.ndarray, conv: Conv) -> np.ndarray:  # (B, h, w) -> (B, out, h, w)
+    """`reference.conv2d_one_hot`, in the precision of the bias."""
+    weight = conv.weight if conv.bias is None else conv.weight.astype(conv.bias.dtype)
+    return reference.conv2d_one_hot(ids, Conv(weight, conv.bias))
+
+
 def conv_bn_relu(x: np.ndarray, layer: ConvBatchNorm) -> np.ndarray:
     """`reference.conv_bn_relu`, some rows at a time, in the precision of the batch norm."""
     return conv_bn_relu_resized([x], layer, x.shape[2:])
@@ -178,5 +183,8 @@ def _normalised(y: Any, layer: ConvBatchNorm) -> np.ndarray:
     return np.maximum(y, 0, out=y)
 
 
-LEAN = {op.__name__: op for op in (conv2d, conv_bn_relu, conv_bn_relu_resized, conv_transpose, resize_bilinear)}
+LEAN = {
+    op.__name__: op
+    for op in (conv2d, conv2d_one_hot, conv_bn_relu, conv_bn_relu_resized, conv_transpose, resize_bilinear)
+}
 ENGINES = {name: getattr(engine_arithmetic, name) for name in ("mean_patches", "resize_bicubic", "linear_activation")}

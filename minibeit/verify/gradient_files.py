@@ -14,9 +14,11 @@ from ..checkpoint.formats import write_safetensors
 from ..files import atomic_write
 from .gradients import model_gradients, model_of
 from .lockstep import Job
+from .networks import TOKENIZER
 from .trace_file import INPUT, TraceFile, provenance
 
-INPUTS = ("pixel_values", "bool_masked_pos", "labels")
+INPUTS = {"pixel_values", "labels"}, {"bool_masked_pos"}  # of a model's call: needed, possible
+TOKENIZER_INPUTS = {"pixel_values", "noise", "temperature", "divergence_weight"}, set[str]()
 
 
 def save_gradients(
@@ -38,15 +40,14 @@ def save_gradients(
     write_safetensors(path, plain, provenance(job, made_by))
 
 
-def call_of(trace: TraceFile) -> dict[str, np.ndarray]:
-    """The arrays of the call that a trace holds, labels among them.  Raises ValueError if it lacks pixels or labels."""
-    strange = [name for name in trace.inputs if name not in INPUTS]
-    if strange or not {"pixel_values", "labels"} <= trace.inputs.keys():
+def call_of(trace: TraceFile, task: str) -> dict[str, np.ndarray]:
+    """The arrays of the call that a trace holds, labels or noise among them.  Raises ValueError if it lacks some."""
+    needed, possible = TOKENIZER_INPUTS if task == TOKENIZER else INPUTS
+    if not needed <= trace.inputs.keys() <= needed | possible:
         found = ", ".join(INPUT + name for name in trace.inputs) or "none"
-        raise ValueError(
-            f"{trace.path}: gradients belong to a call, so expected {INPUT}pixel_values and {INPUT}labels "
-            f"(and {INPUT}bool_masked_pos), found {found}"
-        )
+        expected = " and ".join(INPUT + name for name in sorted(needed, reverse=True))
+        more = "".join(f" (and {INPUT}{name})" for name in possible)
+        raise ValueError(f"{trace.path}: gradients belong to a call, so expected {expected}{more}, found {found}")
     return trace.inputs
 
 

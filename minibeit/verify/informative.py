@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
-from ..config import BeitConfig
-from ..params import param_shapes
+from .networks import TOKENIZER, shapes_of
 
 # Least effect that a fault must have to be told from rounding with certainty, relative to the array it acts on.
 FAINT = 1e-5
@@ -78,15 +78,21 @@ def sentence(spots: list[Blind], total: int) -> str:
     )
 
 
-def informative_weights(config: BeitConfig, task: str, seed: int = 0) -> dict[str, np.ndarray]:
+def informative_weights(config: Any, task: str, seed: int = 0) -> dict[str, np.ndarray]:
     """{canonical name: float32 array} in which every parameter matters and no two blocks are alike.
 
     Norms scatter around 1 by 0.2, layer scales lie in 0.5 to 1.5 with either sign, biases and tokens have a root mean
     square of 0.3, tables of relative positions of 1, matrices the size that keeps their result near 1, those of queries
-    and keys somewhat more, so that attention has an opinion.
+    and keys somewhat more, so that attention has an opinion.  In a tokenizer the last convolution of a path makes up
+    for the gain behind it, so that the path counts beside the identity.
     """
     rng = np.random.default_rng(seed)
-    return {name: _drawn(rng, name, shape) for name, shape in param_shapes(config, task).items()}
+    arrays = {name: _drawn(rng, name, shape) for name, shape in shapes_of(config, task).items()}
+    if task == TOKENIZER:
+        for name, array in arrays.items():
+            if name.endswith("path.3.weight"):
+                array /= np.float32(config.gain)
+    return arrays
 
 
 def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:

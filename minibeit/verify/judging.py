@@ -36,6 +36,7 @@ class Row:
     inherited: float = math.nan  # relative rms: the truth's op on the candidate's inputs beside the truth
     own_yard: Yardstick | None = None
     total_yard: Yardstick | None = None
+    leeway: float = 1.0  # factor of the own limits, the error budget of the ops
     own_limit: float = math.nan
     total_limit: float = math.nan
     own_ratio: float = math.nan  # times the yardstick's error
@@ -47,6 +48,16 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.status == "ok" or self.status in NOTED
+
+    @property
+    def guilty(self) -> bool:
+        """Whether what is wrong was made here: its own error is out of budget, or it could not be compared."""
+        return not self.ok and self.status not in ("total", "yardstick")
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether it holds tokens, which are right or wrong and have no error."""
+        return self.own is not None and self.own_limit == 0
 
 
 def judge(
@@ -68,7 +79,7 @@ def judge(
     """
     dtype = held_to or row.dtype
     row.own, row.total = difference(found, exact), difference(found, truth)
-    row.inherited = distance(exact, truth)[0]
+    row.inherited, row.leeway = distance(exact, truth)[0], leeway[0]
     row.own_yard, row.total_yard = yards
     row.own_limit = budget.own_limit(row.own_yard, found.size, dtype, leeway[0])
     row.own_ratio = budget.ratio(row.own.rms_rel, row.own_yard.shown, found.size, dtype)

@@ -28,16 +28,21 @@ STEPS = 127  # of int8, on either side of 0
 FEW = 16  # elements; fewer are on a coarse grid by chance
 QUANTISED = (
     "linear", "linear_activation", "linear_residual", "project_qkv", "attention", "conv2d", "conv_bn_relu",
-    "conv_bn_relu_resized", "conv_transpose", "conv_transpose_bn_gelu",
+    "conv_bn_relu_resized", "relu_conv2d", "relu_conv2d_residual", "conv_transpose", "conv_transpose_bn_gelu",
 )  # fmt: skip
 
 
 def half(x: np.ndarray, dtype: str) -> np.ndarray:
     """`x` rounded to "float16" or "bfloat16", in float64."""
+    return _half32(x, dtype).astype(np.float64)
+
+
+def _half32(x: np.ndarray, dtype: str) -> np.ndarray:
+    """`x` rounded to "float16" or "bfloat16", in float32, which holds both exactly."""
     if dtype == "float16":
         with np.errstate(over="ignore"):
-            return x.astype(np.float16).astype(np.float64)
-    return rounded(x.astype(np.float32)).astype(np.float64)
+            return x.astype(np.float16).astype(np.float32)
+    return rounded(x.astype(np.float32, copy=False))
 
 
 def int8(x: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -87,7 +92,7 @@ def _rounded(x: Any, precision: str) -> Any:
     if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
         return type(x)(_rounded(part, precision) for part in x)
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-        return half(x, precision).astype(np.float32)
+        return _half32(x, precision)
     return x
 
 

@@ -11,6 +11,7 @@ from ..text import html as escape
 from .difference import ULP_EDGES, Difference
 from .judging import Row
 from .lockstep import Report
+from .networks import summary
 from .report_html_parts import SCRIPT, STYLE, heat_png
 from .report_text import STATUS, times, verdict, worst
 
@@ -58,11 +59,10 @@ histogram and heat map.</p>
 
 
 def _facts(report: Report) -> str:
-    c = report.config
     inputs = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in report.inputs.items())
     facts = [
         ("yardstick", report.yardstick),
-        ("model", f"{report.task}, {c.num_hidden_layers} blocks, width {c.hidden_size}, {c.num_attention_heads} heads"),
+        ("model", f"{report.task}, {summary(report.config)}"),
         ("input", inputs),
         ("compared", f"{sum(row.own is not None for row in report.rows)} arrays in {report.seconds:.1f} s"),
     ]
@@ -131,8 +131,7 @@ def _block_marks(rows: list[Row], step: float) -> list[str]:
     """A thin line where each block begins, and its number."""
     parts, seen, free = [], set(), [0.0, 0.0]  # where each of two lines of labels is free again
     for i, row in enumerate(rows):
-        words = row.name.split(".")
-        part = words[1] if words[0] == "encoder" else words[0] if "." in row.name else ""
+        part = _part(row.name)
         if not part or part in seen:
             continue
         seen.add(part)
@@ -143,6 +142,14 @@ def _block_marks(rows: list[Row], step: float) -> list[str]:
         y = HEIGHT - BOTTOM + 14 + 13 * line
         parts.append(f'<text class="tick" x="{min(x, WIDTH - 6 * len(part)) + 3:.1f}" y="{y}">{escape(part)}</text>')
     return parts
+
+
+def _part(name: str) -> str:
+    """What the plot calls the part of the network that an array belongs to: a block, a group of a tokenizer, a head."""
+    words = name.split(".")
+    if words[1:2] == ["groups"]:
+        return f"{words[0][:3]} {words[2]}"
+    return words[1] if words[0] == "encoder" else words[0] if len(words) > 1 else ""
 
 
 def _errors(row: Row, which: str) -> tuple[float, float]:
@@ -226,6 +233,8 @@ def _axes(row: Row) -> str:
         return "token × feature of a head"
     if row.name.endswith("bias_table"):
         return "row of the table × head"
+    if row.name == "tokens":
+        return "row × column"
     return {4: "row × column", 3: "token × feature", 2: "image × feature"}.get(len(row.shape), "last two axes")
 
 

@@ -55,11 +55,12 @@ def verdict(report: Report) -> str:
 
 
 def _praise(report: Report) -> str:
-    compared = report.compared
+    compared = [row for row in report.compared if not row.is_choice] or report.compared
     last, worst = compared[-1], max(compared, key=lambda row: row.own_ratio)
     ok = "OK, as far as these weights can show" if report.blind else "OK"
+    count = len(report.compared)
     return (
-        f"{ok}: {len(compared)} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it "
+        f"{ok}: {count} arrays of {report.candidate} are within the error budget. At the end ({last.name}) it "
         f"is {last.total_ratio:.1f}x as far from the truth as {report.yardstick}, {last.total.rms_rel:.1e} relative; "  # type: ignore[union-attr]
         f"no single op is more than {worst.own_ratio:.1f}x ({worst.name})."
     )
@@ -194,7 +195,7 @@ def as_json(report: Report) -> str:
         "origins": report.origins,
         "notes": report.notes,
         "hidden_by_weights": report.blind,
-        "guilty": [row.name for row in report.rows if not row.ok and row.status not in ("total", "yardstick")],
+        "guilty": [row.name for row in report.rows if row.guilty],
         "precision": report.precision,
         "seconds": round(report.seconds, 2),
         "ulp_edges": list(ULP_EDGES),

@@ -12,7 +12,8 @@ import numpy as np
 
 from . import budget
 
-LEAST = 32  # elements of a slice; the rms of fewer scatters
+LEAST = 32  # different elements of a slice; the rms of fewer scatters
+MANY = 1 << 16  # elements of an array; so many are taken to be different
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def worst_slice(found: np.ndarray, single: np.ndarray, exact: np.ndarray, activa
     All are arrays of one shape: the array under test, and what float32 and float64 make of its own inputs.
     `activated`: whether an activation was applied, after which values next to nothing are no measure.
     """
-    size = exact.size
+    # The values of alike tokens, masked or drawn from few, are one draw each.
+    size = exact.size if exact.size > MANY else np.unique(exact).size
     axes = [axis for axis, n in enumerate(exact.shape) if n > 1 and size // n >= LEAST]
     if not axes:
         return None

@@ -8,6 +8,7 @@ import numpy as np
 
 from .gradients import COTANGENT, GRADIENT
 from .lockstep import Job
+from .networks import TOKENIZER
 from .torch_runner import _plan, _state, build, forward, torch_library
 
 SAME = 2  # the map of the feature pyramid that is its input; which reader counts as whose is a matter of the code
@@ -20,6 +21,10 @@ def torch_gradients(job: Job) -> tuple[str, dict[str, np.ndarray]]:
     which is `feature_maps.2` under another name.  Raises ImportError naming the extra, and ValueError for a config that
     transformers has no model for and for inputs that its model cannot take.
     """
+    if job.task == TOKENIZER:
+        from .torch_tokenizer import tokenizer_gradients
+
+        return tokenizer_gradients(job)
     torch = torch_library()
     model = build(job.config, job.task, job.arrays)
     found: dict[str, np.ndarray] = {}

@@ -31,7 +31,6 @@ import numpy as np
 import minibeit
 
 from ..checkpoint.formats import load_file
-from ..config import BeitConfig
 from ..files import atomic_write
 from ..strict_json import parse_json
 from ..task_table import TASKS
@@ -39,7 +38,9 @@ from ..trace import Trace
 from .budget import pixel_limit
 from .lockstep import Job
 from .low_precision import HALVES, PRECISIONS
+from .networks import TOKENIZER, config_of
 from .streams import TraceSource, host
+from .trace_names import TOKENS
 
 FORMAT = "minibeit-trace"
 INPUT = "input."
@@ -86,11 +87,11 @@ class TraceFile(Mapping[str, np.ndarray]):
         return self.metadata.get("task")
 
     @property
-    def config(self) -> BeitConfig | None:
-        """The config it was made with, if it says."""
+    def config(self) -> Any:
+        """The config of the model or tokenizer it was made with, None if it does not say."""
         text = self.metadata.get("config")
         try:
-            return None if text is None else BeitConfig.from_dict(parse_json(text))
+            return None if text is None else config_of(parse_json(text))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path}: the config in its metadata cannot be used: {error}") from error
 
@@ -151,13 +152,13 @@ def save_trace(
     selected = Trace(select)
     shapes = {name: shape for name, shape in job.shapes().items() if selected.wants(name)}
     entries = {INPUT + name: (array.dtype.name, array.shape) for name, array in job.inputs.items()}
-    entries |= {name: (dtype, shape) for name, shape in shapes.items()}
+    entries |= {name: ("int64" if name == TOKENS else dtype, shape) for name, shape in shapes.items()}
     with atomic_write(path) as file:
         start = file.write(_header(entries, provenance(job, made_by, origins) | dict(facts or {})))
         offsets = _offsets(entries)
         for array in job.inputs.values():
             file.write(np.ascontiguousarray(array).data)
-        writer = _Writer(file, start, shapes, offsets, dtype)
+        writer = _Writer(file, start, {name: entries[name] for name in shapes}, offsets)
         run(writer)
         left = [name for name in shapes if name not in writer.written]
         if left:
@@ -169,17 +170,18 @@ class _Writer(Trace):
     """A trace that goes straight to its place in a file."""
 
     def __init__(
-        self, file: Any, start: int, shapes: Mapping[str, Any], offsets: Mapping[str, int], dtype: str
+        self, file: Any, start: int, entries: Mapping[str, tuple[str, Any]], offsets: Mapping[str, int]
     ) -> None:
-        super().__init__(tuple(shapes))
-        self._file, self._start, self._shapes, self._offsets, self._dtype = file, start, shapes, offsets, dtype
+        super().__init__(tuple(entries))
+        self._file, self._start, self._entries, self._offsets = file, start, entries, offsets
         self.written: set[str] = set()
 
     def record(self, name: str, array: Any) -> Any:
-        if name in self._shapes:
-            plain = np.ascontiguousarray(host(array), self._dtype)
-            if plain.shape != self._shapes[name]:
-                raise ValueError(f"{name}: expected shape {self._shapes[name]}, found {plain.shape}")
+        if name in self._entries:
+            dtype, shape = self._entries[name]
+            plain = np.ascontiguousarray(host(array), dtype)
+            if plain.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, found {plain.shape}")
             self._file.seek(self._start + self._offsets[name])
             self._file.write(plain.data)
             self.written.add(name)
@@ -213,7 +215,7 @@ def misfits(trace: TraceFile, job: Job) -> list[str]:
     """What speaks against comparing this trace with this job, a sentence each; nothing if they belong together."""
     where = str(trace.path)
     if trace.task is not None and trace.task != job.task:
-        known = "" if trace.task in TASKS else ", which is none that minibeit knows"
+        known = "" if trace.task in (*TASKS, TOKENIZER) else ", which is none that minibeit knows"
         return [f"{where}: is the trace of another model: its task is {trace.task}{known}, here it is {job.task}"]
     theirs = trace.config
     if theirs is not None:
@@ -250,11 +252,14 @@ def _same(stored: np.ndarray, array: np.ndarray) -> bool:
     return bool(np.abs(stored.astype(np.float64) - array).max(initial=0) <= pixel_limit(array))
 
 
-def _changed(theirs: BeitConfig, ours: BeitConfig) -> list[str]:
+def _changed(theirs: Any, ours: Any) -> list[str]:
     a, b = theirs.to_dict(), ours.to_dict()
-    skip = {*IGNORED_SETTINGS, *theirs.extra, *ours.extra}
+    if a.get("model_type") != b.get("model_type"):
+        return [f"model_type is {a.get('model_type')}, here {b.get('model_type')}"]
+    of_tokenizer = () if hasattr(ours, "extra") else ("image_size", "n_init")  # the default size, and what is left out
+    skip = {*IGNORED_SETTINGS, *of_tokenizer, *getattr(theirs, "extra", ()), *getattr(ours, "extra", ())}
     keys = [key for key in {**b, **a} if key not in skip and a.get(key) != b.get(key)]
-    if theirs.num_labels != ours.num_labels:
+    if hasattr(ours, "num_labels") and theirs.num_labels != ours.num_labels:
         keys.append("num_labels")
         a["num_labels"], b["num_labels"] = theirs.num_labels, ours.num_labels
     return [f"{key} is {a.get(key)}, here {b.get(key)}" for key in keys[:4]]

@@ -11,23 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from ..config import BeitConfig
 from ..ops import get_ops
 from ..ops.table import TABLE, Op
-from ..params import param_shapes
-from ..tasks import task_class
 from ..trace import Trace
+from .networks import network, pixel_shape, shapes_of
 
 Shape = tuple[int, ...]
+TOKENS = "tokens"  # the one array of integers: what a tokenizer chose
 
 
-def trace_shapes(config: BeitConfig, task: str, inputs: Mapping[str, Shape] | None = None) -> dict[str, Shape]:
+def trace_shapes(config: Any, task: str, inputs: Mapping[str, Shape] | None = None) -> dict[str, Shape]:
     """{name: shape} of everything a call records, in order.
 
     `inputs` are the shapes of the call's arrays, by default one image of the native size.
     """
     trace = Trace()
-    _ghost_run(config, task, inputs or {"pixel_values": (1, config.num_channels, *config.image_shape)}, trace)
+    _ghost_run(config, task, inputs or {"pixel_values": (1, *pixel_shape(config))}, trace)
     return {name: tuple(array.shape) for name, array in trace.items()}
 
 
@@ -36,7 +35,7 @@ def describe(shapes: Mapping[str, Shape]) -> str:
     lines = []
     for name, shape in shapes.items():
         words = name.split(".")
-        if words[0] == "encoder":
+        if words[0] == "encoder" and words[1].isdigit():
             if words[1] != "0":
                 continue
             words[1] = "*"
@@ -44,9 +43,9 @@ def describe(shapes: Mapping[str, Shape]) -> str:
     return "\n".join(lines)
 
 
-def _ghost_run(config: BeitConfig, task: str, inputs: Mapping[str, Shape], trace: Trace) -> None:
-    arrays = {name: _ghost(shape) for name, shape in param_shapes(config, task).items()}
-    model = task_class(task)(config, arrays=arrays, backend="numpy")
+def _ghost_run(config: Any, task: str, inputs: Mapping[str, Shape], trace: Trace) -> None:
+    arrays = {name: _ghost(shape) for name, shape in shapes_of(config, task).items()}
+    model = network(config, task, arrays, backend="numpy")
     ghosts = {name: _ghost_op(entry) for name, entry in TABLE.items() if entry.shape is not None}
     ops = vars(get_ops("numpy")) | ghosts | {"all_finite": lambda x, most=None: True}
     model.ops = SimpleNamespace(**ops)

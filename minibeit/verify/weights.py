@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.load import Checkpoint, Match, match_names, open_checkpoint, read_arrays
-from ..config import BeitConfig
 from ..params import param_shapes
 from ..text import one_line, shown_name
+from ..tokenizer.files import read_tokenizer
+from .networks import TOKENIZER
 
 
 @dataclass
@@ -61,6 +62,14 @@ def compare_weights(a: str | os.PathLike[str], b: str | os.PathLike[str], task: 
     return WeightsReport(str(a), str(b), task, pairs, _config_notes(one.config, two.config))
 
 
+def compare_tokenizers(a: str | os.PathLike[str], b: str | os.PathLike[str], task: str | None = None) -> WeightsReport:
+    """The same of two tokenizers, whichever names their files have; `task` is theirs, whatever is given."""
+    (one, arrays), (two, others) = read_tokenizer(a), read_tokenizer(b)
+    names = {**arrays, **others}
+    pairs = [_pair(name, arrays.get(name), others.get(name)) for name in names]
+    return WeightsReport(str(a), str(b), TOKENIZER, pairs, _config_notes(one, two))
+
+
 def _read(checkpoint: Checkpoint, match: Match, name: str) -> np.ndarray | None:
     """A parameter, in whatever shape the file has it; None if it has none."""
     if name in match.found:
@@ -101,9 +110,9 @@ def _explain(a: np.ndarray, b: np.ndarray) -> str:
     return ""
 
 
-def _config_notes(a: BeitConfig, b: BeitConfig) -> list[str]:
+def _config_notes(a: Any, b: Any) -> list[str]:
     left, right = a.to_dict(), b.to_dict()
-    skip = {"id2label", "label2id", "architectures", *a.extra, *b.extra}
+    skip = {"id2label", "label2id", "architectures", *getattr(a, "extra", ()), *getattr(b, "extra", ())}
     return [f"{k}: {left.get(k)} in A, {right.get(k)} in B" for k in left if k not in skip and left[k] != right.get(k)]
 
 

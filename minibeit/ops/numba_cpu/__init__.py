@@ -10,7 +10,7 @@ cache.py, machine_code.py, pool.py   machine code, where it is kept on disk, the
 memory.py, operands.py, queue.py    memory and its addresses, arguments, kernels that wait for their turn
 guard.py              for tests: buffers that end at protected pages
 pack.py, prepare.py, stored.py   weights in the layout that the kernels read, made once at load or kept in a file
-gradients.py, backward.py   what the backward of an op needs, and those backwards
+gradient_arguments.py, gradients.py, backward.py   what the backward of an op needs, and those backwards
 map_arguments.py, map_gradients.py, conv_gradients.py, backward_maps.py, losses.py   the same for maps, and for losses
 halves.py             all of those halves for a tape, which imports them when a training begins
 gemm.py, attention.py, norm.py, winograd.py, spread.py, maps.py   these call the kernels;   ops.py   the ops

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import ATTENTION_BACKWARD, QUERY_ROWS
+from .gradient_arguments import ATTENTION_BACKWARD, QUERY_ROWS
 from .machine_code import Kernel
 from .memory import NOTHING, operand, result
 from .operands import contiguous, rows, scalar

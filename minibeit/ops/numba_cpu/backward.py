@@ -15,10 +15,10 @@ from .. import backward as reference
 from ..activations import ACTIVATIONS
 from ..backward.activations import derivative
 from . import gemm
-from .arguments import COMBINE_DERIVATIVE, COMBINE_GELU, COMBINE_PRODUCT
 from .attention import can_fuse
 from .attention_gradients import attend_backward
 from .conv_gradients import conv_gradients
+from .gradient_arguments import COMBINE_DERIVATIVE, COMBINE_GELU, COMBINE_PRODUCT
 from .gradients import (
     column_panels,
     combined,

@@ -16,8 +16,9 @@ from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTransp
 from .. import backward as reference
 from ..backward.maps import BatchStatistics, Moments
 from . import gemm
-from .arguments import COMBINE_DERIVATIVE, COMBINE_GELU, PLAIN
+from .arguments import PLAIN
 from .backward import linear_backward
+from .gradient_arguments import COMBINE_DERIVATIVE, COMBINE_GELU
 from .gradients import combined
 from .map_gradients import (
     Vectors,

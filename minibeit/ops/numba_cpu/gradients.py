@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import gemm
-from .arguments import COMBINE, GRADIENT_ROWS, PACK_COLUMNS, PLAIN, PRODUCT, RESIDUAL, SCALE_GRADIENT, TURN
+from .arguments import PLAIN, PRODUCT, RESIDUAL
+from .gradient_arguments import COMBINE, GRADIENT_ROWS, PACK_COLUMNS, SCALE_GRADIENT, TURN
 from .machine_code import Kernel
 from .memory import NOTHING, Operand, aligned, operand, result
 from .operands import contiguous, rows

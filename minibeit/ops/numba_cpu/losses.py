@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import backward as reference
-from .arguments import LOG_SUMS, LOSS_ROWS, SOFTMAX_GRADIENT
+from .gradient_arguments import LOG_SUMS, LOSS_ROWS, SOFTMAX_GRADIENT
 from .machine_code import Kernel
 from .memory import aligned, constant_operand, operand
 from .operands import rows

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .arguments import LAYER_NORM, LAYER_NORM_BACKWARD, ROWS
+from .arguments import LAYER_NORM, ROWS
+from .gradient_arguments import LAYER_NORM_BACKWARD
 from .machine_code import Kernel
 from .memory import Operand, constant_operand, operand, result
 from .operands import contiguous, rows, scalar

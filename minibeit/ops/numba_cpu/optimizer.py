@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from .. import reference
-from .arguments import ADAMW, CHUNK
+from .gradient_arguments import ADAMW, CHUNK
 from .machine_code import Kernel
 from .memory import operand
 from .prepare import is_float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..arguments import ATTENTION_BACKWARD, QUERY_ROWS
+from ..gradient_arguments import ATTENTION_BACKWARD, QUERY_ROWS
 from ..target import LANES, MR, NR, STEPS
 from .attention import _exponentials, _pack_keys, _pack_values, _scale_row, bias_row, largest_score, read_bias
 from .micro import multiply_narrow_tile, multiply_tile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..arguments import (
+from ..gradient_arguments import (
     COMBINE,
     COMBINE_DERIVATIVE,
     COMBINE_GELU,

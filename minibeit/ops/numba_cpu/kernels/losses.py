@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..arguments import LOG_SUMS, LOSS_ROWS, SOFTMAX_GRADIENT
+from ..gradient_arguments import LOG_SUMS, LOSS_ROWS, SOFTMAX_GRADIENT
 from ..target import LANES
 from .attention import _exponentials, largest_score
 from .vector import exp, load, load_float, reader, splat, store, store_float

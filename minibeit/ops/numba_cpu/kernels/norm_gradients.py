@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arguments import LAYER_NORM_BACKWARD, ROWS
+from ..arguments import ROWS
+from ..gradient_arguments import LAYER_NORM_BACKWARD
 from ..target import LANES
 from .vector import fma, load, load_float, reader, splat, sqrt, store, store_float, sum_lanes
 

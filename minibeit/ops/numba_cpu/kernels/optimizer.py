@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arguments import ADAMW, CHUNK
+from ..gradient_arguments import ADAMW, CHUNK
 from ..target import LANES
 from .vector import divide, fma, load, load_float, reader, root, splat, sqrt, store, store_float
 
