@@ -121,7 +121,7 @@ class Tape:
         training = {} if self.statistics is None or "_bn_" not in name else {"statistics": self.statistics}
         noted = any(map(watched, args))
         forward = self._half(name, "forward")
-        if forward is None or not (noted or training):
+        if forward is None or not (noted or training or hasattr(self.base, "on_host")):
             made, saved = self._plain(name)(*plain, **options), None
         else:
             made, saved = forward(*plain, **options, **training)
@@ -131,7 +131,7 @@ class Tape:
         """function(ops, *args); with `recomputing` only the arguments are kept, and it is run again in the backward."""
         if not self.recomputing or not any(map(watched, args)):
             return function(self.ops, *args)
-        made = function(self.base, *map(values, args))
+        made = function(self.ops, *map(values, args))  # without a node nothing is noted
 
         def backward(g: Any, saved: None, *plain: Any) -> tuple[Any, ...]:
             inner = Tape(self.base, self.statistics)
@@ -186,6 +186,7 @@ class Tape:
             if hasattr(reference_backward, f"{name}_backward"):
                 table[name] = self._noting(name)
         table["recompute"] = self.recompute
+        table["all_finite"] = table.get("finite_on_host", table["all_finite"])  # a loss that is NaN says it later
         table["queued"] = reference.queued  # a tape reads arrays as they are made
         table["to_host"] = lambda x: x if isinstance(x, Node) else self.base.to_host(x)
         return SimpleNamespace(**table)
@@ -194,11 +195,18 @@ class Tape:
         return lambda *args, **options: self.call(name, *args, **options)
 
     def _plain(self, name: str) -> Callable[..., Any]:
-        return METHODS[name] if name in METHODS else getattr(self.base, name)
+        if name in METHODS:
+            return METHODS[name]
+        on_host = getattr(self.base, "on_host", None)  # a GPU's ops take prepared weights, not those that are learned
+        if on_host is not None and not hasattr(self.base, f"{name}_backward"):
+            return on_host(getattr(reference, name))
+        return getattr(self.base, name)
 
     def _half(self, name: str, half: str) -> Any:
         full = f"{name}_{half}"
-        return getattr(self.base, full, None) or getattr(reference_backward, full, None)
+        numpys = getattr(reference_backward, full, None)
+        on_host = getattr(self.base, "on_host", None)
+        return getattr(self.base, full, None) or (on_host(numpys) if on_host and numpys else numpys)
 
     def _note(self, backward: Callable[..., Any], args: tuple[Any, ...], options: Any, saved: Any, made: Any) -> Any:
         out = tuple(Node(self, y) for y in made) if isinstance(made, tuple) else Node(self, made)

@@ -31,7 +31,7 @@ from minibeit.tokenizer.tokenizer import DalleTokenizer
 from minibeit.train.discrete_vae import DiscreteVae, ImageReconstruction
 from minibeit.train.examples import read_examples, read_images
 from minibeit.train.label_maps import read_pairs
-from minibeit.train.loop import Trainer
+from minibeit.train.loop import Trainer, trainer_of
 from minibeit.train.objective import Classification
 from minibeit.train.pretraining import MaskedModeling, initial_arrays, processor_for
 from minibeit.train.ranks import Ranks
@@ -39,7 +39,6 @@ from minibeit.train.recipes import PretrainingRecipe, TokenizerRecipe
 from minibeit.train.segmentation import Segmentation
 from minibeit.train.segmentation import processor_for as processor_for_maps
 from minibeit.train.state import Stopped
-from minibeit.train.summed import SummedGradients
 
 KINDS = ("classification", "masked modelling", "segmentation", "tokenizer")
 RATES = dict(drop_path_rate=0.2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
@@ -58,9 +57,9 @@ def trainer(kind: str, data: Path, folder: Path, dtype: str, changes: dict[str, 
     ranks = options.get("ranks", Ranks())
     if ranks.first:
         folder.mkdir(exist_ok=True)
-    result = Trainer(*made, folder, **options)
+    result = trainer_of(made[0])(*made, folder, **options)
     if result.sums is not None:
-        result.sums = SummedGradients(result.optimizer.slots, result.optimizer.weights.dtype, ranks, BUCKET)
+        result.sums = type(result.sums)(result.optimizer.slots, result.optimizer.weights.dtype, ranks, BUCKET)
     return result
 
 

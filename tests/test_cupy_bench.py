@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 from conftest import distance
+from cuda_on_cpu.backend import FRESH
 from cuda_on_cpu.fake_cupy import pretend
 from cuda_on_cpu.kernels import compiler
 
@@ -14,7 +15,6 @@ from minibeit.bench import contestants, gpu, measure, report, worker, workloads
 from minibeit.bench.measure import Plan, Result, Table
 from minibeit.cli import main
 
-FRESH = ("minibeit.ops.cupy_gpu",)
 DIGITS = workloads.make("classification", "digits", None, 2)
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ to run kernels on the CPU with")
 
@@ -59,6 +59,21 @@ def test_profile_counts_the_operations_of_every_product(checkpoint):
     assert found["attention"]["origin"] == "cupy"
     for op in ("linear", "linear_activation", "linear_residual", "project_qkv", "attention"):
         assert found[op]["operations"] == expected[op]["operations"] > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("task", ["classification", "mim"])
+def test_a_step_of_training(task, dtype, tmp_path):
+    workload = workloads.make(task, "digits", None, 2, training=True)
+    folder, x = workloads.write_checkpoint(workload, tmp_path / "model"), workloads.pixels(workload)
+    step = contestants.load("numpy", workload, folder, folder, 1)
+    expected = [step(x), step(x)]
+    with pretend(fresh=FRESH):
+        forward = contestants.load("cupy", workload, folder, folder, 1, dtype, 1)
+        for truth in expected:  # the second step is that of weights which the first has changed
+            assert distance(forward(x), truth.reshape(-1)) < gpu.allowed_difference(dtype)
+        assert forward.seconds(x) > 0 and forward.peak_bytes() > 4 * 4 * sum(a.size for a in step.model.arrays.values())
 
 
 def test_allowed_differences(monkeypatch):

@@ -163,7 +163,8 @@ def test_right_answers_are_counted_where_the_logits_stand(data, tmp_path):
     labels = np.kron(RNG(0).integers(0, 3, (1, 8, 8)), np.ones((1, 4, 4), int)).astype(np.uint8)
     logits = np.eye(3)[labels[:, 2::4, 2::4]].transpose(0, 3, 1, 2)
     labels[0, :4] = 255
-    found = objective(data, tmp_path).right(SemanticSegmenterOutput(logits=logits), Batch(labels, labels))
+    made = objective(data, tmp_path)
+    found = made.right(made.said(SemanticSegmenterOutput(logits=logits)), Batch(labels, labels))
     assert found == (56.0, 56)
 
 

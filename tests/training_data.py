@@ -13,7 +13,7 @@ from PIL import Image
 
 from minibeit import BeitForImageClassification, BeitImageProcessor
 from minibeit.train.examples import read_examples
-from minibeit.train.loop import Trainer
+from minibeit.train.loop import Trainer, trainer_of
 from minibeit.train.objective import Classification
 from minibeit.train.recipes import Recipe
 from minibeit.train.state import Stopped
@@ -40,7 +40,16 @@ def class_folders(folder: Path, count: int = 5, colors=("red", "green")) -> Path
     return folder
 
 
-def trainer(data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, **options) -> Trainer:
+def trainer(
+    data: Path,
+    folder: Path,
+    recipe: Recipe = QUICK,
+    seed: int = 0,
+    backend="numpy",
+    dtype="float32",
+    device=None,
+    **options,
+) -> Trainer:
     """A trainer of a tiny model on `data`."""
     examples = read_examples(data, 0.2)
     settings = config(
@@ -50,10 +59,10 @@ def trainer(data: Path, folder: Path, recipe: Recipe = QUICK, seed: int = 0, **o
         id2label=dict(enumerate(examples.names)),
         problem_type=examples.problem,
     )
-    model = BeitForImageClassification(settings, backend="numpy", seed=seed)
+    model = BeitForImageClassification(settings, backend=backend, seed=seed, dtype=dtype, device=device)
     folder.mkdir(exist_ok=True)
     objective = Classification(examples, BeitImageProcessor(size=16, resample=2), recipe, model.config.image_shape)
-    return Trainer(model, objective, recipe, folder, **options)
+    return trainer_of(model)(model, objective, recipe, folder, **options)
 
 
 def stopped_and_resumed(make: Callable[..., Trainer], step: int) -> Trainer:

@@ -116,7 +116,7 @@ def load(
     The threads of minibeit and NumPy are set by the environment of the process (see `measure`), the peers' here.
     """
     if workload.training:
-        return training.load(name, workload, folder, threads)
+        return training.load(name, workload, folder, threads, dtype, device)
     if name == low_precision.FLOAT32:
         name, dtype = "numba", "float32"
     if name in BACKENDS:

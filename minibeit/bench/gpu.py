@@ -22,6 +22,8 @@ AGREE_TF32 = 1e-2
 class GpuForward:
     """One contestant: calling it computes, `seconds` times one call, `peak_bytes` gives the memory reserved."""
 
+    model: Any = None  # minibeit's
+
     def __init__(
         self, run: Callable[[np.ndarray], Any], event: Callable[[], Any], peak_bytes: Callable[[], int]
     ) -> None:
@@ -52,8 +54,10 @@ def check(dtype: str, device: int | None) -> str:
     return describe(device or 0)
 
 
-def minibeit_forward(model: Any, output: Callable[[Any], Any]) -> GpuForward:
-    """A model of minibeit as a contestant."""
+def minibeit_forward(
+    model: Any, output: Callable[[Any], Any] = lambda result: result, step: Callable[[np.ndarray], Any] | None = None
+) -> GpuForward:
+    """A model of minibeit as a contestant, or a `step` of its training."""
     from ..ops.cupy_gpu.device import cupy, peak_memory
 
     index = model.device or 0
@@ -68,20 +72,37 @@ def minibeit_forward(model: Any, output: Callable[[Any], Any]) -> GpuForward:
             self.event.synchronize()
             return cupy.cuda.get_elapsed_time(start.event, self.event) / 1000
 
-    return GpuForward(lambda x: output(model(x)), Event, lambda: peak_memory(index))
+    contestant = GpuForward(step or (lambda x: output(model(x))), Event, lambda: peak_memory(index))
+    contestant.model = model
+    return contestant
 
 
 def torch_forward(
     torch: Any, model: Any, output: Callable[[Any], Any], name: str, dtype: str, device: int | None
 ) -> GpuForward:
     """A model of transformers as a contestant, in true float32 unless MINIBEIT_TF32=1.  Raises ValueError."""
-    if not torch.cuda.is_available():
-        raise ValueError(f"torch {torch.__version__} finds no GPU; install the build of PyTorch for your CUDA")
-    place, kind = f"cuda:{device or 0}", getattr(torch, dtype)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32_allowed()
+    place, kind = torch_place(torch, device), getattr(torch, dtype)
     model = model.to(place, kind)
     if name == "torch-compiled":
         model = torch.compile(model)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return output(model(pixel_values=torch.from_numpy(x).to(place, kind))).float().cpu().numpy()
+
+    return torch_contestant(torch, run, place)
+
+
+def torch_place(torch: Any, device: int | None) -> str:
+    """PyTorch's name of the GPU, once TF32 is as minibeit has it.  Raises ValueError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} finds no GPU; install the build of PyTorch for your CUDA")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32_allowed()
+    return f"cuda:{device or 0}"
+
+
+def torch_contestant(torch: Any, run: Callable[[np.ndarray], Any], place: str) -> GpuForward:
+    """What PyTorch runs on a GPU as a contestant."""
 
     class Event:
         def __init__(self) -> None:
@@ -91,9 +112,5 @@ def torch_forward(
         def since(self, start: Event) -> float:
             self.event.synchronize()
             return start.event.elapsed_time(self.event) / 1000
-
-    def run(x: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return output(model(pixel_values=torch.from_numpy(x).to(place, kind))).float().cpu().numpy()
 
     return GpuForward(run, Event, lambda: torch.cuda.max_memory_reserved(place))

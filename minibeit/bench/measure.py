@@ -240,7 +240,7 @@ def _interleave(workload: Workload, plan: Plan, jobs: dict[str, Any], skipped: l
 
 def _allowed_difference(workload: Workload, plan: Plan) -> float:
     if plan.on_gpu:
-        return gpu.allowed_difference(plan.dtype)
+        return max(gpu.allowed_difference(plan.dtype), AGREE_TRAINED if workload.training else 0.0)
     return AGREE_TRAINED if workload.training else low_precision.AGREE.get(plan.dtype, AGREE)
 
 

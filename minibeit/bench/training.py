@@ -14,6 +14,7 @@ import numpy as np
 
 from ..train.gradients import value_and_grad
 from ..train.optimizer import AdamW, EarlyStep
+from . import gpu
 from .workloads import Workload, model_class
 
 BACKENDS = {"numba": "minibeit numba", "numpy": "minibeit numpy", "numba-recompute": "minibeit numba, recomputing"}
@@ -27,8 +28,14 @@ MASKED = 0.4  # of the patches
 Inputs = dict[str, np.ndarray]
 
 
-def load(name: str, workload: Workload, folder: Path, threads: int) -> Any:
+def load(
+    name: str, workload: Workload, folder: Path, threads: int, dtype: str = "float32", device: int | None = None
+) -> Any:
     """The contestant: step(pixels) -> gradient.  minibeit's threads are set by the environment, PyTorch's here."""
+    if name in gpu.CONTESTANTS:
+        from . import gpu_training
+
+        return gpu_training.load(name, workload, folder, dtype, device)
     if name in BACKENDS:
         backend, _, recompute = name.partition("-")
         return Step(model_class(workload.task).from_pretrained(folder, backend=backend), workload, bool(recompute))
@@ -74,20 +81,26 @@ class Step:
         return kept[0]
 
 
+def trained_by_torch(workload: Workload, folder: Path, torch: Any) -> Any:
+    """transformers' model, as it is trained."""
+    from .contestants import transformers_model
+
+    model = transformers_model(workload, folder, drop_path_rate=0.0).train()
+    if not batch_statistics(workload):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    return model
+
+
 class TorchStep:
     """The step of transformers' model, with PyTorch's fused AdamW."""
 
     def __init__(self, workload: Workload, folder: Path, threads: int, compiled: bool) -> None:
-        from .contestants import transformers_model
-
         torch = import_module("torch")
         torch.set_num_threads(threads)
         self.torch = torch
-        self.model = transformers_model(workload, folder, drop_path_rate=0.0).train()
-        if not batch_statistics(workload):
-            for module in self.model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.eval()
+        self.model = trained_by_torch(workload, folder, torch)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=DECAY, fused=True)
         self.inputs = {name: torch.from_numpy(array) for name, array in inputs(workload).items()}
         self.forward = torch.compile(self.model) if compiled else self.model

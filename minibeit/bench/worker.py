@@ -122,7 +122,7 @@ def run_profile(
     """Times the ops of one of minibeit's backends."""
     shape = Workload(**workload)
     if shape.training:
-        entries, seconds = profile_step(training.load(name, shape, Path(folder), 1), pixels(shape), runs)
+        entries, seconds = profile_step(training.load(name, shape, Path(folder), 1, dtype, device), pixels(shape), runs)
     else:
         model = model_class(shape.task).from_pretrained(folder, backend=name, dtype=dtype, device=device)
         entries, seconds = profile(model, pixels(shape), runs)

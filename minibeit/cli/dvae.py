@@ -14,6 +14,7 @@ from .training import (
     add_recipe_arguments,
     add_run_arguments,
     check_output,
+    computing,
     images_of,
     recipe_of,
     speaker,
@@ -79,7 +80,7 @@ def _tokenizer(args: argparse.Namespace) -> Any:
     from ..tokenizer.config import DalleTokenizerConfig
     from ..tokenizer.tokenizer import DalleTokenizer
 
-    options: dict[str, Any] = dict(backend=args.backend, num_threads=args.threads)
+    options: dict[str, Any] = computing(args)
     given = {name: getattr(args, name) for name in ("groups", "blocks", "width", "codes", "channels")}
     size = {} if args.image_size is None else {"image_size": args.image_size}
     if args.model is not None:

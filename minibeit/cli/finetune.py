@@ -16,6 +16,7 @@ from .training import (
     add_recipe_arguments,
     add_run_arguments,
     check_output,
+    computing,
     make_output,
     recipe_of,
     speaker,
@@ -131,9 +132,8 @@ def _train(args: argparse.Namespace, examples: Examples, recipe: Recipe, output:
     from ..train.start import from_checkpoint, from_scratch, frozen_patterns, processor_for
 
     options: dict[str, Any] = dict(
-        drop_path=recipe.drop_path, seed=args.seed, backend=args.backend, image_size=args.image_size,
-        num_threads=args.threads,
-    )  # fmt: skip
+        drop_path=recipe.drop_path, seed=args.seed, image_size=args.image_size, **computing(args)
+    )
     if args.from_scratch is None:
         model = from_checkpoint(args.model, examples, keep_classes=args.keep_classes, **options)
     else:
@@ -186,7 +186,7 @@ def _segmentation(args: argparse.Namespace, output: Path, say: Say) -> int:
     say(_summary_of_pairs(pairs))
     _check_pieces(min(recipe.batch_size, len(pairs.train)), args.accumulate, Segmentation.smallest_piece)
     options: dict[str, Any] = dict(
-        drop_path=recipe.drop_path, seed=args.seed, backend=args.backend, num_threads=args.threads,
+        drop_path=recipe.drop_path, seed=args.seed, **computing(args),
         image_size=args.crop_size or (recipe.crop_size if args.recipe.startswith(PUBLISHED) else None),
         convention=args.feature_convention,
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _probe(args: argparse.Namespace, examples: Examples, output: Path, say: Say)
     from ..train.probe import probe, write_probe
     from ..train.start import processor_for
 
-    model = BeitModel.from_pretrained(args.model, backend=args.backend, num_threads=args.threads)
+    model = BeitModel.from_pretrained(args.model, **computing(args))
     processor = processor_for(model.config, args.model)
     started = time.monotonic()
     result = probe(

@@ -14,6 +14,7 @@ from .training import (
     add_recipe_arguments,
     add_run_arguments,
     check_output,
+    computing,
     images_of,
     recipe_of,
     speaker,
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     output, say = Path(args.output), speaker(args)
     recipe: Any = recipe_of(args, PRETRAINING)
     check_output(args, output)
-    tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, backend=args.backend, num_threads=args.threads)
+    tokenizer = DalleTokenizer.from_pretrained(args.tokenizer, **computing(args))
     model = _model(args, tokenizer, recipe)
     examples = images_of(args, say)
     if args.model is None:
@@ -91,7 +92,7 @@ def _model(args: argparse.Namespace, tokenizer: Any, recipe: Any) -> Any:
     from ..train.pretraining import new_model
     from .loading import check_head
 
-    options: dict[str, Any] = dict(seed=args.seed, backend=args.backend, num_threads=args.threads)
+    options: dict[str, Any] = dict(seed=args.seed, **computing(args))
     if args.config is not None:
         return new_model(args.config, tokenizer, drop_path=recipe.drop_path, image_size=args.image_size, **options)
     check_head(args.model, BeitForMaskedImageModeling.task)

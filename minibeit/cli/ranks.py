@@ -7,8 +7,12 @@ import os
 import sys
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from .terminal import UsageError
+
+if TYPE_CHECKING:
+    from ..train.ranks import Ranks
 
 # Where the mpiexec of Open MPI, that of MPICH and Intel, and Slurm's srun say how many they start, and which this is.
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -32,6 +36,7 @@ def join(args: argparse.Namespace) -> None:
     """Sets `args.ranks`, and what follows from it: the first alone speaks, and those on one machine share its cores."""
     from ..images.ahead import MOST_WORKERS
     from ..machine import usable_cpus
+    from ..ops import GPU_BACKENDS, default_backend
     from ..train.ranks import Ranks
 
     args.ranks = ranks = Ranks()
@@ -44,6 +49,8 @@ def join(args: argparse.Namespace) -> None:
                 f"expected {started()} ranks, as many as were started together, found one: mpi4py uses the MPI library "
                 "of another mpiexec, or srun needs --mpi"
             )
+        if (args.backend or default_backend()) in GPU_BACKENDS:
+            args.ranks = ranks = _one_gpu_each(args, ranks)
         if args.threads is None and "MINIBEIT_NUM_THREADS" not in os.environ:
             args.threads = ranks.cores(usable_cpus())
     if args.workers is None:
@@ -54,6 +61,16 @@ def join(args: argparse.Namespace) -> None:
         args.quiet = True
         warnings.simplefilter("ignore")
         logging.getLogger("minibeit").setLevel(logging.ERROR)
+
+
+def _one_gpu_each(args: argparse.Namespace, ranks: Ranks) -> Ranks:
+    """Sets `args.device`, and returns ranks whose gradients are summed on their GPUs."""
+    from ..train.nccl import on_device, own_device
+
+    if args.device is not None:
+        raise UsageError("--device: of several ranks each takes the GPU of its number; see CUDA_VISIBLE_DEVICES")
+    args.device = own_device(ranks.local, ranks.on_host)
+    return on_device(ranks, args.device)
 
 
 def wait_for_the_first() -> None:

@@ -85,7 +85,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=positive, default=1, metavar="N", help="compute a batch in N pieces")
     parser.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     parser.add_argument(
-        "--backend", choices=["numpy", "numba"], help="what computes (default numba, or $MINIBEIT_BACKEND)"
+        "--backend",
+        choices=["numpy", "numba", "cupy"],
+        help="what computes (default numba, or $MINIBEIT_BACKEND); cupy runs on a GPU",
+    )
+    parser.add_argument(
+        "--device", type=int, metavar="N", help="number of the GPU, with --backend cupy (default 0; of ranks, one each)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="what matrices are multiplied in (default float32); half precision needs a GPU, weights stay float32",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads that compute (default: all cores; of ranks, a share)"
@@ -97,6 +108,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensorboard", metavar="FOLDER", help="also write events for TensorBoard (needs the extra tensorboard)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def computing(args: argparse.Namespace) -> dict[str, Any]:
+    """What computes, as a model takes it.  Raises UsageError for options that only a GPU has."""
+    from ..ops import GPU_BACKENDS, default_backend
+
+    if (args.backend or default_backend()) not in GPU_BACKENDS:
+        if args.dtype != "float32":
+            raise UsageError(f"--dtype {args.dtype}: training in half precision needs a GPU, --backend cupy")
+        if args.device is not None:
+            raise UsageError("--device: names a GPU, which --backend cupy computes on")
+    return dict(backend=args.backend, num_threads=args.threads, device=args.device, dtype=args.dtype)
 
 
 def _seed(text: str) -> int:
@@ -168,17 +191,20 @@ def train(
     frozen: tuple[str, ...] = (),
 ) -> int:
     """Trains `model` and reports the best epoch; the exit code."""
+    from ..ops import GPU_BACKENDS
     from ..tasks.base import BeitPreTrainedModel
-    from ..train.loop import Trainer
-    from ..train.start import check_memory, parameters_learned
+    from ..train.loop import trainer_of
+    from ..train.start import check_device_memory, check_memory, parameters_learned
     from ..train.state import Stopped
 
     ranks: Ranks = args.ranks
     shares = list(map(len, ranks.shares(min(recipe.batch_size, len(objective.train)))))
     if isinstance(model, BeitPreTrainedModel):
-        pieces = min(args.accumulate, *shares)
-        taken = bool(recipe.average), args.recompute, model.task, objective.smallest_piece, ranks.on_host
-        say(check_memory(model.config, max(shares), pieces, *taken))
+        job = model.config, max(shares), min(args.accumulate, *shares), bool(recipe.average), args.recompute, model.task
+        if model.ops.backend in GPU_BACKENDS:
+            say(check_device_memory(*job, model.device or 0))
+        else:
+            say(check_memory(*job, objective.smallest_piece, ranks.on_host))
     learned = parameters_learned(model, frozen)
     if not learned:
         raise UsageError("--freeze: nothing is left to be learned")
@@ -189,7 +215,7 @@ def train(
 
             options["record"] = stack.enter_context(events(args.tensorboard))
         line = stack.enter_context(StatusLine(args.quiet))
-        trainer = Trainer(
+        trainer = trainer_of(model)(
             model, objective, recipe, output,
             seed=args.seed, frozen=frozen, accumulate=args.accumulate, recompute=args.recompute, workers=args.workers,
             tell=lambda progress: line.show(_shown(progress)), ranks=ranks, **options,

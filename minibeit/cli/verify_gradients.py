@@ -57,7 +57,8 @@ def _made(args: argparse.Namespace, job: GradientJob) -> tuple[str, dict[str, An
     from ..verify.networks import trained_network
 
     arrays = cast(job.arrays, host_dtype(args.dtype))
-    model = trained_network(job.config, job.task, arrays, dtype=args.dtype, backend=args.backend or "numpy")
+    place: dict[str, Any] = dict(backend=args.backend or "numpy", device=args.device)
+    model = trained_network(job.config, job.task, arrays, dtype=args.dtype, **place)
     return f"minibeit {model.ops.backend} {args.dtype}", model_gradients(job, model).arrays
 
 

@@ -232,7 +232,7 @@ class Ops(Protocol):
     @op(kind=ARRAYS, backends=GPU)
     def all_finite(self, x: Array, most: float | None = None) -> bool: ...
 
-    @op(kind=ARRAYS, backends=GPU, shape=lambda x, grid: (x.shape[0], x.shape[2], *grid))
+    @op(kind=ARRAYS, backends=GPU, backwards=GPU, shape=lambda x, grid: (x.shape[0], x.shape[2], *grid))
     def tokens_to_map(self, x: Array, grid: tuple[int, int]) -> Array: ...
 
     @op(kind=ARRAYS, backends=GPU, shape=lambda x: (x.shape[0], *x.shape[2:]))
@@ -293,15 +293,15 @@ class Ops(Protocol):
 
     # Maps
 
-    @op(backends=FAST, backwards=CPU, shape=_convolved, products=_conv_products)
+    @op(backends=FAST, backwards=FAST, shape=_convolved, products=_conv_products)
     def conv2d(self, x: Array, conv: Any) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_convolved, products=_conv_products, error_budget=WINOGRAD)
+    @op(backends=FAST, backwards=FAST, shape=_convolved, products=_conv_products, error_budget=WINOGRAD)
     def relu_conv2d(self, x: Array, conv: Any) -> Array: ...
 
     @op(
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=lambda x, conv, *_: _convolved(x, conv),
         products=_conv_products,
         error_budget=WINOGRAD,
@@ -313,7 +313,7 @@ class Ops(Protocol):
 
     @op(
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=lambda x, layer: _convolved(x, layer.conv),
         products=_conv_products,
         error_budget=WINOGRAD,
@@ -322,7 +322,7 @@ class Ops(Protocol):
 
     @op(
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=lambda maps, layer, size: (maps[0].shape[0], layer.conv.weight.shape[0], *size),
         products=lambda args, result: result.size * sum(x.shape[1] for x in args[0]) * _taps(args[1]),
         error_budget=WINOGRAD,
@@ -331,7 +331,7 @@ class Ops(Protocol):
 
     @op(  # each pixel of the result is one product over the channels
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=_conv_transposed,
         products=lambda args, result: result.size * args[0].shape[1],
     )
@@ -339,36 +339,36 @@ class Ops(Protocol):
 
     @op(
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=_conv_transposed,
         products=lambda args, result: result.size * args[0].shape[1],
     )
     def conv_transpose_bn_gelu(self, x: Array, deconv: Any, bn: Any) -> Array: ...
 
-    @op(backends=FAST, shape=lambda x: (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
+    @op(backends=FAST, backwards=GPU, shape=lambda x: (*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2))
     def max_pool2x2(self, x: Array) -> Array: ...
 
-    @op(backends=FAST, shape=lambda x: _resized(x, (2 * x.shape[2], 2 * x.shape[3])))
+    @op(backends=FAST, backwards=GPU, shape=lambda x: _resized(x, (2 * x.shape[2], 2 * x.shape[3])))
     def upsample2x2(self, x: Array) -> Array: ...
 
-    @op(backends=FAST, shape=lambda x, size: _resized(x, (size, size)))
+    @op(backends=FAST, backwards=GPU, shape=lambda x, size: _resized(x, (size, size)))
     def adaptive_avg_pool(self, x: Array, size: int) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_resized)
+    @op(backends=FAST, backwards=FAST, shape=_resized)
     def resize_bilinear(self, x: Array, size: tuple[int, int]) -> Array: ...
 
-    @op(backends=GPU, shape=_resized)
+    @op(backends=GPU, backwards=GPU, shape=_resized)
     def resize_bicubic(self, x: Array, size: tuple[int, int]) -> Array: ...
 
     # Training a tokenizer
 
-    @op(backends=GPU, shape=_same)
+    @op(backends=GPU, backwards=GPU, shape=_same)
     def gumbel_softmax(self, logits: Array, noise: Array, temperature: float) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def divergence_from_uniform(self, logits: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def logit_laplace_loss(self, statistics: Array, pixels: Array) -> Array: ...
 
     # Losses
@@ -379,11 +379,11 @@ class Ops(Protocol):
     @op(backends=GPU, shape=_scalar)
     def soft_cross_entropy(self, logits: Array, target: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def mse_loss(self, prediction: Array, target: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def bce_with_logits(self, logits: Array, target: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def weighted_sum(self, losses: Sequence[Array], weights: Sequence[float]) -> Array: ...

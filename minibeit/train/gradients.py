@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
+from ..ops import GPU_BACKENDS, host_dtype
 from ..ops.backward.maps import BatchStatistics
 from ..params import flatten, unflatten
 from ..tape import Node, Tape, gradients, values
 from ..trace import Trace
 
 Array = Any
-BACKENDS = ("numpy", "numba")
 
 
 @dataclass(frozen=True)
 class Gradients:
     """What `value_and_grad` returns; `loss, grads = value_and_grad(...)` takes the first two of it."""
 
-    loss: float
+    loss: Any  # a number, or where it was not waited for an array
     grads: Any  # the tree of the model's parameters: a gradient for each, None for what is frozen or has no part
     output: Any  # what the model returned: the logits, and whatever else was asked for
     running: dict[str, np.ndarray]  # new running statistics of batch norms, by canonical name
@@ -42,8 +42,9 @@ def value_and_grad(
     batch_statistics: bool | BatchStatistics = False,
     recompute: bool = False,
     trace: Trace | None = None,
-    weight: float = 1.0,
+    weight: float | Array = 1.0,
     ready: Callable[[str, Array], Array | None] | None = None,
+    wait: bool = True,
     **inputs: Any,
 ) -> Gradients:
     """The loss of one batch and its gradients; the model is not changed.
@@ -53,24 +54,23 @@ def value_and_grad(
     generator.  `frozen` has the names or glob patterns of parameters that are not learned.  `batch_statistics` makes
     batch norms use those of the batch, True its own alone.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
-    the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch.
+    the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch;
+    an array, on a GPU, may scale the loss as well.  Without `wait` the loss and the output stay where they were
+    computed, so that nothing waits for a GPU.
     `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
     layers are still to come; what it returns takes the gradient's place, and None drops it.  It may change the
     parameter, which the rest of the backward does not read.
 
-    Raises ValueError for a backend without gradients, a pattern that matches no parameter, and whatever the model
-    raises it for.
+    Raises ValueError for a pattern that matches no parameter, and whatever the model raises it for.
     """
-    if model.ops.backend not in BACKENDS:
-        names = " or ".join(map(repr, BACKENDS))
-        raise ValueError(f"gradients: expected a model of the backend {names}, found {model.ops.backend!r}")
     statistics = BatchStatistics() if batch_statistics is True else batch_statistics or None
     tape = Tape(model.ops, statistics, recompute)
     params = model.plain_params
-    named = flatten(params)
-    watched = tape.watch(params, matching(named, frozen))
     noted = Trace(() if trace is None else trace.select)
     with model.ops.num_threads(model.num_threads):
+        params = placed(params, model)
+        named = flatten(params)
+        watched = tape.watch(params, matching(named, frozen))
         output = recorded(model, tape, watched).forward(pixel_values, rng=rng, trace=noted, **inputs)
         made = output.get("loss") if loss is None else loss(tape.ops, output)
         if made is None:
@@ -78,7 +78,8 @@ def value_and_grad(
                 "labels: expected labels for the model's own loss, or a `loss` of its output, found neither"
             )
         if isinstance(made, Node):
-            tape.backward(made, np.full_like(made.value, weight), _handing_over(watched, ready))
+            begin = weight if hasattr(weight, "shape") else np.full_like(made.value, weight)
+            tape.backward(made, begin, _handing_over(watched, ready))
     if trace is not None:
         for name, array in noted.items():
             trace.record(name, values(array))
@@ -87,8 +88,8 @@ def value_and_grad(
         {name: gradients(leaf) if isinstance(leaf, Node) else None for name, leaf in flatten(watched).items()},
     )
     plain = type(output)(**{name: values(value) for name, value in output.items()})
-    running = {} if statistics is None else statistics.running(named)
-    return Gradients(float(values(made)), grads, plain, running)
+    running = {} if statistics is None else statistics.running(named, model.ops.to_host)
+    return Gradients(float(values(made)) if wait else values(made), grads, plain, running)
 
 
 def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | None) -> Callable[[Node], None] | None:
@@ -101,6 +102,14 @@ def _handing_over(watched: Any, ready: Callable[[str, Array], Array | None] | No
             node.gradient = ready(names[node], node.gradient)
 
     return final
+
+
+def placed(params: Any, model: Any) -> Any:
+    """`params` where the model computes; a training has them there already."""
+    if model.ops.backend not in GPU_BACKENDS:
+        return params
+    dtype = host_dtype(model.dtype)
+    return unflatten(params, {name: model.ops.asarray(array, dtype) for name, array in flatten(params).items()})
 
 
 def recorded(model: Any, tape: Tape, params: Any) -> Any:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
+from ..ops import GPU_BACKENDS
 from ..ops.backward.maps import BatchStatistics
 from ..params import flatten
 from ..trace import Trace
 from .batches import in_batches, order_of
-from .gradients import value_and_grad
+from .gradients import Gradients, value_and_grad
 from .metrics import better, draw_curves, write_log
 from .objective import Batch, Objective
 from .optimizer import AdamW, AverageOfWeights, EarlyStep, clipped, set_running
@@ -75,6 +76,8 @@ class Trainer:
     of one process but for the order in which gradients are added up.
     """
 
+    optimizer_class, average_class = AdamW, AverageOfWeights
+
     def __init__(
         self,
         model: Any,
@@ -91,6 +94,10 @@ class Trainer:
         record: Callable[[int, dict[str, float]], None] = lambda step, numbers: None,
         ranks: Ranks | None = None,
     ) -> None:
+        if not isinstance(self, trainer_of(model)):
+            raise ValueError(
+                f"model: expected one on a CPU, found the backend {model.ops.backend}; use trainer_of(model)"
+            )
         self.ranks = ranks or Ranks()
         self.model, self.objective, self.recipe, self.folder = model, objective, recipe, Path(folder)
         self.seed, self.recompute, self.workers, self.tell, self.record = seed, recompute, workers, tell, record
@@ -110,7 +117,7 @@ class Trainer:
             **objective.identity,
         }
         self._check_same(self.identity, "give all of them the same files and options")
-        self.optimizer = AdamW(
+        self.optimizer = self.optimizer_class(
             model,
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
@@ -120,11 +127,14 @@ class Trainer:
             frozen=self.frozen,
         )
         self.rate = recipe.schedule(self.steps, self.steps_per_epoch)
-        self.average = AverageOfWeights(self.optimizer, recipe.average) if recipe.average else None
-        self.sums: SummedGradients | None = None  # of a batch that one backward passes through there is nothing to sum
-        if self.pieces > 1 or self.ranks.count > 1:
-            self.sums = SummedGradients(self.optimizer.slots, model.dtype, self.ranks)
+        self.average = self.average_class(self.optimizer, recipe.average) if recipe.average else None
+        self.sums = self._new_sums()
         self.state = State()
+
+    def _new_sums(self) -> SummedGradients | None:
+        """None if one backward passes through a batch, of which there is nothing to sum."""
+        alone = self.pieces == 1 and self.ranks.count == 1
+        return None if alone else SummedGradients(self.optimizer.slots, self.optimizer.weights.dtype, self.ranks)
 
     def run(self) -> list[dict[str, Any]]:
         """Trains to the end and returns a row of numbers for each epoch.
@@ -143,24 +153,26 @@ class Trainer:
         if self.ranks.first:
             self.state, vectors = load_state(self.folder, self.identity)
         self.state = self.ranks.from_first(lambda: self.state)
-        for name, vector in self._vectors().items():
+        own = self._vectors()
+        for name, vector in own.items():
             if self.ranks.first:
                 vector[...] = vectors[name]
             self.ranks.copy_from_first(vector)
+        self._take_up(own)
 
     def evaluate(self, examples: Sequence[Any], sign: StopSign | None = None) -> dict[str, float]:
         """The metrics of the model on examples as it will be asked about them.
 
         The ranks take turns in batches, and the first makes the metrics of what all have found.
         """
-        score, ranks = self.objective.score(), self.ranks.count
+        score, ranks, model = self.objective.score(), self.ranks.count, self._for_inference()
         size = min(-(-self.batch_size // (self.pieces * ranks)), -(-len(examples) // ranks))
         own = [example for i, example in enumerate(examples) if i // size % ranks == self.ranks.rank]
         batches = in_batches(own, size, self._read_judged, self.workers)
         for _ in range(0, len(examples), size * ranks):
             for _, samples in itertools.islice(batches, 1):  # in the last turn there may be none for this rank
                 batch = self.objective.batch(samples)
-                score.add(self.model(batch.pixels, **batch.inputs), batch)
+                score.add(model(batch.pixels, **batch.inputs), batch)
             if self.ranks.any(sign is not None and sign.asked):
                 raise Stopped
         for other in self.ranks.gathered(score)[1:]:
@@ -195,9 +207,7 @@ class Trainer:
             yield self.objective.batch(samples)
 
     def _step(self, batch: Batch) -> None:
-        state = self.state
-        batch = self.objective.for_step(batch, state.step / self.steps, (self.seed, state.step, MIXING))
-        rate = self.rate(state.step)
+        batch, rate = self._mixed(batch), self.rate(self.state.step)
         early = None if self.recipe.clip or self.sums is not None else EarlyStep(self.optimizer, rate)
         found = self._learned(batch, early)
         grads, norm = clipped(found.grads, self.recipe.clip or math.inf)
@@ -207,34 +217,57 @@ class Trainer:
         self.optimizer.step(grads, rate)  # of which an early step has left nothing
         if self.average is not None:
             self.average.update()
-        state.step += 1
+        self.state.step += 1
+        self._take_in(self.state.step, found, rate, norm)
+
+    def _mixed(self, batch: Batch) -> Batch:
+        step = self.state.step
+        return self.objective.for_step(batch, step / self.steps, (self.seed, step, MIXING))
+
+    def _take_in(self, step: int, found: Learned, rate: float, norm: float) -> None:
+        """Counts and records what a step has found."""
+        state = self.state
         state.seen += self.batch_size
         state.loss_sum += found.loss * self.batch_size
         state.right += found.right
         state.answers += found.answers
         if self.ranks.first:
-            self.record(state.step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
+            self.record(step, {"train/loss": found.loss, "train/lr": rate, "train/gradient_norm": norm})
 
     def _learned(self, batch: Batch, early: EarlyStep | None = None) -> Learned:
         """What a batch teaches, of which `batch` is this rank's share: computed in pieces, summed over the ranks."""
         if self.sums is None:
             return self._learned_of(batch, self.rows, 1.0, early)
-        terms = max(float(self.ranks.total(np.array([float(self.objective.terms(batch))]))[0]), 1.0)
+        terms = self._terms(batch)
         self.sums.begin()
         parts = []
-        for rows in np.array_split(np.arange(len(batch)), self.pieces):
-            piece = batch.rows(rows) if self.pieces > 1 else batch
-            ready = functools.partial(self.sums.add, last=rows[-1] == len(batch) - 1)
-            parts.append(self._learned_of(piece, self.rows[rows], self.objective.terms(piece) / terms, ready))
+        for piece, samples, last in self._pieces_of(batch):
+            ready = functools.partial(self.sums.add, last=last)
+            parts.append(self._learned_of(piece, samples, self.objective.terms(piece) / terms, ready))
         self.sums.end()
         sums = np.sum([(part.loss, part.right, part.answers) for part in parts], axis=0)
         loss, right, answers = self.ranks.total(sums).tolist()
         return Learned(loss, parts[-1].grads, right, int(answers))
 
+    def _terms(self, batch: Batch) -> float:
+        """How many terms the mean loss of a batch has in all ranks."""
+        return max(float(self.ranks.total(np.array([float(self.objective.terms(batch))]))[0]), 1.0)
+
+    def _pieces_of(self, batch: Batch) -> Iterator[tuple[Batch, np.ndarray, bool]]:
+        """(piece, numbers of its samples, whether it is the last) of this rank's share of a batch."""
+        for rows in np.array_split(np.arange(len(batch)), self.pieces):
+            there = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield (batch.rows(there) if self.pieces > 1 else batch), self.rows[there], there.stop == len(batch)
+
     def _learned_of(
         self, piece: Batch, samples: np.ndarray, share: float, ready: Callable[[str, Any], Any] | None
     ) -> Learned:
         """What a piece teaches, its loss being a share of the batch's; `ready` gets each gradient as it is complete."""
+        found = self._gradients(piece, samples, share, ready)
+        said = self.objective.said(found.output)
+        return Learned(found.loss * share, found.grads, *self.objective.right(said, piece))
+
+    def _gradients(self, piece: Batch, samples: np.ndarray, weight: Any, ready: Any, wait: bool = True) -> Gradients:
         found = value_and_grad(
             self.model,
             piece.pixels,
@@ -243,21 +276,23 @@ class Trainer:
             frozen=self.frozen,
             batch_statistics=self.objective.batch_statistics and BatchStatistics(self.ranks.total),
             recompute=self.recompute,
-            weight=share,
+            weight=weight,
             ready=ready,
+            wait=wait,
             **piece.inputs,
         )
         if found.running:
             set_running(self.model, found.running)
-        return Learned(found.loss * share, found.grads, *self.objective.right(found.output, piece))
+        return found
 
     def _end_epoch(self, sign: StopSign) -> None:
+        self._settle()
         state = self.state
         if self.ranks.count > 1:  # equal steps from equal weights, unless a machine computes otherwise than the others
-            weights = {"weights": digest({"": self.optimizer.weights})}
+            weights = {"weights": digest({"": self.optimizer.vectors()["weights"]})}
             self._check_same(weights, "they must have the same program and processors; resume from the epoch before")
         row: dict[str, Any] = {"epoch": len(state.history) + 1, "step": state.step}
-        row.update(lr=self.rate(state.step - 1), train_loss=state.loss_sum / state.seen)
+        row.update(lr=self.rate(state.step - 1), train_loss=state.loss_sum / max(state.seen, 1))
         if state.answers:
             row["train_accuracy"] = state.right / state.answers
         try:
@@ -265,7 +300,7 @@ class Trainer:
                 self._judge(row, sign)
         except Stopped:  # the model has its own weights again, which are the ones to save
             self._stop()
-        self.state = State(state.step, [*state.history, row])
+        self.state = State(state.step, [*state.history, row], loss_scale=state.loss_scale, good_steps=state.good_steps)
         self._save()
         if self.ranks.first:
             write_log(self.folder / LOG_NAME, self.state.history)
@@ -281,17 +316,31 @@ class Trainer:
         best = next((r for r in reversed(self.state.history) if r["best"]), None)
         row["best"] = better(row, best, self.objective.best)
         if row["best"] and self.ranks.first:
-            self.objective.save(self.model, self.folder)
+            self.objective.save(self._portable(), self.folder)
+
+    def _portable(self) -> Any:
+        """The model with its arrays in main memory."""
+        return self.model
+
+    def _for_inference(self) -> Any:
+        """The model as its weights are now, to be called."""
+        return self.model
 
     # What is kept -----------------------------------------------------------------------------------------------------
 
     def _vectors(self) -> dict[str, np.ndarray]:
-        o = self.optimizer
-        vectors = {"weights": o.weights, "mean": o.mean, "square": o.square, "steps": o.steps}
+        vectors = self.optimizer.vectors()
         vectors.update((n, a) for n, a in flatten(self.model.plain_params).items() if ".running_" in n)
         return vectors if self.average is None else {**vectors, "average": self.average.average}
 
+    def _take_up(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Goes on with vectors, which are those that `_vectors` has returned."""
+
+    def _settle(self) -> None:
+        """Waits for the steps that have begun, so that `state` is that of the weights."""
+
     def _save(self) -> None:
+        self._settle()
         self._check_weights()
         if self.ranks.first:
             save_state(self.folder, self.state, self._vectors(), self.identity)
@@ -305,7 +354,7 @@ class Trainer:
         left = (self.steps - s.step) / steps_per_s
         rate = steps_per_s * self.batch_size
         right = s.right / s.answers if s.answers else None
-        return Progress(s.step, self.steps, len(s.history) + 1, s.loss_sum / s.seen, right, rate, left)
+        return Progress(s.step, self.steps, len(s.history) + 1, s.loss_sum / max(s.seen, 1), right, rate, left)
 
     def _check_same(self, values: Mapping[str, str], advice: str) -> None:
         """Raises ValueError, in the first rank, if another has other values."""
@@ -321,7 +370,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         if not np.isfinite(self.optimizer.weights).all():
-            raise NotFinite(self._sentence(f"the weights {_first(flatten(self.model.plain_params))}"))
+            raise NotFinite(self._sentence(f"the weights {self._first(flatten(self.model.plain_params))}"))
 
     def _first_not_finite(self, found: Learned, batch: Batch) -> str:
         """The first of pixels, weights, the forward's arrays and, from the loss backwards, the gradients.
@@ -331,15 +380,15 @@ class Trainer:
         what = None
         if not np.isfinite(batch.pixels).all():
             what = "the pixel values"
-        elif name := _first(flatten(self.model.plain_params)):
+        elif name := self._first(flatten(self.model.plain_params)):
             what = f"the weights {name}"
         elif not math.isfinite(found.loss):
             trace, noise = Trace(), Noise(self.seed, self.state.step, tuple(self.rows.tolist()))
             with contextlib.suppress(ValueError):
-                self.model(batch.pixels, rng=noise, trace=trace, **batch.inputs)
-            what = _first(trace)
+                self._for_inference()(batch.pixels, rng=noise, trace=trace, **batch.inputs)
+            what = self._first(trace)
         else:
-            what = f"the gradient of {_first(dict(reversed(flatten(found.grads).items())))}"
+            what = f"the gradient of {self._first(dict(reversed(flatten(found.grads).items())))}"
         whats = self.ranks.gathered(what)
         return self.ranks.from_first(lambda: next(filter(None, whats), "the loss itself"))
 
@@ -350,6 +399,15 @@ class Trainer:
             f"{what}; {kept or 'nothing was written'}; try a smaller --lr or a --clip of 1"
         )
 
+    def _first(self, arrays: Any) -> str | None:
+        host = self.model.ops.to_host
+        return next((name for name, array in arrays.items() if not np.isfinite(np.asarray(host(array))).all()), None)
 
-def _first(arrays: Any) -> str | None:
-    return next((name for name, array in arrays.items() if not np.isfinite(np.asarray(array)).all()), None)
+
+def trainer_of(model: Any) -> type[Trainer]:
+    """The trainer for a model, by where it computes."""
+    if model.ops.backend not in GPU_BACKENDS:
+        return Trainer
+    from .device import TrainerOnDevice
+
+    return TrainerOnDevice

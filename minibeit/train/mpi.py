@@ -41,7 +41,7 @@ class MpiRanks(Ranks):
         self.handed_over = 0
         self._begun: list[Any] = []
         host = self._comm.Split_type(mpi.COMM_TYPE_SHARED)
-        self.on_host = host.size
+        self.local, self.on_host = host.rank, host.size
         self._cores = host.allgather(own_cpus())
         host.Free()
 

@@ -36,7 +36,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def rows(self, chosen: np.ndarray) -> Batch:
+    def rows(self, chosen: slice) -> Batch:
         """Some of its samples."""
         mask = None if self.mask is None else self.mask[chosen]
         return Batch(self.pixels[chosen], self.targets[chosen], mask, self.settings)
@@ -107,8 +107,12 @@ class Objective:
         """How many terms that mean has."""
         return len(batch)
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
-        """(right answers, answers) of a batch; (0, 0) where nothing is right or wrong."""
+    def said(self, output: Any) -> Any | None:
+        """The model's answers, as small as they can be where they were computed; None if none is right or wrong."""
+        return None
+
+    def right(self, said: Any | None, batch: Batch) -> tuple[float, int]:
+        """(right answers, answers) of what was `said` of a batch; (0, 0) where nothing is right or wrong."""
         return 0.0, 0
 
     def score(self) -> Score:
@@ -161,9 +165,12 @@ class Classification(Objective):
             return lambda ops, output: ops.soft_cross_entropy(output.logits, targets)
         return lambda ops, output: ops.cross_entropy(output.logits, targets, IGNORE_INDEX, self.recipe.smoothing)
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
+    def said(self, output: Any) -> Any:
+        return output.logits
+
+    def right(self, said: Any, batch: Batch) -> tuple[float, int]:
         answers = 0 if self.problem == REGRESSION else len(batch)
-        return right_answers(output.logits, batch.targets, self.problem), answers
+        return right_answers(said, batch.targets, self.problem), answers
 
     def score(self) -> Score:
         return _Predictions(self.problem)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..ops import host_dtype
 from ..params import flatten, unflatten
 from .gradients import matching
 
@@ -63,6 +64,8 @@ class AdamW:
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; LayerDecayValueAssigner in microsoft/unilm beit.
     """
 
+    aligned = 1  # a slot begins at a multiple of so many elements
+
     def __init__(
         self,
         model: Any,
@@ -78,7 +81,7 @@ class AdamW:
     ) -> None:
         _check(weight_decay, layer_decay, betas, eps)
         self.betas, self.eps = betas, eps
-        self.ops, self._num_threads = model.ops, model.num_threads
+        self.ops, self._num_threads, self.dtype = model.ops, model.num_threads, model.dtype
         named = flatten(model.plain_params)
         left_out = matching(named, frozen)
         learned = [name for name in named if name not in left_out and ".running_" not in name]
@@ -92,16 +95,27 @@ class AdamW:
             decay = weight_decay if decayed(name, shape, decay_tables, decay_tokens) else 0.0
             stop = start + math.prod(shape)
             self.slots.append(Slot(name, start, stop, rate, decay))
-            start = stop
-        self.weights = np.empty(start, model.dtype)
-        # Unlike those of zeros_like they take no memory until the first step, when the model's old arrays are gone.
-        self.mean, self.square = np.zeros(start, model.dtype), np.zeros(start, model.dtype)
-        self.steps = np.zeros(len(self.slots), np.int64)
+            start = stop + -stop % self.aligned
         self._numbers = {slot.name: i for i, slot in enumerate(self.slots)}
+        self._allocate(start, host_dtype(model.dtype))
         views = {slot.name: self.weights[slot.start : slot.stop].reshape(named[slot.name].shape) for slot in self.slots}
         for name, view in views.items():
-            view[...] = named[name]
-        adopt(model, views)
+            view[...] = self._here(named[name])
+        adopt(model, views, self._here)
+
+    def _allocate(self, size: int, dtype: str) -> None:
+        self.weights = np.empty(size, dtype)
+        # Unlike those of zeros_like they take no memory until the first step, when the model's old arrays are gone.
+        self.mean, self.square = np.zeros(size, dtype), np.zeros(size, dtype)
+        self.steps = np.zeros(len(self.slots), np.int64)
+
+    def _here(self, array: np.ndarray) -> Any:
+        """A copy of a model's array where the optimizer's vectors are."""
+        return np.array(array)
+
+    def vectors(self) -> dict[str, np.ndarray]:
+        """What a training that goes on needs, by the names in its saved state, slot after slot without gaps."""
+        return {"weights": self.weights, "mean": self.mean, "square": self.square, "steps": self.steps}
 
     def step(self, grads: Any, rate: float) -> None:
         """One update by a tree of gradients; a parameter without a gradient stays as it is."""
@@ -147,24 +161,24 @@ class EarlyStep:
         return math.sqrt(self.squares)
 
 
-def adopt(model: Any, views: Mapping[str, np.ndarray]) -> None:
-    """Makes arrays of other places the model's parameters of those canonical names; the others are made writable.
+def adopt(model: Any, views: Mapping[str, np.ndarray], here: Callable[[Any], Any] = np.array) -> None:
+    """Makes arrays of other places the model's parameters of those canonical names; the others become `here`'s.
 
     From here no backend keeps a packed copy, which would be that of yesterday's weights: it packs where it computes.
     """
     params = model.plain_params
-    named = {name: views[name] if name in views else np.array(array) for name, array in flatten(params).items()}
+    named = {name: views[name] if name in views else here(array) for name, array in flatten(params).items()}
     model.params = unflatten(params, named)
     model._arrays = named
 
 
 def set_running(model: Any, running: Mapping[str, np.ndarray]) -> None:
     """Writes new running statistics of batch norms, by canonical name, into the model's own arrays."""
-    if model.ops.backend != "numpy":  # its packed convolutions have the old statistics folded into them
+    if model.ops.backend == "numba":  # its packed convolutions have the old statistics folded into them
         adopt(model, {name: array for name, array in flatten(model.plain_params).items() if name not in running})
     named = flatten(model.params)
     for name, array in running.items():
-        named[name][...] = array
+        named[name][...] = model.ops.asarray(array, array.dtype.name)
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------

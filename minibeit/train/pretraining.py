@@ -16,6 +16,7 @@ from ..config import BeitConfig
 from ..image_processor import BeitImageProcessor
 from ..masking import nonempty_block_mask
 from ..model.masked_modeling import IGNORE_INDEX
+from ..ops import host_dtype
 from ..params import param_shapes
 from ..tasks.masked_image_modeling import BeitForMaskedImageModeling
 from .augment import BICUBIC, Random, random_view
@@ -89,9 +90,12 @@ class MaskedModeling(Objective):
     def terms(self, batch: Batch) -> int:
         return len(_labels(batch))
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
+    def said(self, output: Any) -> Any:  # -> (n,)
+        return output.logits.argmax(1)
+
+    def right(self, said: Any, batch: Batch) -> tuple[float, int]:
         labels = _labels(batch)
-        return float((output.logits.argmax(1) == labels).sum()), len(labels)
+        return float((said == labels).sum()), len(labels)
 
     def score(self) -> Score:
         return _MaskedTokens(self.tokenizer.config.vocab_size)
@@ -154,6 +158,7 @@ def new_model(
     image_size: int | None = None,
     num_threads: int | None = None,
     dtype: str = "float32",
+    device: int | None = None,
 ) -> BeitForMaskedImageModeling:
     """A model to be pre-trained, with the original's random weights: a preset's name, or a `config.json`.
 
@@ -164,8 +169,10 @@ def new_model(
         raise ValueError(f"{source}: pre-training needs a mask token; set use_mask_token to true")
     changes = given(drop_path_rate=drop_path, image_size=image_size)
     config = config.replace(vocab_size=tokenizer.config.vocab_size, **changes)
-    arrays = initial_arrays(config, seed, dtype)
-    return BeitForMaskedImageModeling(config, arrays=arrays, dtype=dtype, backend=backend, num_threads=num_threads)
+    arrays = initial_arrays(config, seed, host_dtype(dtype))
+    return BeitForMaskedImageModeling(
+        config, arrays=arrays, dtype=dtype, backend=backend, num_threads=num_threads, device=device
+    )
 
 
 def initial_arrays(config: BeitConfig, seed: int, dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -17,7 +17,8 @@ class Ranks:
     Every rank computes the same step on samples of its own, and calls these methods in the same order as the others.
     """
 
-    rank, count, on_host = 0, 1, 1  # this rank's number, how many there are, how many on this machine
+    rank, count = 0, 1  # this rank's number, how many there are
+    local, on_host = 0, 1  # the same of those on this machine
 
     @property
     def first(self) -> bool:

@@ -86,9 +86,11 @@ class Segmentation(Objective):
     def terms(self, batch: Batch) -> int:
         return batch.targets.size if self.recipe.mean_of_all else int((batch.targets != IGNORED_LABEL).sum())
 
-    def right(self, output: Any, batch: Batch) -> tuple[float, int]:
+    def said(self, output: Any) -> Any:  # -> (B, h, w)
+        return output.logits.argmax(1)
+
+    def right(self, said: Any, batch: Batch) -> tuple[float, int]:
         """Of the pixels at which the logits stand, before they are resized."""
-        said = output.logits.argmax(1)
         labels = np.stack([resize_labels(each, said.shape[1:]) for each in batch.targets])
         return float((said == labels).sum()), int((labels != IGNORED_LABEL).sum())
 
@@ -134,6 +136,8 @@ def from_checkpoint(
     keep_classes: bool = False,
     convention: str | None = None,
     num_threads: int | None = None,
+    dtype: str = "float32",
+    device: int | None = None,
 ) -> BeitForSemanticSegmentation:
     """A checkpoint of any task as a segmenter of the classes `names`.
 
@@ -141,7 +145,7 @@ def from_checkpoint(
     left out.  UPerNet is drawn at random, or kept from a checkpoint that has it, but for the layers that name
     classes, which are drawn anew unless `keep_classes`.  `convention` is the config's `feature_convention`.
     """
-    get_ops(backend)  # reports a missing backend before gigabytes are read
+    get_ops(backend, None, dtype, device)  # reports a missing backend before gigabytes are read
     opened = open_checkpoint(path)
     config = opened.config
     fields: dict[str, Any] = {"semantic_loss_ignore_index": IGNORED_LABEL}
@@ -153,7 +157,9 @@ def from_checkpoint(
         indices = feature_indices(config.num_hidden_layers, convention or config.feature_convention)
         fields.update(out_indices=indices, out_features=None, problem_type=None)
     config, arrays = adapted(path, config, TASK, fields, drop_path, image_size, seed)
-    return BeitForSemanticSegmentation(config, backend=backend, num_threads=num_threads, arrays=arrays)
+    return BeitForSemanticSegmentation(
+        config, backend=backend, num_threads=num_threads, dtype=dtype, device=device, arrays=arrays
+    )
 
 
 def from_scratch(
@@ -166,6 +172,8 @@ def from_scratch(
     image_size: int | None = None,
     convention: str | None = None,
     num_threads: int | None = None,
+    dtype: str = "float32",
+    device: int | None = None,
 ) -> BeitForSemanticSegmentation:
     """A model of random weights: a preset's name, or the `config.json` that says what it is made of."""
     config = config_of(source, SEGMENTATION_PRESETS)
@@ -175,7 +183,9 @@ def from_scratch(
     if len(config.out_indices or ()) != 4:
         fields.update(out_indices=feature_indices(config.num_hidden_layers, convention), out_features=None)
     config = config.replace(**fields, **given(drop_path_rate=drop_path, image_size=image_size))
-    return BeitForSemanticSegmentation(config, seed=seed, backend=backend, num_threads=num_threads)
+    return BeitForSemanticSegmentation(
+        config, seed=seed, backend=backend, num_threads=num_threads, dtype=dtype, device=device
+    )
 
 
 def feature_indices(L: int, convention: str) -> tuple[int, ...]:

@@ -39,6 +39,8 @@ def from_checkpoint(
     image_size: int | None = None,
     keep_classes: bool = False,
     num_threads: int | None = None,
+    dtype: str = "float32",
+    device: int | None = None,
 ) -> BeitForImageClassification:
     """A checkpoint as a classifier of the examples' classes.
 
@@ -46,7 +48,7 @@ def from_checkpoint(
     head are left out, and the pooling norm starts anew.  The head is new, near zero, unless `keep_classes`.
     Source: run_class_finetuning.py in microsoft/unilm beit.
     """
-    get_ops(backend)  # reports a missing backend before gigabytes are read
+    get_ops(backend, None, dtype, device)  # reports a missing backend before gigabytes are read
     fields: dict[str, Any] = {"problem_type": examples.problem}
     if not keep_classes:
         fields.update(labels_of(examples.names))
@@ -54,7 +56,9 @@ def from_checkpoint(
     config, arrays = adapted(path, config, BeitForImageClassification.task, fields, drop_path, image_size, seed)
     if not keep_classes:
         arrays.update(new_head(arrays["classifier.weight"].shape, config.initializer_range, seed))
-    return BeitForImageClassification(config, backend=backend, num_threads=num_threads, arrays=arrays)
+    return BeitForImageClassification(
+        config, backend=backend, num_threads=num_threads, dtype=dtype, device=device, arrays=arrays
+    )
 
 
 def from_scratch(
@@ -66,12 +70,16 @@ def from_scratch(
     backend: str | None = None,
     image_size: int | None = None,
     num_threads: int | None = None,
+    dtype: str = "float32",
+    device: int | None = None,
 ) -> BeitForImageClassification:
     """A model of random weights: a preset's name, or the `config.json` that says what it is made of."""
     fields = {"problem_type": examples.problem, **labels_of(examples.names)}
     config = config_of(source, PRESETS)
     config = config.replace(**fields, **given(drop_path_rate=drop_path, image_size=image_size))
-    return BeitForImageClassification(config, seed=seed, backend=backend, num_threads=num_threads)
+    return BeitForImageClassification(
+        config, seed=seed, backend=backend, num_threads=num_threads, dtype=dtype, device=device
+    )
 
 
 def config_of(source: str, presets: Mapping[str, Mapping[str, Any]]) -> BeitConfig:
@@ -226,6 +234,27 @@ def check_memory(
         f"memory: pieces of {piece} pictures will take about {total / 1e9:.1f} GB, found {there / 1e9:.1f} GB{each}; "
         f"{advice}"
     )
+
+
+def check_device_memory(
+    config: BeitConfig, batch_size: int, accumulate: int, average: bool, recompute: bool, task: str, device: int
+) -> str:
+    """A sentence about the memory of a GPU that training will take, at the most: in half precision it is less.
+
+    Raises ValueError where it does not even hold the weights, their moments and gradients.
+    """
+    from ..ops.cupy_gpu.device import memory_limit
+
+    need, there = memory_needed(config, average, recompute, task), memory_limit(device)
+    if need.fixed > there:
+        raise ValueError(
+            f"memory: weights, gradients and moments take {need.fixed / 1e9:.1f} GB, GPU {device} has "
+            f"{there / 1e9:.1f} GB; train a smaller model"
+        )
+    total = need.total(-(-batch_size // accumulate))
+    fits = max((there - need.fixed) // need.per_picture, 1)
+    advice = f"; if it does not fit, --accumulate {-(-batch_size // fits)} will" if total > there else ""
+    return f"the training will take up to {total / 1e9:.1f} GB of the {there / 1e9:.1f} GB of GPU {device}{advice}"
 
 
 def parameters_learned(model: Any, frozen: Sequence[str]) -> int:

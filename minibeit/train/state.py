@@ -33,6 +33,8 @@ class State:
     right: float = 0.0
     answers: int = 0  # that are right or wrong
     seen: int = 0
+    loss_scale: float = 0.0  # of a training in float16 on a GPU; 0: as it begins
+    good_steps: int = 0  # since the scale changed
 
 
 def digest(value: Any) -> str:

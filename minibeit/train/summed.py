@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +20,11 @@ class SummedGradients:
     a run of neighbours, is summed over the ranks as soon as it is complete: every element is handed over once.
     """
 
+    empty: Callable[..., Any] = staticmethod(np.empty)  # memory for the vector
+
     def __init__(self, slots: Sequence[Slot], dtype: np.dtype, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.ranks = ranks
-        self.vector = np.empty(slots[-1].stop, dtype)
+        self.vector = self.empty(slots[-1].stop, dtype)
         self.slots = {slot.name: slot for slot in slots}
         self.buckets = _buckets(slots, bucket_bytes // self.vector.itemsize)
         self._bucket_of = {slot.name: i for i, bucket in enumerate(self.buckets) for slot in bucket}
@@ -48,6 +51,10 @@ class SummedGradients:
                 self._send(number)
             self.ranks.go_on()
         return place
+
+    def seen(self) -> list[bool]:
+        """Which parameters have a gradient in this batch, in the order of the slots."""
+        return [name in self._seen for name in self.slots]
 
     def end(self) -> None:
         """Waits until the vector is the sum over all ranks; what had no gradient in the batch counts as zero."""

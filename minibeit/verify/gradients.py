@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from ..noise import Noise
+from ..ops import GPU_BACKENDS
 from ..ops.table import TABLE
 from ..params import flatten
 from ..tape import Node, Tape, mapped
 from ..trace import Trace
 from ..train.discrete_vae import gumbel_noise
-from ..train.gradients import recorded
+from ..train.gradients import placed, recorded
 from .budget import Yardstick, scatters
 from .difference import distance, heat_map
 from .gradient_diagnosis import diagnose
@@ -112,24 +113,23 @@ def model_gradients(job: Job, model: Any, given: Found | None = None) -> Made:
     With `given`, the backward goes on with these cotangents in place of its own: each array is then what the ops since
     the last given one make of it.  Raises ValueError for a backend without gradients.
     """
-    if model.ops.backend != "numpy":
-        raise ValueError(f"gradients: expected a model of the backend 'numpy', found {model.ops.backend!r}")
-    tape = _Probed(model.ops, given or {})
-    watched = tape.watch(model.params)
-    tape.parameters = {name: leaf for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
-    inputs = dict(job.inputs)
+    if model.ops.backend not in ("numpy", *GPU_BACKENDS):
+        raise ValueError(f"gradients: expected a model of the backend 'numpy' or 'cupy', found {model.ops.backend!r}")
+    tape, inputs = _Probed(model.ops, given or {}), dict(job.inputs)
     with model.ops.num_threads(model.num_threads):
+        watched = tape.watch(placed(model.plain_params, model))
+        tape.parameters = {name: leaf for name, leaf in flatten(watched).items() if isinstance(leaf, Node)}
         output = recorded(model, tape, watched).forward(inputs.pop("pixel_values"), trace=tape.trace, **inputs)
         tape.backward(output["loss"], np.ones_like(output["loss"].value))
-    tape.note_parameters()
-    return _complete(tape)
+        tape.note_parameters()
+        return _complete(tape)
 
 
 def _complete(tape: _Probed) -> Made:
     """What was noted; parameters with a part in several ops have their sum only at the end."""
     for name, node in tape.parameters.items():
         if node.gradient is not None:
-            tape.made.arrays[GRADIENT + name] = np.asarray(node.gradient)
+            tape.made.arrays[GRADIENT + name] = np.asarray(tape.base.to_host(node.gradient))
     return tape.made
 
 
@@ -159,7 +159,7 @@ class _Probed(Tape):
             self.note_parameters()
             self._keep(name, g, out)
             other = self.given.get(name)
-            return (g if other is None or other.shape != g.shape else other.astype(g.dtype),)
+            return (g if other is None or other.shape != g.shape else self.base.asarray(other, g.dtype.name),)
 
         out = super()._note(backward, (node,), {}, None, node.value)
         return out
@@ -169,6 +169,15 @@ class _Probed(Tape):
         self.widest = max(self.widest, TABLE[name].error_budget if name in TABLE else 1.0)
         return super().call(name, *args, **options)
 
+    def _look(self, op: str, args: tuple[Any, ...], given: tuple[Any, ...]) -> None:
+        """Notes what an op leaves undecided, and what a convolution loses by the order of its sums."""
+        mask = undecided(op, *given[2:]) if isinstance(args[0], Node) else None
+        if mask is not None:
+            self.kinks[id(args[0])] = mask | self.kinks.get(id(args[0]), False)
+        if op in CONVOLUTIONS:
+            g, _, x, conv, *rest = given
+            self._measure(args[1], losses(op, g, x, conv, *rest[:1]))
+
     def _measure(self, conv: Any, lost: tuple[Any, Any]) -> None:
         names = {id(node): name for name, node in self.parameters.items()}
         for node, one in zip((conv.weight, conv.bias), lost):
@@ -176,7 +185,7 @@ class _Probed(Tape):
                 self.made.in_order[GRADIENT + names[id(node)]] = one
 
     def _keep(self, name: str, array: np.ndarray, node: Node) -> None:
-        self.made.arrays[name] = array
+        self.made.arrays[name] = self.base.to_host(array)
         self.made.ops[name] = tuple(dict.fromkeys(self.origins.get(id(node), ())))
         self.made.leeway[name] = self.leeways.get(id(node), 1.0)
         if id(node) in self.kinks:
@@ -193,12 +202,8 @@ class _Probed(Tape):
             outs = out if isinstance(out, tuple) else (out,)
             chain = [op, *(origin for node in outs for origin in self.origins.get(id(node), ()))]
             mapped(args, lambda node: note(node, chain))
-            mask = undecided(op, *given[2:]) if isinstance(args[0], Node) else None
-            if mask is not None:
-                self.kinks[id(args[0])] = mask | self.kinks.get(id(args[0]), False)
-            if op in CONVOLUTIONS:
-                g, _, x, conv, *rest = given
-                self._measure(args[1], losses(op, g, x, conv, *rest[:1]))
+            if self.base.backend == "numpy":  # whose runs are what others are judged by
+                self._look(op, args, given)
             return backward(*given, **options)
 
         out = super()._note(noted, args, options, saved, made)

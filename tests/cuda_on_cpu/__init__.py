@@ -14,7 +14,8 @@ addresses whose array is gone.  `pretend(asynchronous=False)` runs everything at
 
 `fake_cupy.pretend()` puts the module in the place of `cupy`.  What real CuPy refuses (NumPy arrays in device functions,
 implicit downloads, arrays of another device) is refused here, and kernel arguments of a wrong width too, which CuPy
-does not notice.  `world.counted()` counts copies between host and device, and launches.
+does not notice.  `world.counted()` counts copies between host and device, launches,
+and how often the host waits.
 
 What it cannot show: speed; whether nvcc or NVRTC accepts the source; races between blocks, and races between threads
 that happen in neither of the two orders; who reads the target of a download too early (it is NaN until then); the GPU's

@@ -12,11 +12,13 @@ import numpy as np
 
 from .fake_cupy import pretend
 
+FRESH = ("minibeit.ops.cupy_gpu", "minibeit.train.device", "minibeit.train.nccl")  # what imports cupy
+
 
 @contextmanager
 def cupy_backend(**settings: Any) -> Iterator[ModuleType]:
     """The stand-in for `cupy`, with the backend imported anew; settings as of `pretend`."""
-    with pretend(fresh=("minibeit.ops.cupy_gpu",), **settings) as cupy:
+    with pretend(fresh=FRESH, **settings) as cupy:
         yield cupy
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, cublas, functions, kernels, memory, queues, streams
+from . import arrays, cublas, functions, kernels, memory, nccl, queues, streams
 from .memory import MemoryPointer, memory_at
 from .world import CUDADriverError, CUDARuntimeError, OutOfMemoryError, world
 
@@ -207,6 +207,7 @@ def _set_device(device: int) -> None:
 
 def _synchronize() -> None:
     world.check()
+    world.note_wait(queues.pending_on(world.current))
     queues.finish_device(world.current)
 
 
@@ -261,6 +262,7 @@ def build() -> dict[str, ModuleType]:
         set_allocator=lambda allocator=None: memory.allocator.__setitem__(0, allocator or memory.default_pool.malloc),
         is_available=_available,
         cublas=cublas,
+        nccl=nccl,
     )
     vars(cuda.runtime).update(
         CUDARuntimeError=CUDARuntimeError,
@@ -279,6 +281,7 @@ def build() -> dict[str, ModuleType]:
     cuda.nvrtc.getVersion = lambda: (12, 9)
     vars(cuda.compiler).update(CompileException=CompileException)
     modules["cupy.cuda.cublas"] = cublas
+    modules["cupy.cuda.nccl"] = nccl
     modules["cupy_backends.cuda.libs.cublas"] = cublas
     for name in ("cupy_backends", "cupy_backends.cuda", "cupy_backends.cuda.libs"):
         modules[name] = ModuleType(name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -53,9 +54,11 @@ class Queue:
     """What waits in one stream.  `seen` is how many jobs of other queues precede whatever is launched here next."""
 
     count = 0
+    alive: weakref.WeakSet[Queue] = weakref.WeakSet()
 
     def __init__(self, device: int, null: bool = False, non_blocking: bool = False) -> None:
         Queue.count += 1
+        Queue.alive.add(self)
         self.device, self.null, self.non_blocking = device, null, non_blocking
         self.name = "the null stream" if null else f"stream {Queue.count}"
         self.jobs: deque[Job] = deque()
@@ -194,6 +197,11 @@ def null_queue(device: int) -> Queue:
     if device not in _null:
         _null[device] = Queue(device, null=True)
     return _null[device]
+
+
+def pending_on(device: int) -> bool:
+    """Whether a device has work that has not run."""
+    return bool(_of_device(device))
 
 
 def finish_device(device: int) -> None:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from .memory import default_pool
-from .queues import Queue, current_queue, current_queues, finish_device, launch, null_queue
+from .queues import Queue, current_queue, current_queues, finish_device, launch, null_queue, pending_on
 from .world import CUDARuntimeError, world
 
 _local = threading.local()
@@ -50,6 +50,7 @@ class Device:
 
     def synchronize(self) -> None:
         world.check()
+        world.note_wait(pending_on(self.id))
         finish_device(self.id)
 
     @property
@@ -91,6 +92,7 @@ class Stream:
 
     def synchronize(self) -> None:
         world.check()
+        world.note_wait(bool(self.queue.jobs))
         self.queue.finish()
 
     def record(self, event: Any = None) -> Any:
@@ -150,6 +152,7 @@ class Event:
 
     def synchronize(self) -> None:
         world.check()
+        world.note_wait(any(queue.done < number for queue, number in self.clock.items()))
         for queue, number in self.clock.items():
             queue.finish(number)
 

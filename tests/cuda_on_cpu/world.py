@@ -69,6 +69,7 @@ class World:
     backwards: bool = False
     asynchronous: bool = True
     copies: list[Copy] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)  # the lines that made the host wait for a device that was not done
     launches: list[str] = field(default_factory=list)  # names of kernels, of NumPy functions and of cuBLAS functions
     allocations: dict[int, Any] = field(default_factory=dict)  # {address: weak reference to Memory}
     lock: Any = field(default_factory=threading.RLock)  # one kernel runs at a time
@@ -89,11 +90,19 @@ class World:
         if not self.devices:
             raise CUDARuntimeError(100)
 
+    def note_wait(self, pending: bool) -> None:
+        """Counts that the host waits, if there is something to wait for."""
+        if pending:
+            self.waits.append(_place())
+
     def note_copy(self, way: str, nbytes: int) -> None:
         """Counts a copy; its place is the nearest caller outside this folder."""
-        frames = [f for f in traceback.extract_stack(limit=24) if os.path.dirname(f.filename) != FOLDER]
-        place = f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}" if frames else "?"
-        self.copies.append(Copy(way, nbytes, place))
+        self.copies.append(Copy(way, nbytes, _place()))
+
+
+def _place() -> str:
+    frames = [f for f in traceback.extract_stack(limit=24) if os.path.dirname(f.filename) != FOLDER]
+    return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}" if frames else "?"
 
 
 world = World()
@@ -101,10 +110,11 @@ world = World()
 
 @contextmanager
 def counted() -> Iterator[World]:
-    """A fresh count of copies and launches."""
-    copies, launches = world.copies, world.launches
-    world.copies, world.launches = [], []
+    """A fresh count of copies, launches and waits."""
+    copies, launches, waits = world.copies, world.launches, world.waits
+    world.copies, world.launches, world.waits = [], [], []
     try:
         yield world
     finally:
         world.copies, world.launches = copies + world.copies, launches + world.launches
+        world.waits = waits + world.waits

@@ -151,14 +151,17 @@ class BatchStatistics:
         self._seen.append((bn, found))
         return found
 
-    def running(self, named: dict[str, Any]) -> dict[str, np.ndarray]:
+    def running(
+        self, named: dict[str, Any], to_host: Callable[[Any], np.ndarray] = np.asarray
+    ) -> dict[str, np.ndarray]:
         """The new running statistics, by the names that the old ones have in `named` ({canonical name: array})."""
         names = {id(array): name for name, array in named.items()}
         new = {}
         for bn, found in self._seen:
             unbiased = found.var * (found.count / (found.count - 1))  # type: ignore[operator]
             for old, batch in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
-                new[names[id(old)]] = ((1 - self.momentum) * old + self.momentum * batch).astype(old.dtype)
+                made = (1 - self.momentum) * to_host(old) + self.momentum * to_host(batch)
+                new[names[id(old)]] = made.astype(old.dtype)
         return new
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from ...params import BatchNorm
 from ..table import ARITHMETIC, ARRAYS, names_of
 from . import arrays
 from .device import cupy, open_device, session
+from .learned import halves
 from .prepare import prepare
 
 
@@ -35,6 +37,8 @@ def on_device(
     bound = {name: on_host(op) if name in on_cpu else op for name, op in table.items()}
     bound.update({name: getattr(arrays, name) for name in placing})
     bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
+    bound.update(on_host=on_host, finite_on_host=arrays.finite_on_host)
+    bound.update({name: half for name, half in halves(dtype).items() if name.rpartition("_")[0] not in on_cpu})
     for name in (*placing, "prepare", "num_threads"):
         origin[name] = "cupy"
     return bound
@@ -45,25 +49,36 @@ def on_host(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _up(op(*map(_down, args), **{name: _down(value) for name, value in kwargs.items()}))
+        down = _down_but_running if kwargs.get("statistics") is not None else _down
+        return _up(op(*map(down, args), **{name: down(value) for name, value in kwargs.items()}))
 
     return call
 
 
-def _down(x: Any) -> Any:
-    """`x` (an array, a leaf, a position bias, or a sequence of these) copied to main memory."""
+def _down_but_running(x: Any) -> Any:
+    """`_down`, but a batch norm keeps its own running statistics, by which those of a batch are known later."""
+    if isinstance(x, BatchNorm):
+        return dataclasses.replace(x, weight=_down(x.weight), bias=_down(x.bias))
+    return _down(x, _down_but_running)
+
+
+def _down(x: Any, inner: Callable[[Any], Any] | None = None) -> Any:
+    """`x` (an array, a leaf, a position bias, or a sequence of these) copied to main memory; `inner` copies parts."""
+    inner = inner or _down
     if isinstance(x, cupy.ndarray):
         return arrays.to_host(x)
     if isinstance(x, (list, tuple)):
-        return type(x)(map(_down, x))
+        return type(x)(map(inner, x))
     if hasattr(x, "source"):
         return x.source
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        return dataclasses.replace(x, **{f.name: _down(getattr(x, f.name)) for f in dataclasses.fields(x)})
+        return dataclasses.replace(x, **{f.name: inner(getattr(x, f.name)) for f in dataclasses.fields(x)})
     return x
 
 
 def _up(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_up, x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(_up, x))
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        return dataclasses.replace(x, **{f.name: _up(getattr(x, f.name)) for f in dataclasses.fields(x)})
     return arrays.asarray(x, x.dtype.name) if isinstance(x, (np.ndarray, np.generic)) else x
