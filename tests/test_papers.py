@@ -84,5 +84,5 @@ def test_a_program_runs_as_pasted(paper, program, monkeypatch):
 def test_readme_starts_with_the_two_commands_that_ci_runs():
     first, second = [body for language, body in fences(ROOT / "README.md") if language == "bash"]
     assert "pip install ." in first and "minibeit classify weights/digits/images" in first
-    assert "pip install" in second and second.strip().endswith("pytest")
+    assert "pip install" in second and second.strip().endswith("pytest -n 2 --dist loadfile")
     assert os.access(ROOT / "weights" / "digits" / "images", os.R_OK)
