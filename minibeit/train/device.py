@@ -162,7 +162,7 @@ class TrainerOnDevice(Trainer):
         for piece, samples, last in self._pieces_of(replace(batch, pixels=self._uploads.upload(batch.pixels))):
             share, ready = self.objective.terms(piece) / terms, partial(self.sums.add, last=last)
             found = self._gradients(piece, samples, self.optimizer.device.scaled(share), ready, wait=False)
-            losses.append(found.loss * share)
+            losses.append((found.loss * share).astype(self.optimizer.weights.dtype))  # NumPy 1's rules would widen it
             answers = self.objective.said(found.output)
             said += [] if answers is None else [answers]
         loss = sum(losses[1:], losses[0]).reshape(1)
