@@ -45,11 +45,18 @@ class _Namespace(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         """The fast `NAME_forward` and `NAME_backward` of fast ops: imported when a tape asks, not for inference."""
         op, _, half = name.rpartition("_")
-        if half in ("forward", "backward") and op in fast_backwards(self.backend) and self.origin[op] == self.backend:
+        if half in ("forward", "backward") and self._has_halves(op):
             module = import_module(f".{BACKENDS[self.backend]}.halves", __package__)
             if hasattr(module, name):
-                return getattr(module, name)
+                function = getattr(module, name)
+                of_dtype = name in getattr(module, "OF_DTYPE", ())
+                return functools.partial(function, self.choice[2]) if of_dtype else function
         raise AttributeError(f"the ops have no {name}")
+
+    def _has_halves(self, op: str) -> bool:
+        if op not in TABLE:  # a method of arrays
+            return BACKENDS[self.backend] is not None
+        return op in fast_backwards(self.backend) and self.origin[op] == self.backend
 
 
 def get_ops(

@@ -226,7 +226,7 @@ class Ops(Protocol):
     @op(kind=ARRAYS, backends=GPU)
     def to_host(self, x: Array) -> Array: ...
 
-    @op(kind=ARRAYS, backends=GPU, shape=_joined)
+    @op(kind=ARRAYS, backends=GPU, backwards=GPU, shape=_joined)
     def concatenate(self, arrays: Sequence[Array], axis: int) -> Array: ...
 
     @op(kind=ARRAYS, backends=GPU)
@@ -238,7 +238,7 @@ class Ops(Protocol):
     @op(kind=ARRAYS, backends=GPU, shape=lambda x: (x.shape[0], *x.shape[2:]))
     def argmax_channels(self, x: Array) -> Array: ...
 
-    @op(kind=ARRAYS, backends=GPU)
+    @op(kind=ARRAYS, backends=GPU, backwards=GPU)
     def masked_patches(self, x: Array, mask: Array) -> Array: ...
 
     @op(kind=ARRAYS, backends=GPU)
@@ -246,38 +246,38 @@ class Ops(Protocol):
 
     # The transformer
 
-    @op(backends=GPU, shape=_same)
+    @op(backends=GPU, backwards=GPU, shape=_same)
     def mask_tokens(self, x: Array, mask: Array, mask_token: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_broadcast)
+    @op(backends=GPU, backwards=GPU, shape=_broadcast)
     def add(self, x: Array, y: Array) -> Array: ...
 
-    @op(backends=GPU, shape=_same)
+    @op(backends=GPU, backwards=GPU, shape=_same)
     def dropout(self, x: Array, keep: Array) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_same)
+    @op(backends=FAST, backwards=FAST, shape=_same)
     def layer_norm(self, x: Array, norm: Any, eps: float) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=FAST, shape=_linear, products=_linear_products)
     def linear(self, x: Array, layer: Any) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=FAST, shape=_linear, products=_linear_products)
     def linear_activation(self, x: Array, layer: Any, activation: str) -> Array: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_linear, products=_linear_products)
+    @op(backends=FAST, backwards=FAST, shape=_linear, products=_linear_products)
     def linear_residual(
         self, x: Array, layer: Any, scale: Array | None, residual: Array, keep: Array | None = None
     ) -> Array: ...
 
     @op(
         backends=FAST,
-        backwards=CPU,
+        backwards=FAST,
         shape=_qkv,
         products=lambda args, result: sum(part.size for part in result) * args[0].shape[-1],
     )
     def project_qkv(self, x: Array, p: Any, num_heads: int) -> tuple[Array, Array, Array]: ...
 
-    @op(backends=FAST, backwards=CPU, shape=_attention, products=_attention_products)
+    @op(backends=FAST, backwards=FAST, shape=_attention, products=_attention_products)
     def attention(
         self,
         q: Array,
@@ -288,7 +288,7 @@ class Ops(Protocol):
         keep: Array | None = None,
     ) -> Any: ...
 
-    @op(backends=GPU, shape=lambda x: (x.shape[0], x.shape[2]))
+    @op(backends=GPU, backwards=GPU, shape=lambda x: (x.shape[0], x.shape[2]))
     def mean_patches(self, x: Array) -> Array: ...
 
     # Maps
@@ -373,10 +373,10 @@ class Ops(Protocol):
 
     # Losses
 
-    @op(backends=FAST, backwards=CPU, shape=_scalar)
+    @op(backends=FAST, backwards=FAST, shape=_scalar)
     def cross_entropy(self, logits: Array, labels: Array, ignore_index: int, smoothing: float = 0.0) -> Array: ...
 
-    @op(backends=GPU, shape=_scalar)
+    @op(backends=GPU, backwards=GPU, shape=_scalar)
     def soft_cross_entropy(self, logits: Array, target: Array) -> Array: ...
 
     @op(backends=GPU, backwards=GPU, shape=_scalar)

@@ -1,8 +1,12 @@
-"""Backward of the ops that move, join, add or drop, and of the few methods of arrays that model code uses."""
+"""Backward of the ops that move, join, add or drop, and of the few methods of arrays that model code uses.
+
+What here calls only methods of arrays serves arrays on a GPU as well (`cupy_gpu/halves.py`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,7 @@ __all__ = [
 
 def total(x: np.ndarray, axis: Any, keepdims: bool = False) -> np.ndarray:
     """Sum over `axis`, accumulated in float64 and rounded once."""
-    return np.asarray(x.sum(axis, dtype=np.float64, keepdims=keepdims)).astype(x.dtype, copy=False)
+    return x.sum(axis, dtype=np.float64, keepdims=keepdims)[...].astype(x.dtype, copy=False)  # no scalar of NumPy's
 
 
 def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:  # (...) -> shape
@@ -34,9 +38,16 @@ def unbroadcast(g: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:  # (...) -
     return total(g, axes, keepdims=True).reshape(shape) if axes else g
 
 
-def add_backward(g: np.ndarray, saved: None, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+def pieces_of(g: np.ndarray, sizes: Sequence[int], axis: int) -> list[np.ndarray]:
+    """`g` cut along an axis into pieces of these sizes."""
+    ends = list(accumulate(sizes))
+    before = (slice(None),) * (axis % g.ndim)
+    return [g[before + (slice(end - size, end),)] for size, end in zip(sizes, ends)]
+
+
+def add_backward(g: np.ndarray, saved: None, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """dx = g, dy = g, each summed over the axes along which it was broadcast."""
-    return unbroadcast(g, np.shape(x)), unbroadcast(g, np.shape(y))
+    return unbroadcast(g, x.shape), unbroadcast(g, y.shape)
 
 
 def dropout_backward(g: np.ndarray, saved: None, x: np.ndarray, keep: Any) -> tuple[np.ndarray, None]:
@@ -80,9 +91,8 @@ def concatenate_backward(
     g: np.ndarray, saved: None, arrays: Sequence[np.ndarray], axis: int
 ) -> tuple[list[np.ndarray], None]:
     """Every array's piece of g; that of one whose first axis was broadcast is summed over it."""
-    ends = np.cumsum([array.shape[axis] for array in arrays])[:-1]
-    pieces = np.split(g, ends, axis)
-    return [unbroadcast(piece, array.shape) for piece, array in zip(pieces, arrays, strict=True)], None
+    pieces = pieces_of(g, [array.shape[axis] for array in arrays], axis)
+    return [unbroadcast(piece, array.shape) for piece, array in zip(pieces, arrays)], None
 
 
 def part_backward(g: np.ndarray, saved: None, x: np.ndarray, index: Any) -> tuple[np.ndarray, None]:
@@ -99,4 +109,4 @@ def reshape_backward(g: np.ndarray, saved: None, x: np.ndarray, shape: Any) -> t
 
 def transpose_backward(g: np.ndarray, saved: None, x: np.ndarray, axes: Any) -> tuple[np.ndarray, None]:
     """g with its axes back in their places."""
-    return g.transpose(np.argsort(axes)), None
+    return g.transpose(tuple(np.argsort(axes).tolist())), None

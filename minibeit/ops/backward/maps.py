@@ -12,7 +12,7 @@ from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTransp
 from .. import reference
 from ..activations import gelu
 from .activations import derivative
-from .arrays import concatenate_backward, total
+from .arrays import pieces_of, total
 
 __all__ = [
     "adaptive_avg_pool_backward",
@@ -238,8 +238,7 @@ def conv_bn_relu_resized_backward(
     """The chain of its parts: every map gets its channels of the convolution's dx, resized back."""
     x, saved = saved
     dx, d_layer = conv_bn_relu_backward(g, saved, x, layer)
-    stand_ins = [np.broadcast_to(x[:1, :1], (len(x), part.shape[1], *size)) for part in maps]  # only shapes matter
-    pieces, _ = concatenate_backward(dx, None, stand_ins, 1)
+    pieces = pieces_of(dx, [part.shape[1] for part in maps], 1)
     return [resize_bilinear_backward(d, None, part, size)[0] for d, part in zip(pieces, maps)], d_layer, None
 
 
@@ -314,9 +313,14 @@ def _resize_backward(g: np.ndarray, x: np.ndarray, taps: Any) -> np.ndarray:
         old, new = x.shape[axis], g.shape[axis]
         if old == new:
             continue
-        matrix = np.zeros((new, old))
-        for index, weight in taps(old, new):
-            matrix[np.arange(new), index] += weight  # within a tap every target is named once
-        matrix = matrix.astype(g.dtype)
+        matrix = tap_matrix(taps, old, new).astype(g.dtype)
         g = g @ matrix if axis == 3 else matrix.T @ g
     return g
+
+
+def tap_matrix(taps: Any, old: int, new: int) -> np.ndarray:  # -> (new, old), float64
+    """The matrix of `taps(old, new)`, which gives for each tap the index and the weight of every target."""
+    matrix = np.zeros((new, old))
+    for index, weight in taps(old, new):
+        matrix[np.arange(new), index] += weight  # within a tap every target is named once
+    return matrix

@@ -13,7 +13,6 @@ from ...params import BatchNorm
 from ..table import ARITHMETIC, ARRAYS, names_of
 from . import arrays
 from .device import cupy, open_device, session
-from .learned import halves
 from .prepare import prepare
 
 
@@ -38,7 +37,6 @@ def on_device(
     bound.update({name: getattr(arrays, name) for name in placing})
     bound.update(prepare=prepare_there, num_threads=lambda count: session(number, dtype))
     bound.update(on_host=on_host, finite_on_host=arrays.finite_on_host)
-    bound.update({name: half for name, half in halves(dtype).items() if name.rpartition("_")[0] not in on_cpu})
     for name in (*placing, "prepare", "num_threads"):
         origin[name] = "cupy"
     return bound

@@ -1,9 +1,22 @@
-"""The `NAME_forward` and `NAME_backward` of ops on maps and of losses: only training needs them.
+"""The `NAME_forward` and `NAME_backward` of ops: only training needs them.
 
-They take weights that are learned: plain arrays on the device, not prepared ones.  Formulas: `ops/backward`.
+They take weights that are learned: plain arrays on the device, not prepared ones.  Those named in `OF_DTYPE` take the
+model's dtype first.  Formulas: `ops/backward`, some of whose functions serve arrays on a device as they are.
 """
 
 from __future__ import annotations
 
+from ..backward.arrays import (
+    add_backward,
+    concatenate_backward,
+    dropout_backward,
+    mask_tokens_backward,
+    reshape_backward,
+    transpose_backward,
+)
+from ..backward.losses import gumbel_softmax_backward
+from ..backward.maps import upsample2x2_backward
+from .learned import *
+from .learned import OF_DTYPE
 from .learned_losses import *
 from .learned_maps import *

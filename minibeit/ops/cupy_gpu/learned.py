@@ -6,14 +6,14 @@ op are those of model code.  Sums go in a fixed order.  Formulas: `ops/backward`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
 from ...params import Attention, LayerNorm, Linear, table_rows
+from ..backward.arrays import total
 from . import losses, rows
 from .arrays import relative_position_index, to_host
 from .attention import attention, project_qkv
@@ -22,7 +22,34 @@ from .gemm import batched_product
 from .kernels import ACTIVATIONS, compute_dtype, to_compute, to_storage
 from .prepare import DeviceAttention, DeviceLinear, DeviceNorm
 
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "linear_activation_backward",
+    "linear_activation_forward",
+    "linear_backward",
+    "linear_forward",
+    "linear_residual_backward",
+    "linear_residual_forward",
+    "masked_patches_backward",
+    "mean_patches_backward",
+    "part_backward",
+    "project_qkv_backward",
+    "project_qkv_forward",
+    "soft_cross_entropy_backward",
+    "soft_cross_entropy_forward",
+]
+
 Array = Any
+OF_DTYPE = (  # the names of those that take the model's dtype first
+    "layer_norm_forward", "layer_norm_backward", "linear_forward", "linear_backward", "linear_activation_forward",
+    "linear_activation_backward", "linear_residual_forward", "linear_residual_backward", "project_qkv_forward",
+    "project_qkv_backward", "attention_forward", "attention_backward",
+)  # fmt: skip
 SCORES_BYTES = 1 << 28  # of float32 scores that the backward of attention computes at a time
 _GELUS = ("gelu", "gelu_python")
 _DERIVATIVES = """
@@ -33,16 +60,6 @@ extern "C" __global__ void times_gelu_derivative(const A* g, const A* x, A* y, l
   y[i] = g[i] * A(normcdf(z) + z * exp(-0.5 * z * z) * 0.3989422804014327);
 }
 """
-
-
-def halves(dtype: str) -> dict[str, Callable[..., Any]]:
-    """{`NAME_forward` or `NAME_backward`: function} for models of that dtype."""
-    return {
-        **{name: partial(function, dtype) for name, function in _OF_DTYPE.items()},
-        **{f"{name}_backward": function for name, function in _PLAIN.items()},
-        "cross_entropy_forward": cross_entropy_forward,
-        "soft_cross_entropy_forward": soft_cross_entropy_forward,
-    }
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -286,14 +303,14 @@ def _pairs_of_rows(grid: tuple[int, int], device: int) -> Array:  # -> (R, most)
 # Losses and arrays ----------------------------------------------------------------------------------------------------
 
 
-def cross_entropy_forward(*args: Any) -> tuple[Array, None]:
+def cross_entropy_forward(logits: Array, labels: Any, ignore_index: int, smoothing: float = 0.0) -> tuple[Array, None]:
     """See `reference.cross_entropy`; nothing is kept."""
-    return losses.cross_entropy(*args), None
+    return losses.cross_entropy(logits, labels, ignore_index, smoothing), None
 
 
-def soft_cross_entropy_forward(*args: Any) -> tuple[Array, None]:
+def soft_cross_entropy_forward(logits: Array, target: Any) -> tuple[Array, None]:
     """See `reference.soft_cross_entropy`; nothing is kept."""
-    return losses.soft_cross_entropy(*args), None
+    return losses.soft_cross_entropy(logits, target), None
 
 
 def cross_entropy_backward(
@@ -321,63 +338,18 @@ def _softmax(x: Array) -> Array:
     return powers / powers.sum(1, keepdims=True)
 
 
-def total(x: Array, axis: Any, keepdims: bool = False) -> Array:
-    """Sum over `axis` in float64, rounded once."""
-    return x.sum(axis, dtype=np.float64, keepdims=keepdims).astype(x.dtype)
-
-
-def _summed(g: Array, shape: Sequence[int]) -> Array:
-    """The cotangent of an array of `shape` that was broadcast to the shape of g."""
-    lead = g.ndim - len(shape)
-    axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and g.shape[lead + i] != 1)
-    return total(g, axes, keepdims=True).reshape(shape) if axes else g
-
-
-def _mask_tokens(g: Array, saved: None, x: Array, mask: Array, mask_token: Array) -> tuple[Any, ...]:
-    w = mask[:, :, None].astype(g.dtype)
-    return g * (1 - w), None, total(g * w, (0, 1)).reshape(mask_token.shape)
-
-
-def _mean_patches(g: Array, saved: None, x: Array) -> tuple[Any, ...]:
+def mean_patches_backward(g: Array, saved: None, x: Array) -> tuple[Any, ...]:
+    """As `backward.mean_patches_backward`."""
     dx = cupy.zeros_like(x)
     dx[:, 1:] = (g / g.dtype.type(x.shape[1] - 1))[:, None]
     return (dx,)
 
 
-def _part(g: Array, saved: None, x: Array, index: Any) -> tuple[Any, ...]:
+def part_backward(g: Array, saved: None, x: Array, index: Any) -> tuple[Any, ...]:
+    """As `backward.part_backward`."""
     dx = cupy.zeros_like(x)
     dx[index] = g
     return dx, None
 
 
-def _concatenate(g: Array, saved: None, arrays: Sequence[Array], axis: int) -> tuple[Any, ...]:
-    pieces, start = [], 0
-    for array in arrays:
-        stop = start + array.shape[axis]
-        index = (slice(None),) * (axis % g.ndim) + (slice(start, stop),)
-        pieces.append(_summed(g[index], array.shape))
-        start = stop
-    return pieces, None
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "add": lambda g, saved, x, y: (_summed(g, x.shape), _summed(g, y.shape)),
-    "dropout": lambda g, saved, x, keep: (_summed(g * keep, x.shape), None),
-    "reshape": lambda g, saved, x, shape: (g.reshape(x.shape), None),
-    "transpose": lambda g, saved, x, axes: (g.transpose(tuple(np.argsort(axes).tolist())), None),
-    "mask_tokens": _mask_tokens,
-    "mean_patches": _mean_patches,
-    "part": _part,
-    "masked_patches": _part,
-    "concatenate": _concatenate,
-    "cross_entropy": cross_entropy_backward,
-    "soft_cross_entropy": soft_cross_entropy_backward,
-}
-_OF_DTYPE: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        layer_norm_forward, layer_norm_backward, linear_forward, linear_backward, linear_activation_forward,
-        linear_activation_backward, linear_residual_forward, linear_residual_backward, project_qkv_forward,
-        project_qkv_backward, attention_forward, attention_backward,
-    )
-}  # fmt: skip
+masked_patches_backward = part_backward

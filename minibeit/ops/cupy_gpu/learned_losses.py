@@ -13,7 +13,6 @@ Array = Any
 __all__ = [
     "bce_with_logits_backward",
     "divergence_from_uniform_backward",
-    "gumbel_softmax_backward",
     "gumbel_softmax_forward",
     "logit_laplace_loss_backward",
     "mse_loss_backward",
@@ -47,14 +46,6 @@ def gumbel_softmax_forward(logits: Array, noise: Any, temperature: float) -> tup
     """The result is what the backward needs."""
     y = losses.gumbel_softmax(logits, noise, temperature)
     return y, y
-
-
-def gumbel_softmax_backward(
-    g: Array, saved: Array, logits: Array, noise: Any, temperature: float
-) -> tuple[Array, None, None]:  # (B, V, h, w)
-    """dlogits = y (g - sum over tokens of g y) / temperature."""
-    inner = (g * saved).sum(1, keepdims=True)
-    return saved * (g - inner) / logits.dtype.type(temperature), None, None
 
 
 def divergence_from_uniform_backward(g: Array, saved: None, logits: Array) -> tuple[Array]:  # (B, V, h, w)

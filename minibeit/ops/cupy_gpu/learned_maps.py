@@ -14,7 +14,8 @@ import numpy as np
 
 from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose, ReluConv
 from .. import reference
-from ..backward.maps import BatchStatistics, Moments
+from ..backward.arrays import pieces_of, total
+from ..backward.maps import PLACES, BatchStatistics, Moments, tap_matrix
 from . import maps
 from .arrays import to_host
 from .device import cupy
@@ -23,7 +24,6 @@ from .prepare import DeviceLinear
 from .rows import bias_activation
 
 Array = Any
-PLACES = (0, 2, 3)  # the axes of a map over which a channel is summed
 
 __all__ = [
     "adaptive_avg_pool_backward",
@@ -45,12 +45,7 @@ __all__ = [
     "resize_bicubic_backward",
     "resize_bilinear_backward",
     "tokens_to_map_backward",
-    "upsample2x2_backward",
 ]
-
-
-def _total(x: Array) -> Array:  # (B, C, h, w) -> (C,)
-    return x.sum(PLACES, dtype=np.float64).astype(x.dtype)
 
 
 def _column(x: Array, dtype: Any) -> Array:  # (C,) -> (C, 1, 1)
@@ -97,7 +92,7 @@ def conv2d_backward(g: Array, saved: None, x: Array, conv: Any) -> tuple[Array, 
             d_weight[:, :, i, j] = cupy.matmul(columns, padded[tap].transpose(0, 2, 3, 1).reshape(-1, C))
             d_padded[tap] += cupy.matmul(conv.weight[:, :, i, j].T, flat).reshape(x.shape)
     dx = d_padded[:, :, kh // 2 : kh // 2 + h, kw // 2 : kw // 2 + w]
-    return dx, Conv(d_weight, None if conv.bias is None else _total(g))
+    return dx, Conv(d_weight, None if conv.bias is None else total(g, PLACES))
 
 
 def relu_conv2d_forward(x: Array, conv: ReluConv) -> tuple[Array, None]:
@@ -137,7 +132,7 @@ def conv_transpose_backward(g: Array, saved: None, x: Array, deconv: ConvTranspo
     squares = g.reshape(B, out, h, 2, w, 2).transpose(0, 2, 4, 1, 3, 5).reshape(-1, out * 4)  # (B h w, out 4)
     pixels = x.transpose(1, 0, 2, 3).reshape(C, -1)
     dx = cupy.matmul(squares, deconv.weight.reshape(C, -1).T).reshape(B, h, w, C).transpose(0, 3, 1, 2)
-    return dx, ConvTranspose(cupy.matmul(pixels, squares).reshape(deconv.weight.shape), _total(g))
+    return dx, ConvTranspose(cupy.matmul(pixels, squares).reshape(deconv.weight.shape), total(g, PLACES))
 
 
 # Batch norm ---------------------------------------------------------------------------------------------------------
@@ -165,7 +160,7 @@ def batch_norm_forward(x: Array, bn: BatchNorm, statistics: BatchStatistics | No
 def batch_norm_backward(g: Array, saved: Moments, x: Array, bn: BatchNorm) -> tuple[Array, BatchNorm]:
     """As `backward.batch_norm_backward`."""
     hat, r = _normalised(x, saved)
-    d_weight, d_bias = _total(g * hat), _total(g)
+    d_weight, d_bias = total(g * hat, PLACES), total(g, PLACES)
     d_bn = BatchNorm(d_weight, d_bias, running_mean=None, running_var=None)
     factor = (bn.weight[:, None, None] * r).astype(x.dtype)
     if saved.count is None or saved.reduce is None:
@@ -207,12 +202,8 @@ def conv_bn_relu_resized_backward(
     """Every map gets its channels of the convolution's dx, resized back."""
     x, saved = saved
     dx, d_layer = conv_bn_relu_backward(g, saved, x, layer)
-    pieces, start = [], 0
-    for part in parts:
-        stop = start + part.shape[1]
-        pieces.append(resize_bilinear_backward(dx[:, start:stop], None, part, size)[0])
-        start = stop
-    return pieces, d_layer, None
+    pieces = pieces_of(dx, [part.shape[1] for part in parts], 1)
+    return [resize_bilinear_backward(d, None, part, size)[0] for d, part in zip(pieces, parts)], d_layer, None
 
 
 def _gelu(x: Array) -> Array:
@@ -257,12 +248,6 @@ def max_pool2x2_backward(g: Array, saved: None, x: Array) -> tuple[Array]:
     return (dx,)
 
 
-def upsample2x2_backward(g: Array, saved: None, x: Array) -> tuple[Array]:
-    """The sum of every 2x2 square of g."""
-    B, C, h, w = x.shape
-    return (g.reshape(B, C, h, 2, w, 2).sum((3, 5)),)
-
-
 def adaptive_avg_pool_backward(g: Array, saved: None, x: Array, size: int) -> tuple[Array, None]:
     """dx = R^T g C, R and C being the matrices that take means over cells of rows and columns."""
     return _turned_back(g, x, _cells), None
@@ -296,7 +281,4 @@ def _turned_back(g: Array, x: Array, taps: Callable[..., Any]) -> Array:  # (B, 
 
 @lru_cache(maxsize=64)
 def _matrix(taps: Callable[..., Any], old: int, new: int, dtype: str, device: int) -> Array:  # -> (new, old)
-    matrix = np.zeros((new, old))
-    for index, weight in taps(old, new):
-        matrix[np.arange(new), index] += weight
-    return cupy.asarray(matrix.astype(dtype))
+    return cupy.asarray(tap_matrix(taps, old, new).astype(dtype))
