@@ -1,6 +1,6 @@
 """Does pre-training help where labels are few?  The paper's claim in miniature, on Fashion-MNIST.
 
-    python weights/study_pretraining.py DATA --output study              three seeds, some two hours on two cores
+    python weights/study_pretraining.py DATA --output study              three seeds, an hour or two on two cores
     python weights/study_pretraining.py DATA --output study --quick      one seed of a tenth of the images, minutes
 
 DATA is the folder with the four .gz files of Fashion-MNIST (Debian's package dataset-fashion-mnist has them in
@@ -41,6 +41,10 @@ from minibeit.train.recipes import PRETRAINING, PRETRAINING_PRESETS, RECIPES, TO
 from minibeit.train.start import from_checkpoint, from_scratch
 
 NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+FILES = {  # of each part: images, labels
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "val": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
 SIDE, LABELS = 28, (100, 600, 6000, 60000)
 EPOCHS = {100: 200, 600: 100, 6000: 10, 60000: 2}  # of fine-tuning, so that few labels are seen often
 PRETRAINING_EPOCHS = 3
@@ -89,6 +93,9 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="also pre-train in PyTorch through transformers")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="jobs at a time, of one thread each")
     args = parser.parse_args()
+    missing = [name for names in FILES.values() for name in names if not (args.data / name).is_file()]
+    if missing:
+        parser.error(f"{args.data}: expected the four files of Fashion-MNIST, found no {missing[0]}")
     images, test = (6000, 1000) if args.quick else (60000, 10000)
     export(args.data, args.output / "images", images, test)
     FINE_TUNED.save_pretrained(args.output / SCRATCH)
@@ -222,9 +229,8 @@ def peer(job: Job) -> list[float]:
 
 def export(data: Path, folder: Path, images: int, test: int) -> None:
     """The first images of both parts as PNG files in class folders."""
-    for part, stem, count in (("train", "train", images), ("val", "t10k", test)):
-        pixels = unzipped(data / f"{stem}-images-idx3-ubyte.gz", 16)
-        labels = unzipped(data / f"{stem}-labels-idx1-ubyte.gz", 8)
+    for (part, (of_pixels, of_labels)), count in zip(FILES.items(), (images, test)):
+        pixels, labels = unzipped(data / of_pixels, 16), unzipped(data / of_labels, 8)
         for i, (square, label) in enumerate(zip(pixels.reshape(-1, SIDE, SIDE)[:count], labels)):
             file = folder / part / NAMES[label] / f"{i:05}.png"
             if not file.exists():
