@@ -297,7 +297,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
         right.plot(range(1, len(losses) + 1), losses, color="tab:blue", label="" if i else "minibeit, each seed")
     for losses in found.get("peer", ()):
         right.plot(range(1, len(losses) + 1), losses, "--", color="tab:orange", label="PyTorch, the first seed")
-    right.set(xlabel="epoch", ylabel="loss of masked tokens, nats")
+    right.set(xlabel="epoch", ylabel="loss of masked tokens, nats", xticks=range(1, len(losses) + 1))
     right.legend()
     figure.savefig(file)
 
