@@ -83,8 +83,10 @@ def read_picture(
         if isinstance(file, io.BytesIO):
             with _open(file) as image:
                 return _decoded(image, name, apply_exif_orientation, needed)
-        if not file.exists():
-            raise ImageError(f"{name}: there is no such file")
+        try:
+            file.stat()  # from Python 3.14 on `exists` is silent about names that are too long
+        except (FileNotFoundError, NotADirectoryError):
+            raise ImageError(f"{name}: there is no such file") from None
         if not file.is_file():
             kind = "a folder" if file.is_dir() else "something that is not a regular file"
             raise ImageError(f"{name}: expected an image, found {kind}")
