@@ -24,11 +24,12 @@ FUNCTIONS = {
     for node in ast.parse(path.read_text()).body
     if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
 }
-LAUNCHERS = ("along_rows", "warp_by_row", "over_channels", "kernel")
+LAUNCHERS = ("along_rows", "by_columns", "warp_by_row", "over_channels", "_by_row", "kernel")
 # There is nothing to store, a GPU queues every kernel by itself, a tape computes again and not a backend, and training
 # is for CPUs.
 NUMPYS = {"dump", "restore", "queued", "recompute", "adamw"}
 DTYPES = ("float32", "float64", *HALF_DTYPES)
+MODULES = [(dtype, learned) for dtype in DTYPES for learned in (False, True)]  # what is compiled at a time
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +39,9 @@ def kernels():
         from minibeit.ops.cupy_gpu import kernels
 
         return SimpleNamespace(
-            names={dtype: kernels.names(dtype) for dtype in DTYPES},
+            names={module: kernels.names(*module) for module in MODULES},
             ACTIVATIONS=kernels.ACTIVATIONS,
-            sources={dtype: kernels.source(dtype) for dtype in DTYPES},
+            sources={module: kernels.source(*module) for module in MODULES},
         )
 
 
@@ -87,10 +88,10 @@ def test_sources_are_part_of_the_package():
     assert "    minibeit.ops.cupy_gpu\n" in settings
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kernels_compile(dtype, kernels, tmp_path):
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m[0] + " of training" * m[1])
+def test_kernels_compile(module, kernels, tmp_path):
     """By CuPy's compiler where it is installed, else by nvcc; neither needs a GPU."""
-    text, names = kernels.sources[dtype], kernels.names[dtype]
+    text, names = kernels.sources[module], kernels.names[module]
     if importlib.util.find_spec("cupy") is not None:
         assert compiled_by_nvrtc(text, names) > 10_000
     elif shutil.which("nvcc"):

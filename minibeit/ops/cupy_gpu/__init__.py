@@ -3,8 +3,8 @@
 device.py   finding CuPy, driver and device; memory    *.cu, kernels.py                 the kernels and their launches
 gemm.py     cuBLAS                                     prepare.py                       weights on the device
 arrays.py, rows.py, attention.py, maps.py, winograd.py, losses.py  the ops              bind.py      `on_device`
-learned.py  the transformer's ops, for a tape          optimizer.py, transfers.py       of training
-halves.py, learned_maps.py, learned_losses.py  forward and backward, for a tape, of ops on maps and of losses
+halves.py, learned.py, learned_attention.py, learned_maps.py, learned_losses.py  forward and backward, for a tape
+optimizer.py, transfers.py  of training
 
 Pixels go up once and outputs come down once; in between nothing waits for the device.  Calls in all threads are queued
 on the device's null stream, after what the caller's stream has to do (`device.session`); ops that are called by

@@ -76,13 +76,70 @@ __device__ inline void load_tile(Tile& tile, const T* x, int from, int N, long l
   }
 }
 
+// Rows of one head as the first operand of products, zeros behind the last: 16 for each warp, of which a thread holds
+// two, eight apart.
+__device__ inline void load_rows(Pair (&r)[HEAD / 16][4], const T* x, const int (&rows)[2], int N, long long step) {
+#pragma unroll
+  for (int i = 0; i < HEAD / 4; i++) {
+    const int row = rows[i % 2], column = i / 4 * 16 + i / 2 % 2 * 8 + threadIdx.x % 4 * 2;
+    r[i / 4][i % 4] = row < N ? *reinterpret_cast<const Pair*>(x + row * step + column) : 0;
+  }
+}
+
+// c (16 x 64) += a (16 x 64) tile^T, of which the first `columns` columns are wanted.
+__device__ inline void add_dots(A (&c)[TILE / 8][4], const Pair (&a)[HEAD / 16][4], const Tile& tile, int columns) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < TILE / 8; j++) {
+    if (8 * j >= columns) continue;
+#pragma unroll
+    for (int i = 0; i < HEAD / 32; i++) {
+      Pair b[4];
+      ldmatrix_x4<false>(b, tile.v + (8 * j + lane % 8) * PITCH + 32 * i + lane / 8 * 8);
+      mma_m16n8k16<T>(c[j], a[2 * i], b[0], b[1]);
+      mma_m16n8k16<T>(c[j], a[2 * i + 1], b[2], b[3]);
+    }
+  }
+}
+
+// c (16 x 64) += a (16 x 64) tile, of which the first `rows` rows count.
+__device__ inline void add_rows(A (&c)[HEAD / 8][4], const Pair (&a)[TILE / 16][4], const Tile& tile, int rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < TILE / 16; i++) {
+    if (16 * i >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < HEAD / 16; j++) {
+      Pair b[4];
+      ldmatrix_x4<true>(b, tile.v + (16 * i + lane % 16) * PITCH + 16 * j + lane / 16 * 8);
+      mma_m16n8k16<T>(c[2 * j], a[i], b[0], b[1]);
+      mma_m16n8k16<T>(c[2 * j + 1], a[i], b[2], b[3]);
+    }
+  }
+}
+
+// Scores of one head begin as the bias (H, N, step) of 16 queries and of the 64 keys behind `from`.
+__device__ inline void start_scores(
+    A (&c)[TILE / 8][4], const A* bias, int head, const int (&rows)[2], int from, int N, long long step) {
+#pragma unroll
+  for (int j = 0; j < TILE / 8; j++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int column = from + 8 * j + threadIdx.x % 4 * 2;
+      Numbers<2> first = all<2>(A(0));
+      if (bias && column < N) first = load<2>(bias + (head * (long long)N + min(rows[r], N - 1)) * step + column);
+      c[j][2 * r] = first.v[0];
+      c[j][2 * r + 1] = first.v[1];
+    }
+}
+
 // context (B, N, H, 64) = 2^(scale (q k^T + bias)) v, divided by the sum of the powers, for a scale that holds log2(e).
 // q, k and v are views with numbers of a head side by side.  A block of four warps serves 64 queries of one head, 16
 // each, and goes through the keys 64 at a time while the next 64 are on their way; a thread holds two rows of scores,
-// eight apart, two columns in every eight.
+// eight apart, two columns in every eight.  `sizes` (B, H, N), if there, receives log2 of each query's sum of powers.
 // Source: Dao et al. 2022 (FlashAttention); Milakov and Gimelshein 2018 for the running maximum.
 __global__ void __launch_bounds__(128) attend(
-    const T* q, const T* k, const T* v, const A* bias, T* context, long long tokens, long long heads,
+    const T* q, const T* k, const T* v, const A* bias, T* context, A* sizes, long long tokens, long long heads,
     long long image_step, long long head_step, long long step, long long bias_step, double scale_) {
   __shared__ Tile keys[2], values[2];
   const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE;
@@ -96,11 +153,7 @@ __global__ void __launch_bounds__(128) attend(
   load_tile(values[0], v + place, 0, N, step);
   commit_copies();
   Pair queries[HEAD / 16][4];
-#pragma unroll
-  for (int i = 0; i < HEAD / 4; i++) {
-    const int row = rows[i % 2], column = i / 4 * 16 + i / 2 % 2 * 8 + 2 * quad;
-    queries[i / 4][i % 4] = row < N ? *reinterpret_cast<const Pair*>(q + place + row * step + column) : 0;
-  }
+  load_rows(queries, q + place, rows, N, step);
   A sums[HEAD / 8][4] = {}, largest[2] = {A(-1e30), A(-1e30)}, total[2] = {0, 0};
 
   for (int from = 0; from < N; from += TILE) {
@@ -110,31 +163,12 @@ __global__ void __launch_bounds__(128) attend(
       load_tile(values[1 - now], v + place, from + TILE, N, step);
     }
     commit_copies();
-    A scores[TILE / 8][4];  // they begin as the bias, which is asked for before the keys are waited for
-#pragma unroll
-    for (int j = 0; j < TILE / 8; j++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        const int column = from + 8 * j + 2 * quad;
-        Numbers<2> first = all<2>(A(0));
-        if (bias && column < N) first = load<2>(bias + (head * (long long)N + min(rows[r], N - 1)) * bias_step + column);
-        scores[j][2 * r] = first.v[0];
-        scores[j][2 * r + 1] = first.v[1];
-      }
+    A scores[TILE / 8][4];
+    start_scores(scores, bias, head, rows, from, N, bias_step);  // asked for before the keys are waited for
     wait_for_all_groups_but_one();
     __syncthreads();
     const int columns = begin < N ? min(TILE, N - from) : 0;
-#pragma unroll
-    for (int j = 0; j < TILE / 8; j++) {
-      if (8 * j >= columns) continue;
-#pragma unroll
-      for (int i = 0; i < HEAD / 32; i++) {
-        Pair b[4];
-        ldmatrix_x4<false>(b, keys[now].v + (8 * j + lane % 8) * PITCH + 32 * i + lane / 8 * 8);
-        mma_m16n8k16<T>(scores[j], queries[2 * i], b[0], b[1]);
-        mma_m16n8k16<T>(scores[j], queries[2 * i + 1], b[2], b[3]);
-      }
-    }
+    add_dots(scores, queries, keys[now], columns);
     A highest[2] = {largest[0], largest[1]};  // NaN need not show here: 2^NaN does
 #pragma unroll
     for (int j = 0; j < TILE / 8; j++)
@@ -159,17 +193,7 @@ __global__ void __launch_bounds__(128) attend(
         probs[j / 2][j % 2 * 2 + r] = pair(low, high);
       }
     }
-#pragma unroll
-    for (int i = 0; i < TILE / 16; i++) {
-      if (16 * i >= columns) continue;
-#pragma unroll
-      for (int j = 0; j < HEAD / 16; j++) {
-        Pair b[4];
-        ldmatrix_x4<true>(b, values[now].v + (16 * i + lane % 16) * PITCH + 16 * j + lane / 16 * 8);
-        mma_m16n8k16<T>(sums[2 * j], probs[i], b[0], b[1]);
-        mma_m16n8k16<T>(sums[2 * j + 1], probs[i], b[2], b[3]);
-      }
-    }
+    add_rows(sums, probs, values[now], columns);
     __syncthreads();  // these tiles have been read and may be written over
   }
 #pragma unroll
@@ -177,6 +201,7 @@ __global__ void __launch_bounds__(128) attend(
     for (int lanes = 1; lanes < 4; lanes *= 2) total[r] += __shfl_xor_sync(0xffffffffu, total[r], lanes);
     if (rows[r] >= N) continue;
     const A inverse = 1 / total[r];
+    if (sizes && quad == 0) sizes[pair_number * (long long)N + rows[r]] = largest[r] * scale + log2(total[r]);
     T* y = context + ((image * (long long)N + rows[r]) * H + head) * HEAD + 2 * quad;
 #pragma unroll
     for (int j = 0; j < HEAD / 8; j++)

@@ -35,14 +35,14 @@ template <class Use> __device__ inline void each_score(A* row, A* kept, int N, U
 
 // One row of scores becomes probabilities, in place: softmax(scores + bias), as T from the start of the row on.
 // bias = table[index[a, b], h]; `first` is the number of the first (image, head) pair of this chunk.  `probs`, if
-// there, receives what is in use before `keep`, the factors of dropout; both are (B, H, N, N).
+// there, receives what is in use before `keep`, the factors of dropout; both are (pairs of this chunk, N, N).
 __global__ void softmax(
     A* scores, long long tokens, long long stride, const A* table, long long table_row, long long table_head,
     const int* index, long long H, long long first, A* probs, const A* keep) {
   const int N = int(tokens), a = blockIdx.x % N;
-  const long long pair = first + blockIdx.x / N, place = (pair * N + a) * N;
+  const long long place = blockIdx.x * (long long)N;
   A* row = scores + blockIdx.x * stride;
-  if (table) table += int(pair) % int(H) * table_head;
+  if (table) table += int(first + blockIdx.x / N) % int(H) * table_head;
   A kept[KEPT], largest = A(-3e38), sum = 0;
   each_score(row, kept, N, [&](int b, A& score) {
     score = row[b];

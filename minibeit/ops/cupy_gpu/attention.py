@@ -52,12 +52,12 @@ def attention(
     """See `reference.attention`.  For float16 and bfloat16 q, k and v, scores, softmax and the returned probabilities
     are still float32; the probabilities that multiply v are rounded.
     """
-    if not return_probs and keep is None and _suit(q, k, v):
-        return _attend(q, k, v, bias)
+    if not return_probs and keep is None and suit(q, k, v):
+        return attend(q, k, v, bias)
     return _by_scores(q, k, v, bias, return_probs, keep)
 
 
-def _suit(q: Array, k: Array, v: Array) -> bool:
+def suit(q: Array, k: Array, v: Array) -> bool:
     """Whether the fused kernel can read them: 16-bit elements, aligned for loads of eight, with equal strides."""
     return (
         q.itemsize == 2
@@ -76,28 +76,36 @@ def _can_attend(device: int) -> bool:
     return int(cupy.cuda.Device(device).compute_capability) >= 80
 
 
-def _attend(q: Array, k: Array, v: Array, bias: Any | None) -> Array:  # 3 x (B, H, N, 64) -> (B, N, D)
-    """Attention without scores in device memory.
-
-    The bias is expanded once for all images, to (H, N, N), and divided by the scale, since the kernel multiplies the
-    sum of scores and bias by it.
-    """
+def attend(
+    q: Array, k: Array, v: Array, bias: Any | None, sizes: Array | None = None
+) -> Array:  # 3 x (B, H, N, 64) -> (B, N, D)
+    """Attention without scores in device memory; `sizes` (B, H, N) receives what `learned_attention` needs."""
     B, H, N, _ = q.shape
-    dtype = model_dtype(q)
-    spread, stride = None, -(-N // 8) * 8
-    if bias is not None:
-        table, index, row, head = _bias_arrays(bias, dtype)
-        spread = cupy.empty((H, N, stride), compute_dtype(dtype))
-        kernel("spread_bias", dtype)(
-            (H * N,), (block_size(N),), (table, row, head, index, spread, N, stride, HEAD**0.5)
-        )
+    spread, stride = spread_bias(bias, H, N, model_dtype(q))
     context = cupy.empty((B, N, H * HEAD), q.dtype)
-    steps = (step // 2 for step in q.strides[:3])
-    kernel("attend", dtype)(
+    kernel("attend", model_dtype(q))(
         (B * H * -(-N // TILE),), (ATTEND_THREADS,),
-        (q, k, v, or_null(spread), context, N, H, *steps, stride, HEAD**-0.5 * log2(e)),
+        (q, k, v, or_null(spread), context, or_null(sizes), N, H, *steps_of(q), stride, HEAD**-0.5 * log2(e)),
     )  # fmt: skip
     return context
+
+
+def spread_bias(bias: Any | None, H: int, N: int, dtype: str) -> tuple[Array | None, int]:
+    """(the bias of all pairs of tokens (H, N, stride), stride), divided by the scale, by which the fused kernels multiply
+    the sum of scores and bias.
+    """
+    stride = -(-N // 8) * 8
+    if bias is None:
+        return None, stride
+    table, index, row, head = _bias_arrays(bias, dtype)
+    spread = cupy.empty((H, N, stride), compute_dtype(dtype))
+    kernel("spread_bias", dtype)((H * N,), (block_size(N),), (table, row, head, index, spread, N, stride, HEAD**0.5))
+    return spread, stride
+
+
+def steps_of(q: Array) -> tuple[int, ...]:
+    """Elements from one image, head and token to the next, in an array of 16-bit elements."""
+    return tuple(step // 2 for step in q.strides[:3])
 
 
 def _by_scores(
@@ -112,23 +120,26 @@ def _by_scores(
     at_once = max(1, min(pairs, SCORES_BYTES // (N * stride * seen.itemsize)))
     scores = cupy.empty((at_once, N, stride), seen)
     by_head = cupy.empty((pairs, N, d), q.dtype)
-    probs = cupy.empty((B, H, N, N), seen) if return_probs else None
-    factors = None if keep is None else cupy.ascontiguousarray(cupy.asarray(keep, seen))
+    probs = cupy.empty((pairs, N, N), seen) if return_probs else None
+    factors = None if keep is None else cupy.ascontiguousarray(cupy.asarray(keep, seen)).reshape(pairs, N, N)
     for first in range(0, pairs, at_once):
         here = slice(first, min(first + at_once, pairs))
         part = scores[: here.stop - first]
         batched_product(q[here], k[here], part[:, :, :N], scale=d**-0.5)
-        _softmax(part, N, bias, H, first, probs, factors, dtype)
+        softmax(part, N, bias, H, first, *(None if x is None else x[here] for x in (probs, factors)), dtype)
         batched_product(part.view(q.dtype)[:, :, :N], v[here], by_head[here], transposed=False)
     context = cupy.empty((B, N, H * d), q.dtype)
     along_rows("merge_heads", dtype, B * N, H * d, by_head, context, N, H, d, unit=d)
-    return context if probs is None else (context, probs)
+    return context if probs is None else (context, probs.reshape(B, H, N, N))
 
 
-def _softmax(
+def softmax(
     scores: Array, N: int, bias: Any | None, H: int, first: int, probs: Array | None, keep: Array | None, dtype: str
 ) -> None:
-    """Replaces scores (pairs, N, stride) by probabilities, from the start of each row."""
+    """Replaces scores (pairs, N, stride), from pair `first` on, by probabilities, from the start of each row.
+
+    `probs` (pairs, N, N) receives them before they are multiplied by `keep`, of the same shape.
+    """
     table, index, row, head = (0, 0, 0, 0) if bias is None else _bias_arrays(bias, dtype)
     kernel("softmax", dtype)(
         (len(scores) * N,), (block_size(-(-N // SCORES_OF_A_THREAD)),),

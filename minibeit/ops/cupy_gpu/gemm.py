@@ -37,19 +37,21 @@ def product(x: Any, weight: Any, y: Any, accumulate: bool = False) -> None:
     )  # fmt: skip
 
 
-def batched_product(x: Any, weight: Any, y: Any, scale: float = 1.0, transposed: bool = True) -> None:
-    """y_i = scale x_i W_i^T for every i, or scale x_i W_i unless `transposed`.
+def batched_product(
+    x: Any, weight: Any, y: Any, scale: float = 1.0, transposed: bool = True, turned: bool = False
+) -> None:
+    """y_i = scale x_i W_i^T for every i, or scale x_i W_i unless `transposed`, with x_i^T in place of x_i if `turned`.
 
-    x (batch, n, k), W (batch, m, k) or (batch, k, m), y (batch, n, m), each with contiguous rows.
+    x (batch, n, k) or (batch, k, n), W (batch, m, k) or (batch, k, m), y (batch, n, m), each with contiguous rows.
     """
-    batch, n, k = x.shape
-    m = y.shape[2]
+    batch, n, m = y.shape
+    k = x.shape[1] if turned else x.shape[2]
     if batch == 0 or n == 0 or m == 0:
         return
     compute, factor, zero = _precision(x, scale, 0.0)
     cublas, handle = _cublas()
     cublas.gemmStridedBatchedEx(
-        handle, int(transposed), 0, m, n, k, factor,
+        handle, int(transposed), int(turned), m, n, k, factor,
         weight.data.ptr, _type(weight), _row(weight), _step(weight), x.data.ptr, _type(x), _row(x), _step(x),
         zero, y.data.ptr, _type(y), _row(y), _step(y), batch, compute, _DEFAULT_ALGORITHM,
     )  # fmt: skip

@@ -17,6 +17,10 @@ from ..backward.arrays import (
 from ..backward.losses import gumbel_softmax_backward
 from ..backward.maps import upsample2x2_backward
 from .learned import *
-from .learned import OF_DTYPE
+from .learned import __all__ as _rows
+from .learned_attention import *
+from .learned_attention import __all__ as _attention
 from .learned_losses import *
 from .learned_maps import *
+
+OF_DTYPE = (*_rows, *_attention)  # the names of those that take the model's dtype first

@@ -170,15 +170,16 @@ template <int W, class S> __global__ void bias_activation(S* y, const A* bias, l
   }
 }
 
-// y = residual + scale (x + bias); a null scale is one.
+// y = residual + keep scale (x + bias), with a factor `keep` for every `share` rows; a null scale or keep is one.
 template <int W> __global__ void residual(
-    const T* x, const A* bias, const A* scale, const A* before, A* y, long long C) {
+    const T* x, const A* bias, const A* scale, const A* before, const A* keep, long long share, A* y, long long C) {
   const long long row = blockIdx.x * C;
+  const A factor = keep ? keep[blockIdx.x / share] : A(1);
   for (int c = threadIdx.x * W; c < C; c += blockDim.x * W) {
     Numbers<W> v = load<W>(x + row + c);
     if (bias) add_product<W>(v, load<W>(bias + c), A(1));
     const Numbers<W> s = scale ? load<W>(scale + c) : all<W>(A(1)), r = load<W>(before + row + c);
-    for (int i = 0; i < W; i++) v.v[i] = r.v[i] + s.v[i] * v.v[i];
+    for (int i = 0; i < W; i++) v.v[i] = r.v[i] + factor * (s.v[i] * v.v[i]);
     store<W>(y + row + c, v);
   }
 }

@@ -12,10 +12,13 @@ import numpy as np
 from .device import cupy
 
 FILES = ("kernels.cu", "attention.cu", "maps.cu")
-HALF_FILES = ("attend.cu",)
+HALF_FILES = ("attend.cu",)  # only where products read float16 or bfloat16
+LEARNED_FILES = ("kernels.cu", "learned.cu")  # of training, which are compiled by themselves
+LEARNED_HALF_FILES = ("attend.cu", "attend_backward.cu")
 THREADS = 256  # at most, in a block that processes one row
 ROWS_OF_A_BLOCK = 4  # if each row has its own warp
 CHANNEL_THREADS = 128  # in a block with one thread per channel
+ROWS_OF_A_SUM = 128  # that one block of a kernel by `sum_columns` adds up
 _WARP = 32
 
 # dtype of a model -> (dtype of the arrays that model code sees, of what products read, STORAGE, C++ type, its header).
@@ -41,7 +44,7 @@ _BY_WIDTH = (
     *("pad", "finish_padded", "spread", "interleave", "max_pool"),
 )
 _ALONE = ("softmax", "average_pool", "winograd_input", "winograd_output")
-_HALF = ("spread_bias", "attend")  # where products read float16 or bfloat16
+_HALF = ("spread_bias", "attend")
 _ALL = (
     *(f"{name}<{width}>" for name in _BY_WIDTH for width in (1, 4)),
     *(f"bias_activation<{width}, {type_}>" for type_ in "AT" for width in (1, 4, 8)),
@@ -49,31 +52,43 @@ _ALL = (
     *(f"resize<{width}, {taps}>" for taps in (2, 4) for width in (1, 4)),
     *_ALONE,
 )
+_LEARNED_BY_WIDTH = (
+    *("to_operand", "layer_norm_backward", "layer_norm_sums", "activation_kept", "activation_backward"),
+    "residual_backward",
+)
+_LEARNED = (
+    *(f"{name}<{width}>" for name in _LEARNED_BY_WIDTH for width in (1, 4)),
+    *("softmax_backward", "add_scores", "table_backward", "cross_entropy_backward", "soft_cross_entropy_backward"),
+)
+_LEARNED_HALF = ("attend_dots", "attend_backward_queries", "attend_backward_keys", "attend_backward_bias")
 
 
-def names(dtype: str) -> tuple[str, ...]:
-    """The kernels for a model's dtype."""
-    return (*_ALL, *_HALF) if DEVICE_TYPES[dtype][2] else _ALL
+def names(dtype: str, learned: bool = False) -> tuple[str, ...]:
+    """The kernels for a model's dtype, or those of its training."""
+    every, halves = (_LEARNED, _LEARNED_HALF) if learned else (_ALL, _HALF)
+    return (*every, *halves) if DEVICE_TYPES[dtype][2] else every
 
 
-def source(dtype: str) -> str:
-    """The CUDA C++ text for a model's dtype."""
+def source(dtype: str, learned: bool = False) -> str:
+    """The CUDA C++ text for a model's dtype, or for its training."""
     seen, _, storage, type_, header = DEVICE_TYPES[dtype]
     sums = "double" if seen == "float64" else "float"
     head = f"#define STORAGE {storage}\n{header}typedef {sums} A;\ntypedef {type_} T;\n"
-    folder = resources.files(__package__)
-    files = (*FILES, *HALF_FILES) if storage else FILES
-    return head + "".join(folder.joinpath(name).read_text() for name in files)
+    every, halves = (LEARNED_FILES, LEARNED_HALF_FILES) if learned else (FILES, HALF_FILES)
+    files = (*every, *halves) if storage else every
+    return head + "".join(resources.files(__package__).joinpath(name).read_text() for name in files)
 
 
 @cache
-def _module(dtype: str, device: int) -> Any:
-    return cupy.RawModule(code=source(dtype), options=("--std=c++17",), name_expressions=names(dtype))
+def _module(dtype: str, learned: bool, device: int) -> Any:
+    options = {"options": ("--std=c++17",), "name_expressions": names(dtype, learned)}
+    return cupy.RawModule(code=source(dtype, learned), **options)
 
 
 @cache
 def _function(name: str, dtype: str, device: int) -> Callable[..., None]:
-    return _module(dtype, device).get_function(name)
+    learned = name in _LEARNED or name in _LEARNED_HALF
+    return _module(dtype, learned, device).get_function(name)
 
 
 def kernel(name: str, dtype: str) -> Callable[..., None]:
@@ -107,6 +122,18 @@ def over_channels(name: str, dtype: str, rows: int, channels: int, *args: Any) -
     """Launches `name` with a thread for each channel of each of `rows` rows."""
     if rows and channels:
         kernel(name, dtype)((rows, -(-channels // CHANNEL_THREADS)), (CHANNEL_THREADS,), args)
+
+
+def by_columns(
+    name: str, dtype: str, rows: int, columns: int, *args: Any, sums: bool = True, kinds: int = 1
+) -> Any:  # -> (kinds, columns) float64
+    """Launches `name<W>`, a kernel by `sum_columns`, W as in `along_rows`; returns its sums over all rows, if wanted."""
+    width = _width(columns, 4, args)
+    grid = -(-rows // ROWS_OF_A_SUM), -(-columns // (_WARP * width))
+    partial = cupy.empty((grid[0], kinds, columns)) if sums else None
+    if rows and columns:
+        kernel(f"{name}<{width}>", dtype)(grid, (THREADS,), (or_null(partial), rows, columns, *args))
+    return None if partial is None else partial.sum(0)
 
 
 def or_null(array: Any | None) -> Any:

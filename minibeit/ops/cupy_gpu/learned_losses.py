@@ -1,23 +1,100 @@
-"""Backward of losses on the device.  The cotangent g is a number; what is no prediction is a constant."""
+"""Forward and backward of losses, and backward of what takes parts of an array, on the device.
+
+The cotangent g of a loss is a number; what is no prediction is a constant.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from . import losses
+from .arrays import to_host
 from .device import cupy
+from .kernels import block_size, kernel
 
 Array = Any
 
 __all__ = [
     "bce_with_logits_backward",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
     "divergence_from_uniform_backward",
     "gumbel_softmax_forward",
     "logit_laplace_loss_backward",
+    "masked_patches_backward",
+    "mean_patches_backward",
     "mse_loss_backward",
+    "part_backward",
+    "soft_cross_entropy_backward",
+    "soft_cross_entropy_forward",
     "weighted_sum_backward",
 ]
+
+
+def cross_entropy_forward(logits: Array, labels: Any, ignore_index: int, smoothing: float = 0.0) -> tuple[Array, None]:
+    """See `reference.cross_entropy`; nothing is kept."""
+    return losses.cross_entropy(logits, labels, ignore_index, smoothing), None
+
+
+def cross_entropy_backward(
+    g: Array, saved: None, logits: Array, labels: Any, ignore_index: int, smoothing: float = 0.0
+) -> tuple[Any, ...]:
+    """dlogits = g (softmax(logits) - target) / (number of counted labels), 0 in ignored rows."""
+    labels = np.asarray(to_host(labels))
+    counted = labels != ignore_index
+    shares = (counted / max(int(counted.sum()), 1)).astype(logits.dtype)
+    args = cupy.asarray(labels.astype(np.int64)), cupy.asarray(shares), _number(g, logits)
+    return _by_row("cross_entropy_backward", logits, *args, last=(float(smoothing),)), None, None
+
+
+def soft_cross_entropy_forward(logits: Array, target: Any) -> tuple[Array, None]:
+    """See `reference.soft_cross_entropy`; nothing is kept."""
+    return losses.soft_cross_entropy(logits, target), None
+
+
+def soft_cross_entropy_backward(g: Array, saved: None, logits: Array, target: Any) -> tuple[Any, ...]:
+    """dlogits = g (softmax(logits) sum(target) - target) / n."""
+    target = cupy.ascontiguousarray(cupy.asarray(target, logits.dtype))
+    return _by_row("soft_cross_entropy_backward", logits, target, _number(g, logits)), None
+
+
+def _by_row(name: str, logits: Array, *args: Any, last: tuple[float, ...] = ()) -> Array:
+    """What a kernel with a block for each row of the logits makes of them."""
+    n, K = logits.shape
+    logits, made = cupy.ascontiguousarray(logits), cupy.empty((n, K), logits.dtype)
+    if made.size:
+        kernel(name, logits.dtype.name)((n,), (block_size(K),), (logits, *args, made, K, *last))
+    return made
+
+
+def _number(g: Any, like: Array) -> Array:
+    return cupy.asarray(g, like.dtype).reshape(1)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_patches_backward(g: Array, saved: None, x: Array) -> tuple[Any, ...]:
+    """As `backward.mean_patches_backward`."""
+    dx = cupy.zeros(x.shape, g.dtype)
+    dx[:, 1:] = (g / g.dtype.type(x.shape[1] - 1))[:, None]
+    return (dx,)
+
+
+def part_backward(g: Array, saved: None, x: Array, index: Any) -> tuple[Any, ...]:
+    """As `backward.part_backward`."""
+    dx = cupy.zeros(x.shape, g.dtype)
+    dx[index] = g
+    return dx, None
+
+
+masked_patches_backward = part_backward
+
+
+# Losses of other tasks ------------------------------------------------------------------------------------------------
 
 
 def mse_loss_backward(g: Array, saved: None, prediction: Array, target: Any) -> tuple[Array, None]:

@@ -56,7 +56,7 @@ def tokens_to_map_backward(
     g: Array, saved: None, x: Array, grid: tuple[int, int]
 ) -> tuple[Array, None]:  # (B, D, gh, gw) -> (B, N, D)
     """The map as tokens again; 0 for the CLS token."""
-    dx = cupy.zeros_like(x)
+    dx = cupy.zeros(x.shape, g.dtype)
     dx[:, 1:] = g.reshape(*g.shape[:2], -1).transpose(0, 2, 1)
     return dx, None
 

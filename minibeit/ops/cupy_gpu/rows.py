@@ -55,16 +55,25 @@ def linear_residual(
     x: Array, layer: DeviceLinear, scale: Array | None, residual: Array, keep: Array | None = None
 ) -> Array:  # (..., in) -> (..., out)
     """See `reference.linear_residual`."""
-    if keep is not None:
+    rows = residual.size // residual.shape[-1]
+    share = shared_rows(keep, rows)
+    if share is None:
         y = linear(x, layer)
         return residual + (y if scale is None else y * scale) * keep
     branch = _product(x, layer, storage_dtype(layer.dtype))
     residual = to_compute(residual, layer.dtype)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
-    args = (branch, or_null(layer.bias), or_null(scale), residual, y, out)
-    along_rows("residual", layer.dtype, y.size // out, out, *args)
+    args = (branch, or_null(layer.bias), or_null(scale), residual, or_null(keep), share, y, out)
+    along_rows("residual", layer.dtype, rows, out, *args)
     return y
+
+
+def shared_rows(keep: Array | None, rows: int) -> int | None:
+    """How many rows share a factor of `keep`, as all of an image do in stochastic depth; None if they differ in a row."""
+    if keep is None:
+        return rows
+    return rows // keep.size if keep.size == keep.shape[0] and rows % max(keep.size, 1) == 0 else None
 
 
 def mask_tokens(x: Array, mask: Array, mask_token: Array) -> Array:  # (B, P, D), (B, P), (1, 1, D) -> (B, P, D)
