@@ -63,9 +63,9 @@ def truth(name, args, options, statistics=None):
     return made, g, getattr(backward, f"{name}_backward")(g, saved, *args, **options)
 
 
-def found(cupy, name, args, options, g, statistics=None):
-    """(forward, gradients) on the device."""
-    ops = get_ops("cupy", dtype=next(iter(t.arrays_of(g).values())).dtype.name)
+def found(cupy, name, args, options, g, statistics=None, dtype=None):
+    """(forward, gradients) on the device, in a model of `dtype`, by default that of g."""
+    ops = get_ops("cupy", dtype=dtype or next(iter(t.arrays_of(g).values())).dtype.name)
     extra = {} if statistics is None else {"statistics": statistics}
     args, options, g = up(cupy, args), up(cupy, options), up(cupy, g)
     forward = getattr(ops, f"{name}_forward", None)

@@ -91,8 +91,9 @@ def attend(
 
 
 def spread_bias(bias: Any | None, H: int, N: int, dtype: str) -> tuple[Array | None, int]:
-    """(the bias of all pairs of tokens (H, N, stride), stride), divided by the scale, by which the fused kernels multiply
-    the sum of scores and bias.
+    """(the bias of all pairs of tokens (H, N, stride), stride).
+
+    It is divided by the scale, by which the fused kernels multiply the sum of scores and bias.
     """
     stride = -(-N // 8) * 8
     if bias is None:
@@ -126,7 +127,8 @@ def _by_scores(
         here = slice(first, min(first + at_once, pairs))
         part = scores[: here.stop - first]
         batched_product(q[here], k[here], part[:, :, :N], scale=d**-0.5)
-        softmax(part, N, bias, H, first, *(None if x is None else x[here] for x in (probs, factors)), dtype)
+        own, kept = (None if x is None else x[here] for x in (probs, factors))
+        softmax(part, N, bias, H, first, own, kept, dtype)
         batched_product(part.view(q.dtype)[:, :, :N], v[here], by_head[here], transposed=False)
     context = cupy.empty((B, N, H * d), q.dtype)
     along_rows("merge_heads", dtype, B * N, H * d, by_head, context, N, H, d, unit=d)

@@ -127,7 +127,7 @@ def over_channels(name: str, dtype: str, rows: int, channels: int, *args: Any) -
 def by_columns(
     name: str, dtype: str, rows: int, columns: int, *args: Any, sums: bool = True, kinds: int = 1
 ) -> Any:  # -> (kinds, columns) float64
-    """Launches `name<W>`, a kernel by `sum_columns`, W as in `along_rows`; returns its sums over all rows, if wanted."""
+    """Launches `name<W>`, a kernel by `sum_columns`, W as in `along_rows`; returns its sums over all rows if wanted."""
     width = _width(columns, 4, args)
     grid = -(-rows // ROWS_OF_A_SUM), -(-columns // (_WARP * width))
     partial = cupy.empty((grid[0], kinds, columns)) if sums else None

@@ -1,8 +1,8 @@
 """Forward and backward of ops on weights that are learned: plain arrays in the dtype of model code, on the device.
 
 What passes from op to op in the forward is what passes in inference: in half precision the results of layer norms,
-activations and attention have the dtype of products' operands, and so has what is kept for the backward.  Gradients have
-the dtype of model code.  Sums go in a fixed order.  Formulas: `ops/backward`.
+activations and attention have the dtype of products' operands, and so has what is kept for the backward.  Gradients
+have the dtype of model code.  Sums go in a fixed order.  Formulas: `ops/backward`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,17 @@ from ...params import LayerNorm, Linear
 from . import rows
 from .device import cupy
 from .gemm import batched_product, product
-from .kernels import ACTIVATIONS, along_rows, by_columns, compute_dtype, or_null, storage_dtype, to_compute, to_storage
-from .kernels import warp_by_row
+from .kernels import (
+    ACTIVATIONS,
+    along_rows,
+    by_columns,
+    compute_dtype,
+    or_null,
+    storage_dtype,
+    to_compute,
+    to_storage,
+    warp_by_row,
+)
 from .prepare import DeviceLinear, DeviceNorm
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Forward and backward of attention and of the projection before it, with weights that are learned.
 
-Where the fused kernel serves, its backward needs no (N, N) block of an image either: three kernels compute scores again,
-one for each sum that has another owner.  Otherwise scores are computed by cuBLAS for as many heads at a time as
-SCORES_BYTES allows.  Both add the table's gradient up in a fixed order.  See `learned` and `ops/backward`.
+Where the fused kernel serves, its backward needs no (N, N) block of an image either: three kernels compute scores
+again, one for each sum that has another owner.  Otherwise scores are computed by cuBLAS for as many heads at a time
+as SCORES_BYTES allows.  Both add the table's gradient up in a fixed order.  See `learned` and `ops/backward`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def project_qkv_backward(
     """That of one layer of 3 D outputs, cut into three."""
     operand, sums = operand_and_sums(_side_by_side(g), dtype, sums=True)
     dw, weight = weight_gradient(operand, x, dtype), _joined(p)[0]
-    db = sums[0].astype(dw.dtype)
+    db = None if sums is None else sums[0].astype(dw.dtype)
     D, grads = len(dw) // 3, []
     for i, layer in enumerate((p.query, p.key, p.value)):
         own = slice(i * D, (i + 1) * D)
-        grads.append(Linear(dw[own], None if layer.bias is None else db[own]))
+        grads.append(Linear(dw[own], None if layer.bias is None or db is None else db[own]))
     query, key, value = grads
     dx = input_gradient(operand, weight, dtype).reshape(x.shape)
     return dx, Attention(query, key, value, output=None), None  # type: ignore[arg-type]
@@ -109,7 +109,9 @@ def attention_backward(
     return _by_scores(dtype, g, g_probs, q, k, v, bias, keep)
 
 
-def _fused(dtype: str, g: Array, saved: tuple[Array, Array], q: Array, k: Array, v: Array, bias: Any) -> tuple[Any, ...]:
+def _fused(
+    dtype: str, g: Array, saved: tuple[Array, Array], q: Array, k: Array, v: Array, bias: Any
+) -> tuple[Any, ...]:
     (context, sizes), (B, H, N, _) = saved, q.shape
     operand, dots = cupy.empty(g.shape, q.dtype), cupy.empty_like(sizes)
     count = B * N * H
@@ -163,7 +165,8 @@ def _by_scores(
         operand = d_s if q.dtype == seen else p.view(q.dtype)  # the probabilities have been used
         kernel("softmax_backward", dtype)(
             (count * N,), (block_size(N),),
-            (d_s, probs, or_null(factors), or_null(more), 0 if operand is d_s else operand, N, stride, operand.shape[2]),
+            (d_s, probs, or_null(factors), or_null(more), 0 if operand is d_s else operand, N, stride,
+             operand.shape[2]),
         )  # fmt: skip
         batched_product(operand[:, :, :N], parts[1], made[0][here], scale=scale, transposed=False)
         batched_product(operand[:, :, :N], parts[0], made[1][here], scale=scale, transposed=False, turned=True)

@@ -70,7 +70,7 @@ def linear_residual(
 
 
 def shared_rows(keep: Array | None, rows: int) -> int | None:
-    """How many rows share a factor of `keep`, as all of an image do in stochastic depth; None if they differ in a row."""
+    """How many rows share a factor of `keep`, as an image's in stochastic depth do; None if a row has several."""
     if keep is None:
         return rows
     return rows // keep.size if keep.size == keep.shape[0] and rows % max(keep.size, 1) == 0 else None
