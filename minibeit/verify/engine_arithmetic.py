@@ -7,6 +7,7 @@ Runtime do both in float32, which costs up to thirty times as much, and are righ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,12 +62,16 @@ def resize_bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:  # (B, 
 def draws(calls: list[Call]) -> Iterator[np.ndarray]:
     """Results of the same ops in float32, each added up one after the other in another random order.
 
-    Nothing for results of many rows, whose root mean square is steady, and for ops without sums of this kind.
+    Nothing for results of many rows, whose root mean square is steady, and for ops without sums of this kind.  Equal
+    rows, such as those of masked patches, are one.
     """
     steps = [call for call in calls if call.op in ORDERED]
     if not steps or len(steps) != len([call for call in calls if call.op not in EXACT]):
         return
     result = steps[-1].result
+    if steps[0].op == "layer_norm" and len(steps) == 1 and result.ndim > 2:
+        yield from _norms_of_equal_rows(*steps[0].args)
+        return
     if result.ndim != 2 or result.shape[0] > FEW_ROWS or result.size > MOST_ELEMENTS:
         return
     rng = np.random.default_rng(0)
@@ -75,6 +80,19 @@ def draws(calls: list[Call]) -> Iterator[np.ndarray]:
         for call in steps:
             x = ORDERED[call.op](rng, x, *call.args[1:])
         yield x
+
+
+def _norms_of_equal_rows(x: np.ndarray, norm: Any, eps: float) -> Iterator[np.ndarray]:
+    rows = _single(x).reshape(-1, x.shape[-1])
+    same = np.round(rows / max(float(np.abs(rows).max(initial=0)), 1e-30), 5)
+    if len(np.unique(same[: 8 * FEW_ROWS], axis=0)) > FEW_ROWS:
+        return
+    _, first, place = np.unique(same, axis=0, return_index=True, return_inverse=True)
+    if len(first) > FEW_ROWS or first.size * rows.shape[1] > MOST_ELEMENTS:
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(DRAWS):
+        yield _shuffled_norm(rng, rows[first], norm, eps)[place.reshape(-1)].reshape(x.shape)
 
 
 # One op in one random order -----------------------------------------------------------------------------------------
@@ -105,6 +123,26 @@ ORDERED: dict[str, Callable[..., np.ndarray]] = {
     "linear": _shuffled_linear,
 }
 EXACT = ("to_dtype", "concatenate", "slice")
+
+
+def in_another_order(ops: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The linear layers and attention of a model's ops, each adding up the terms of a product in a random order."""
+    rng = np.random.default_rng(seed)
+
+    def product(op: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def call(x: np.ndarray, layer: Any, *rest: Any, **options: Any) -> np.ndarray:
+            order = rng.permutation(x.shape[-1])
+            weight = layer.weight.reshape(len(layer.weight), -1)[:, order]
+            return op(x[..., order], replace(layer, weight=np.ascontiguousarray(weight)), *rest, **options)
+
+        return call
+
+    def attention(q: np.ndarray, k: np.ndarray, *rest: Any, **options: Any) -> Any:
+        order = rng.permutation(q.shape[-1])
+        return ops["attention"](q[..., order], k[..., order], *rest, **options)
+
+    products = ("linear", "linear_activation", "linear_residual")
+    return {**{name: product(ops[name]) for name in products}, "attention": attention}
 
 
 def _in_order(x: np.ndarray, axis: int) -> np.ndarray:

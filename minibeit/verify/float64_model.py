@@ -56,11 +56,15 @@ def truth_model(config: Any, task: str, arrays: Mapping[str, np.ndarray], log: L
     return model
 
 
-def float32_model(config: Any, task: str, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The NumPy reference in float32 as engines compute it, with the convolutions that need little memory."""
+def float32_model(config: Any, task: str, arrays: Mapping[str, np.ndarray], seed: int | None = None) -> Any:
+    """The NumPy reference in float32 as engines compute it, with the convolutions that need little memory.
+
+    With a `seed` products are added up in random orders.
+    """
     named = {name: np.asarray(a, np.float32) for name, a in arrays.items()}
     model = network(config, task, named, dtype="float32", backend="numpy")
-    model.ops = SimpleNamespace(**{**vars(model.ops), **LEAN, **ENGINES})
+    ops = {**vars(model.ops), **LEAN, **ENGINES}
+    model.ops = SimpleNamespace(**ops | ({} if seed is None else engine_arithmetic.in_another_order(ops, seed)))
     return model
 
 
