@@ -63,7 +63,7 @@ def test_attention_in_one_kernel(dtype, grid, biased, part):
         table = random(table_rows(grid), H, seed=9)
         bias = PositionBias(ops.asarray(table, "float32"), grid)
         host_bias = PositionBias(table.astype(np.float64), grid)
-    assert part("attention")._suit(*qkv)
+    assert part("attention").suit(*qkv)
     with counted() as seen:
         found = ops.to_host(ops.attention(*qkv, bias))
         assert not seen.launches or "attend" in seen.launches  # a GPU counts nothing
@@ -103,7 +103,7 @@ def test_attention_passes_nan_on(part):
 def test_heads_that_the_kernel_cannot_read(part):
     ops = get_ops("cupy", dtype="float16")
     q, k, v = heads(ops, 9)
-    suit = part("attention")._suit
+    suit = part("attention").suit
     assert suit(q, k, v)
     assert not suit(q, k, v.copy())
     assert not suit(*(x[..., ::2] for x in (q, k, v)))

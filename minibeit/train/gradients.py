@@ -55,8 +55,8 @@ def value_and_grad(
     batch norms use those of the batch, True its own alone.  With `recompute` each block keeps its input alone and
     is run again in the backward: less memory, the same gradients, a third more work.  `trace` collects intermediates of
     the forward.  The gradients are those of `weight` times the loss: its share of the loss of a larger batch;
-    an array, on a GPU, may scale the loss as well.  Without `wait` the loss and the output stay where they were
-    computed, so that nothing waits for a GPU.
+    an array, on a GPU, may scale the loss as well.  Without `wait` the loss, the output and running statistics stay
+    where they were computed, so that nothing waits for a GPU.
     `ready(name, gradient)` is called for each parameter as soon as its gradient is complete, while those of earlier
     layers are still to come; what it returns takes the gradient's place, and None drops it.  It may change the
     parameter, which the rest of the backward does not read.
@@ -89,6 +89,7 @@ def value_and_grad(
     )
     plain = type(output)(**{name: values(value) for name, value in output.items()})
     running = {} if statistics is None else statistics.running(named, model.ops.to_host)
+    running = {name: model.ops.to_host(array) for name, array in running.items()} if wait else running
     return Gradients(float(values(made)) if wait else values(made), grads, plain, running)
 
 

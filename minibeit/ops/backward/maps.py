@@ -109,7 +109,7 @@ class Moments:
 
     mean: np.ndarray  # (C,)
     var: np.ndarray  # (C,), the mean square deviation
-    count: float | None = None  # values per channel over all ranks; None: running statistics, which are constants
+    count: Any = None  # values per channel over all ranks; None: running statistics, which are constants
     reduce: Reduce | None = None
 
 
@@ -140,10 +140,14 @@ class BatchStatistics:
         self.momentum = momentum
         self._seen: list[tuple[BatchNorm, Moments]] = []
 
-    def moments(self, x: np.ndarray, bn: BatchNorm, sums: ChannelSums = channel_sums) -> Moments:  # (B, C, h, w)
+    def moments(
+        self, x: np.ndarray, bn: BatchNorm, find: Callable[[Any, Reduce], Moments] = batch_moments
+    ) -> Moments:  # (B, C, h, w)
         """The statistics of this batch.  Raises ValueError for a single value per channel, which has no spread."""
-        found = batch_moments(x, self.reduce, sums)
-        if found.count is None or found.count < 2:
+        found = find(x, self.reduce)
+        if (
+            x.size < 2 * x.shape[1] and found.count < 2
+        ):  # of all ranks; it is read where it matters, as a GPU may hold it
             raise ValueError(
                 f"batch norm: expected more than one value per channel to take statistics of, found a map of shape "
                 f"{x.shape}; use a larger batch or keep the running statistics"
@@ -151,16 +155,18 @@ class BatchStatistics:
         self._seen.append((bn, found))
         return found
 
-    def running(
-        self, named: dict[str, Any], to_host: Callable[[Any], np.ndarray] = np.asarray
-    ) -> dict[str, np.ndarray]:
-        """The new running statistics, by the names that the old ones have in `named` ({canonical name: array})."""
+    def running(self, named: dict[str, Any], to_host: Callable[[Any], np.ndarray] = np.asarray) -> dict[str, Any]:
+        """The new running statistics, by the names that the old ones have in `named` ({canonical name: array}).
+
+        They are where the batch's are; `to_host` is for old ones that are not.
+        """
         names = {id(array): name for name, array in named.items()}
         new = {}
         for bn, found in self._seen:
-            unbiased = found.var * (found.count / (found.count - 1))  # type: ignore[operator]
+            unbiased = found.var * (found.count / (found.count - 1))
             for old, batch in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
-                made = (1 - self.momentum) * to_host(old) + self.momentum * to_host(batch)
+                here = to_host(old) if isinstance(batch, np.ndarray) else old
+                made = (1 - self.momentum) * here + self.momentum * batch
                 new[names[id(old)]] = made.astype(old.dtype)
         return new
 

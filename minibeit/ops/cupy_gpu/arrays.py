@@ -33,10 +33,15 @@ def stage(x: Any, dtype: str) -> Array:
 
 
 def asarray(x: Any, dtype: str) -> Array:
-    """See `reference.asarray`; for float16 and bfloat16 the array is float32, since only products use those dtypes."""
+    """See `reference.asarray`; for float16 and bfloat16 the array is float32, since only products use those dtypes.
+
+    A mask in main memory stays there: how many patches it marks has to be known there, and to ask a device is to wait.
+    """
     wanted = _numpy_dtype(dtype)
     if isinstance(x, cupy.ndarray):
         return x.astype(wanted, copy=False)
+    if wanted.kind == "b":
+        return np.asarray(x, wanted)
     return _upload(np.ascontiguousarray(x, wanted).reshape(np.shape(x)))
 
 
@@ -125,7 +130,12 @@ def argmax_channels(x: Array) -> Array:  # (B, C, h, w) -> (B, h, w) int64
 
 def masked_patches(x: Array, mask: Array) -> Array:  # (B, P, D), (B, P) -> (n, D)
     """See `reference.masked_patches`."""
-    return x[mask]
+    return x[marked(mask)]
+
+
+def marked(mask: Array) -> Any:  # (B, P)
+    """An index of the patches that a mask marks; for a mask in main memory the device is not asked."""
+    return mask if isinstance(mask, cupy.ndarray) else tuple(cupy.asarray(axis) for axis in np.nonzero(mask))
 
 
 def relative_position_index(grid: tuple[int, int]) -> Array:  # -> (N, N) int32

@@ -10,7 +10,6 @@ from ..backward.arrays import (
     add_backward,
     concatenate_backward,
     dropout_backward,
-    mask_tokens_backward,
     reshape_backward,
     transpose_backward,
 )

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..backward import arrays
 from . import losses
-from .arrays import to_host
+from .arrays import marked, to_host
 from .device import cupy
 from .kernels import block_size, kernel
 
@@ -24,6 +25,7 @@ __all__ = [
     "divergence_from_uniform_backward",
     "gumbel_softmax_forward",
     "logit_laplace_loss_backward",
+    "mask_tokens_backward",
     "masked_patches_backward",
     "mean_patches_backward",
     "mse_loss_backward",
@@ -91,7 +93,14 @@ def part_backward(g: Array, saved: None, x: Array, index: Any) -> tuple[Any, ...
     return dx, None
 
 
-masked_patches_backward = part_backward
+def masked_patches_backward(g: Array, saved: None, x: Array, mask: Array) -> tuple[Any, ...]:
+    """As `backward.masked_patches_backward`."""
+    return part_backward(g, None, x, marked(mask))
+
+
+def mask_tokens_backward(g: Array, saved: None, x: Array, mask: Array, mask_token: Array) -> tuple[Any, ...]:
+    """As `backward.mask_tokens_backward`."""
+    return arrays.mask_tokens_backward(g, None, x, cupy.asarray(mask), mask_token)
 
 
 # Losses of other tasks ------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from .. import reference
 from ..backward.arrays import pieces_of, total
 from ..backward.maps import PLACES, BatchStatistics, Moments, tap_matrix
 from . import maps
-from .arrays import to_host
 from .device import cupy
 from .kernels import GELU, model_dtype
 from .prepare import DeviceLinear
@@ -138,9 +137,13 @@ def conv_transpose_backward(g: Array, saved: None, x: Array, deconv: ConvTranspo
 # Batch norm ---------------------------------------------------------------------------------------------------------
 
 
-def _channel_sums(x: Array, mean: np.ndarray | None) -> np.ndarray:  # (B, C, h, w), (C,) -> (C,), in main memory
-    y = x if mean is None else cupy.square(x - _column(mean, np.float64))
-    return to_host(y.sum(PLACES, dtype=np.float64))
+def _batch_moments(x: Array, reduce: Callable[[Array], Array]) -> Moments:  # (B, C, h, w)
+    """As `backward.maps.batch_moments`, without waiting: all numbers, the count too, stay on the device."""
+    count = cupy.full(1, x.size / x.shape[1])
+    totals = reduce(cupy.concatenate([x.sum(PLACES, dtype=np.float64), count]))
+    mean, count = totals[:-1] / totals[-1], totals[-1]
+    squares = cupy.square(x - _column(mean, np.float64)).sum(PLACES, dtype=np.float64)
+    return Moments(mean, reduce(squares) / count, count, reduce)
 
 
 def _normalised(x: Array, moments: Moments) -> tuple[Array, Array]:  # -> (B, C, h, w), (C, 1, 1) float64
@@ -149,11 +152,11 @@ def _normalised(x: Array, moments: Moments) -> tuple[Array, Array]:  # -> (B, C,
 
 
 def batch_norm_forward(x: Array, bn: BatchNorm, statistics: BatchStatistics | None) -> tuple[Array, Moments]:
-    """As `backward.batch_norm_forward`.  Statistics of a batch come to main memory, where ranks add them up."""
+    """As `backward.batch_norm_forward`."""
     if statistics is None:
         moments = Moments(bn.running_mean, bn.running_var)
     else:
-        moments = statistics.moments(x, bn, _channel_sums)
+        moments = statistics.moments(x, bn, _batch_moments)
     return _normalised(x, moments)[0] * bn.weight[:, None, None] + bn.bias[:, None, None], moments
 
 
@@ -165,8 +168,8 @@ def batch_norm_backward(g: Array, saved: Moments, x: Array, bn: BatchNorm) -> tu
     factor = (bn.weight[:, None, None] * r).astype(x.dtype)
     if saved.count is None or saved.reduce is None:
         return g * factor, d_bn
-    means = saved.reduce(to_host(cupy.concatenate([d_bias, d_weight], 0).astype(np.float64))) / saved.count
-    mean_g, mean_gh = (_column(part, x.dtype) for part in np.split(means, 2))
+    means = saved.reduce(cupy.concatenate([d_bias, d_weight]).astype(np.float64)) / saved.count
+    mean_g, mean_gh = (_column(part, x.dtype) for part in means.reshape(2, -1))
     return (g - mean_g - hat * mean_gh) * factor, d_bn
 
 

@@ -78,7 +78,7 @@ def shared_rows(keep: Array | None, rows: int) -> int | None:
 
 def mask_tokens(x: Array, mask: Array, mask_token: Array) -> Array:  # (B, P, D), (B, P), (1, 1, D) -> (B, P, D)
     """See `reference.mask_tokens`."""
-    w = mask[:, :, None].astype(x.dtype)
+    w = cupy.asarray(mask)[:, :, None].astype(x.dtype)
     return x * (1 - w) + mask_token * w
 
 

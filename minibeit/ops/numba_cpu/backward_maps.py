@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ...params import BATCH_NORM_EPS, BatchNorm, Conv, ConvBatchNorm, ConvTranspose
 from .. import backward as reference
-from ..backward.maps import BatchStatistics, Moments
+from ..backward.maps import BatchStatistics, Moments, batch_moments
 from . import gemm
 from .arguments import PLAIN
 from .backward import linear_backward
@@ -186,7 +187,7 @@ def _normalise(
     if statistics is None:
         moments = Moments(bn.running_mean, bn.running_var)
     else:
-        moments = statistics.moments(to_channels_first(y), bn, _channel_sums)
+        moments = statistics.moments(to_channels_first(y), bn, partial(batch_moments, sums=_channel_sums))
     z = normalised(y, _forward_vectors(moments, bn), relu)
     return to_channels_first(z), Kept(y, moments)
 
