@@ -140,7 +140,7 @@ def _by_scores(
     dtype: str, g: Array | None, g_probs: Array | None, q: Array, k: Array, v: Array, bias: Any, keep: Array | None
 ) -> tuple[Any, ...]:
     B, H, N, d = q.shape
-    pairs, stride, seen, scale = B * H, -(-N // 8) * 8, compute_dtype(dtype), d**-0.5
+    pairs, stride, seen = B * H, -(-N // 8) * 8, compute_dtype(dtype)
     heads = cupy.zeros(q.shape, seen) if g is None else g.reshape(B, N, H, d).transpose(0, 2, 1, 3)
     q, k, v, heads = (cupy.ascontiguousarray(x).reshape(pairs, N, d) for x in (q, k, v, to_storage(heads, dtype)))
     keep, extra = (
@@ -149,32 +149,38 @@ def _by_scores(
     )
     made = [cupy.empty((pairs, N, d), seen) for _ in range(3)]
     at_once = max(1, min(pairs, SCORES_BYTES // (N * stride * seen.itemsize)))
-    scores, d_scores = (cupy.empty((at_once, N, stride), seen) for _ in range(2))
-    probs = cupy.empty((at_once, N, N), seen)
+    work = cupy.empty((2, at_once, N, stride), seen)
     sums = None if bias is None else cupy.zeros((H, N, stride), seen)
     for first in range(0, pairs, at_once):
         here = slice(first, min(first + at_once, pairs))
-        count = here.stop - first
-        parts = [x[here] for x in (q, k, v, heads)]
-        factors, more = (None if x is None else x[here] for x in (keep, extra))
-        p, d_s = scores[:count], d_scores[:count]
-        batched_product(parts[0], parts[1], p[:, :, :N], scale=scale)
-        softmax(p, N, bias, H, first, probs, factors, dtype)
-        batched_product(p.view(q.dtype)[:, :, :N], parts[3], made[2][here], transposed=False, turned=True)
-        batched_product(parts[3], parts[2], d_s[:, :, :N])
-        operand = d_s if q.dtype == seen else p.view(q.dtype)  # the probabilities have been used
-        kernel("softmax_backward", dtype)(
-            (count * N,), (block_size(N),),
-            (d_s, probs, or_null(factors), or_null(more), 0 if operand is d_s else operand, N, stride,
-             operand.shape[2]),
-        )  # fmt: skip
-        batched_product(operand[:, :, :N], parts[1], made[0][here], scale=scale, transposed=False)
-        batched_product(operand[:, :, :N], parts[0], made[1][here], scale=scale, transposed=False, turned=True)
+        parts = [None if x is None else x[here] for x in (q, k, v, heads, keep, extra)]
+        scores, d_scores = work[:, : here.stop - first]
+        _of_heads(parts, bias, H, first, scores, d_scores, [x[here] for x in made], dtype)
         if sums is not None:
             size = N * stride
-            kernel("add_scores", dtype)((-(-size // THREADS), H), (THREADS,), (d_s, sums, count, first, H, size))
+            args = d_scores, sums, len(d_scores), first, H, size
+            kernel("add_scores", dtype)((-(-size // THREADS), H), (THREADS,), args)
     d_bias = None if sums is None else _of_table(dtype, sums, bias, N)
     return (*(x.reshape(B, H, N, d) for x in made), d_bias)
+
+
+def _of_heads(
+    parts: list[Any], bias: Any, H: int, first: int, scores: Array, d_scores: Array, made: list[Array], dtype: str
+) -> None:
+    """Fills `made` with the gradients of some heads' q, k and v, and d_scores (pairs, N, stride) with their scores'."""
+    q, k, v, g, keep, extra = parts
+    n, N, stride = d_scores.shape
+    probs, scale = cupy.empty((n, N, N), d_scores.dtype), q.shape[2] ** -0.5
+    batched_product(q, k, scores[:, :, :N], scale=scale)
+    softmax(scores, N, bias, H, first, probs, keep, dtype)
+    batched_product(scores.view(q.dtype)[:, :, :N], g, made[2], transposed=False, turned=True)
+    batched_product(g, v, d_scores[:, :, :N])
+    same = q.dtype == d_scores.dtype
+    operand = d_scores if same else scores.view(q.dtype)  # the probabilities in there have been used
+    args = d_scores, probs, or_null(keep), or_null(extra), 0 if same else operand, N, stride, operand.shape[2]
+    kernel("softmax_backward", dtype)((n * N,), (block_size(N),), args)
+    batched_product(operand[:, :, :N], k, made[0], scale=scale, transposed=False)
+    batched_product(operand[:, :, :N], q, made[1], scale=scale, transposed=False, turned=True)
 
 
 def _operand(x: Array, dtype: str) -> Array:
