@@ -120,7 +120,7 @@ def base_job(seed: int, **settings) -> Job:
     task, kind = TASKS[seed % len(TASKS)], KINDS[seed // len(TASKS) % len(KINDS)]
     size = SIZES[seed % len(SIZES)]
     positions = {name: name == kind for name in KINDS}
-    made = job(task, seed, batch=1, num_hidden_layers=3, **{**BASE, **positions, **settings})
+    made = job(task, seed, batch=1, **{**BASE, "num_hidden_layers": 3, **positions, **settings})
     if "image_size" in settings:
         size = (settings["image_size"],) * 2 if seed % 2 == 0 else (192, 256)
     return Job(made.config, task, weights(made, seed % 2 == 0, seed), resized(made, size, seed))
