@@ -62,8 +62,7 @@ def test_profile_counts_the_operations_of_every_product(checkpoint):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("task", ["classification", "mim"])
+@pytest.mark.parametrize("task, dtype", [("classification", "float32"), ("mim", "float16")])
 def test_a_step_of_training(task, dtype, tmp_path):
     workload = workloads.make(task, "digits", None, 2, training=True)
     folder, x = workloads.write_checkpoint(workload, tmp_path / "model"), workloads.pixels(workload)

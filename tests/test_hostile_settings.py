@@ -247,8 +247,8 @@ def test_weights_with_strides_of_zero_are_weights(backend, task):
 
 @pytest.mark.parametrize("kind", ["config", "processor"])
 def test_mutants_are_taken_or_refused_at_once(kind):
-    outcomes, _, _ = fuzz_settings.fuzz(kind, 150)
-    assert outcomes["taken"] > 5 and outcomes["refused"] > 50
+    outcomes, _, _ = fuzz_settings.fuzz(kind, 75)
+    assert outcomes["taken"] > 2 and outcomes["refused"] > 25
 
 
 @pytest.mark.slow

@@ -147,6 +147,7 @@ def evil_checkpoints(folder: Path) -> list[Path]:
     return [*made, model]
 
 
+@pytest.mark.slow
 def test_checkpoints(capsys, place, tmp_path):
     good = save(tmp_path / "good", "classify")
     for i, path in enumerate(evil_checkpoints(tmp_path)):

@@ -37,6 +37,7 @@ def use(monkeypatch):
     yield from kernels_below(monkeypatch)
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_once_and_only_those_that_are_needed(tmp_path):
     first = run_python(SMALL, NUMBA_CACHE_DIR=str(tmp_path))
     assert first.stderr.count("compiling") == 1
@@ -145,6 +146,7 @@ def test_a_folder_in_a_files_place_does_no_harm(tmp_path, use, capsys):
     assert capsys.readouterr().err.count("no kernels are kept") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
     """A limit of the size of files stands for it: the write itself fails halfway."""
@@ -268,6 +270,7 @@ assert children and not hung, f"{hung} of {len(children)} children hang"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_forked_while_another_thread_compiles_can_compile(tmp_path):
     """Nothing is kept on disk, so that each load compiles."""

@@ -256,7 +256,7 @@ def test_no_op_of_the_transformer_is_waited_for(cupy, tmp_path, options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_training_waits_within_a_step(cupy, kind, tmp_path):
     """Not for the statistics of batch norms, and not to count the patches that are masked."""
-    changes = {"epochs": 1, "batch_size": 4, "backend": "cupy"}
+    changes = {"epochs": 1, "batch_size": 7, "backend": "cupy"}
     made, waits = trainer_of_kind(kind, save_data(kind, tmp_path / "data"), tmp_path / "o", "float32", changes), []
     with counted() as world:
         made.tell = lambda progress: waits.append(len(world.waits))

@@ -20,7 +20,9 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked 
 
 # In units of the largest map in float64.  It took 16.2 and 17.5 when convolutions widened their whole input and all
 # runs made their array before the first was compared.
-@pytest.mark.parametrize("yardstick, limit", [(False, 13.0), (True, 14.0)])  # measured: 12.3 and 13.3
+@pytest.mark.parametrize(
+    "yardstick, limit", [pytest.param(False, 13.0, marks=pytest.mark.slow), (True, 14.0)]
+)  # measured: 12.3 and 13.3
 def test_few_maps_are_alive_at_a_time(monkeypatch, yardstick, limit):
     monkeypatch.setattr(float64_model, "STRIP_BYTES", 1 << 17)  # scratch as small beside the maps as it is at full size
     monkeypatch.setattr(difference, "PIECE", 1 << 14)
