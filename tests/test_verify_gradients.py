@@ -77,6 +77,35 @@ def test_several_models_raise_no_false_alarm():
         assert report.ok, verdict(report)
 
 
+def closed_in_channel_0(wanted, module):
+    """A backward that takes the ReLU of this convolution's first channel as closed."""
+    shape, first = wanted.arrays[f"{module}.conv.weight"].shape, wanted.arrays[f"{module}.bn.bias"]
+
+    def faulty(g, saved, x, layer):
+        y, moments, positive = saved
+        if layer.conv.weight.shape == shape and np.array_equal(layer.bn.bias, first):
+            positive = positive & (np.arange(y.shape[1]) > 0)[:, None, None]
+        return backward.conv_bn_relu_backward(g, (y, moments, positive), x, layer)
+
+    return faulty
+
+
+def test_a_relu_within_a_convolution_may_be_taken_on_either_side():
+    wanted, module = made("semantic_segmentation"), "decode_head.fpn_convs.0"
+    wanted.arrays[f"{module}.bn.weight"][0] = 0
+    wanted.arrays[f"{module}.bn.bias"][0] = 1e-9  # what that ReLU gets in channel 0, everywhere
+    report = check_gradients(wanted, found(wanted), "open")
+    assert report.ok, verdict(report)
+    report = check_gradients(wanted, found(wanted, conv_bn_relu=closed_in_channel_0(wanted, module)), "closed")
+    assert report.ok, verdict(report)
+    assert "places a ReLU" in verdict(report)
+    wanted.arrays[f"{module}.bn.bias"][0] = 0.01
+    faulty = found(wanted, conv_bn_relu=closed_in_channel_0(wanted, module))
+    report = check_gradients(wanted, faulty, "far from undecided")
+    assert report.guilty is not None
+    assert module in report.guilty.name
+
+
 # What is wrong --------------------------------------------------------------------------------------------------------
 
 

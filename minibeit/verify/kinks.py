@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..ops.backward import conv_bn_relu_backward, conv_bn_relu_resized_backward
+from ..params import BATCH_NORM_EPS
 from . import budget
 
 NEAR = 32 * budget.EPS32  # times the root mean square of an array: nearer to a kink, float32 may be on either side
@@ -26,6 +28,27 @@ def undecided(op: str, x: np.ndarray, *args: Any) -> np.ndarray | None:
         means, rest = np.split(x, 2, axis=1)
         return np.concatenate([np.abs(np.log(pixels / (1 - pixels)) - means) <= near, np.zeros(rest.shape, bool)], 1)
     return None
+
+
+def turned(op: str, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """How the gradients of a convolution with a ReLU of its own change if all its undecided places take the other side.
+
+    `given` are the arguments of the op's backward.  None for other ops, and where every place is decided.
+    """
+    if op not in ("conv_bn_relu", "conv_bn_relu_resized"):
+        return None
+    g, saved, x, layer, *rest = given
+    resized = op == "conv_bn_relu_resized"
+    y, moments, positive = saved[1] if resized else saved
+    mean, scale = moments.mean, layer.bn.weight / np.sqrt(moments.var + BATCH_NORM_EPS)
+    z = (y - mean[:, None, None]) * scale[:, None, None] + layer.bn.bias[:, None, None]
+    near = np.abs(z) <= NEAR * float(np.sqrt(np.mean(np.square(z))))
+    if not near.any():
+        return None
+    change, all_open = g * near * np.where(positive, -1.0, 1.0), (y, moments, np.ones(y.shape, bool))
+    if resized:
+        return conv_bn_relu_resized_backward(change, (saved[0], all_open), x, layer, *rest)
+    return conv_bn_relu_backward(change, all_open, x, layer)
 
 
 def _ties(x: np.ndarray, near: float) -> np.ndarray:  # (B, C, h, w)

@@ -145,9 +145,8 @@ class BatchStatistics:
     ) -> Moments:  # (B, C, h, w)
         """The statistics of this batch.  Raises ValueError for a single value per channel, which has no spread."""
         found = find(x, self.reduce)
-        if (
-            x.size < 2 * x.shape[1] and found.count < 2
-        ):  # of all ranks; it is read where it matters, as a GPU may hold it
+        # Of all ranks; a GPU may hold the count, so that it is read where it matters alone.
+        if x.size < 2 * x.shape[1] and found.count < 2:
             raise ValueError(
                 f"batch norm: expected more than one value per channel to take statistics of, found a map of shape "
                 f"{x.shape}; use a larger batch or keep the running statistics"
