@@ -51,12 +51,12 @@ __device__ inline void store_rows(
   long long tokens, long long heads, long long image_step, long long head_step, long long step, long long bias_step, \
       double scale_
 
-// Each block: 64 queries of one head.
+// Each block: 64 queries of one head.  Blocks of the same queries of all images are neighbours: they read the same bias.
 __global__ void __launch_bounds__(128) attend_backward_queries(OPERANDS, A* y, NUMBERS, double factor) {
   __shared__ Tile keys[2], values[2];
-  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE;
-  const int number = blockIdx.x / blocks, image = number / H, head = number % H;
-  const int lane = threadIdx.x % 32, quad = lane % 4, begin = blockIdx.x % blocks * TILE + threadIdx.x / 32 * 16;
+  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, B = gridDim.x / (blocks * H);
+  const int image = blockIdx.x % B, rest = blockIdx.x / B, head = rest / blocks, number = image * H + head;
+  const int lane = threadIdx.x % 32, quad = lane % 4, begin = rest % blocks * TILE + threadIdx.x / 32 * 16;
   const long long place = image * image_step + head * head_step, row = H * (long long)HEAD;
   const int rows[2] = {begin + lane / 4, begin + lane / 4 + 8};
   const A scale = A(scale_);
@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(128) attend_backward_queries(OPERANDS, A* y, N
 // Each block: 64 keys of one head and their values.  Scores are turned: a row is a key, a column is a query.
 __global__ void __launch_bounds__(128) attend_backward_keys(OPERANDS, A* y, NUMBERS, double factor) {
   __shared__ Tile queries[2], cotangents[2];
-  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE;
-  const int number = blockIdx.x / blocks, image = number / H, head = number % H;
-  const int lane = threadIdx.x % 32, quad = lane % 4, begin = blockIdx.x % blocks * TILE + threadIdx.x / 32 * 16;
+  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, B = gridDim.x / (blocks * H);
+  const int image = blockIdx.x % B, rest = blockIdx.x / B, head = rest / blocks, number = image * H + head;
+  const int lane = threadIdx.x % 32, quad = lane % 4, begin = rest % blocks * TILE + threadIdx.x / 32 * 16;
   const long long place = image * image_step + head * head_step, row = H * (long long)HEAD;
   const int rows[2] = {begin + lane / 4, begin + lane / 4 + 8};
   const A scale = A(scale_);
@@ -157,26 +157,27 @@ __global__ void __launch_bounds__(128) attend_backward_keys(OPERANDS, A* y, NUMB
   store_rows(first + 2 * row, of_values, rows, N, 3 * row, A(1));
 }
 
-// y (H, N, bias_step) = the gradient of the bias, the sum over all images in their order.  Each block: 64 queries and 64
-// keys of one head.
+// y (parts, H, N, bias_step) = the gradient of the bias: the sum over the images of each part, in their order.  Each block:
+// 64 queries and 64 keys of one head in one part.
 __global__ void __launch_bounds__(128) attend_backward_bias(OPERANDS, A* y, NUMBERS, long long images) {
   __shared__ Tile keys[2], values[2];
-  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, B = int(images);
+  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, parts = gridDim.y;
+  const int start = int(images * blockIdx.y / parts), end = int(images * (blockIdx.y + 1) / parts);
   const int head = blockIdx.x / (blocks * blocks), from = blockIdx.x % blocks * TILE;
   const int lane = threadIdx.x % 32, quad = lane % 4, begin = blockIdx.x / blocks % blocks * TILE + threadIdx.x / 32 * 16;
   const long long row = H * (long long)HEAD;
   const int rows[2] = {begin + lane / 4, begin + lane / 4 + 8}, columns = begin < N ? min(TILE, N - from) : 0;
   const A scale = A(scale_);
 
-  load_tile(keys[0], k + head * head_step, from, N, step);
-  load_tile(values[0], v + head * head_step, from, N, step);
+  load_tile(keys[start % 2], k + start * image_step + head * head_step, from, N, step);
+  load_tile(values[start % 2], v + start * image_step + head * head_step, from, N, step);
   commit_copies();
   A biases[TILE / 8][4], sums[TILE / 8][4] = {};
   start_scores(biases, bias, head, rows, from, N, bias_step);
-  for (int image = 0; image < B; image++) {
+  for (int image = start; image < end; image++) {
     const int now = image % 2;
     const long long place = image * image_step + head * head_step;
-    if (image + 1 < B) {
+    if (image + 1 < end) {
       load_tile(keys[1 - now], k + place + image_step, from, N, step);
       load_tile(values[1 - now], v + place + image_step, from, N, step);
     }
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(128) attend_backward_bias(OPERANDS, A* y, NUMB
     for (int j = 0; j < TILE / 8; j++)
       for (int i = 0; i < 2; i++) {
         const int column = from + 8 * j + 2 * quad + i;
-        if (column < N) y[(head * (long long)N + rows[r]) * bias_step + column] = sums[j][2 * r + i];
+        if (column < N) y[((blockIdx.y * H + head) * (long long)N + rows[r]) * bias_step + column] = sums[j][2 * r + i];
       }
   }
 }

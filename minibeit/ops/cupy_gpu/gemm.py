@@ -48,8 +48,18 @@ def batched_product(
     k = x.shape[1] if turned else x.shape[2]
     if batch == 0 or n == 0 or m == 0:
         return
+    if k == 0:
+        y[...] = 0
+        return
     compute, factor, zero = _precision(x, scale, 0.0)
     cublas, handle = _cublas()
+    if batch == 1:  # of which cuBLAS knows more ways, such as to share a long sum between blocks
+        cublas.gemmEx(
+            handle, int(transposed), int(turned), m, n, k, factor,
+            weight.data.ptr, _type(weight), _row(weight), x.data.ptr, _type(x), _row(x),
+            zero, y.data.ptr, _type(y), _row(y), compute, _DEFAULT_ALGORITHM,
+        )  # fmt: skip
+        return
     cublas.gemmStridedBatchedEx(
         handle, int(transposed), int(turned), m, n, k, factor,
         weight.data.ptr, _type(weight), _row(weight), _step(weight), x.data.ptr, _type(x), _row(x), _step(x),

@@ -129,8 +129,8 @@ def by_columns(
 ) -> Any:  # -> (kinds, columns) float64
     """Launches `name<W>`, a kernel by `sum_columns`, W as in `along_rows`; returns its sums over all rows if wanted."""
     width = _width(columns, 4, args)
-    grid = -(-rows // ROWS_OF_A_SUM), -(-columns // (_WARP * width))
-    partial = cupy.empty((grid[0], kinds, columns)) if sums else None
+    grid = -(-columns // (_WARP * width)), -(-rows // ROWS_OF_A_SUM)
+    partial = cupy.empty((grid[1], kinds, columns)) if sums else None
     if rows and columns:
         kernel(f"{name}<{width}>", dtype)(grid, (THREADS,), (or_null(partial), rows, columns, *args))
     return None if partial is None else partial.sum(0)

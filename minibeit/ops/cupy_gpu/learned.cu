@@ -14,8 +14,8 @@ constexpr int ROWS_AT_ONCE = 8, ROWS_OF_A_SUM = 128;
 // use(row, c, x) does the rest of the work on W elements and fills x[K][W].
 template <int W, int K, class Use> __device__ inline void sum_columns(double* sums, long long rows, int C, Use use) {
   __shared__ double parts[ROWS_AT_ONCE][K][32 * W];
-  const int own = threadIdx.x % 32 * W, c = blockIdx.y * 32 * W + own, lane = threadIdx.x / 32;
-  const long long first = blockIdx.x * (long long)ROWS_OF_A_SUM, end = min(first + ROWS_OF_A_SUM, rows);
+  const int own = threadIdx.x % 32 * W, c = blockIdx.x * 32 * W + own, lane = threadIdx.x / 32;
+  const long long first = blockIdx.y * (long long)ROWS_OF_A_SUM, end = min(first + ROWS_OF_A_SUM, rows);
   double sum[K][W] = {};
   if (c < C)
     for (long long row = first + lane; row < end; row += ROWS_AT_ONCE) {
@@ -33,7 +33,7 @@ template <int W, int K, class Use> __device__ inline void sum_columns(double* su
     for (int i = 0; i < W; i++) {
       double total = 0;
       for (int part = 0; part < ROWS_AT_ONCE; part++) total += parts[part][k][own + i];
-      sums[(blockIdx.x * (long long)K + k) * C + c + i] = total;
+      sums[(blockIdx.y * (long long)K + k) * C + c + i] = total;
     }
 }
 
@@ -152,7 +152,7 @@ __device__ inline A slope(A x, int kind) {
     case 11: return x > 0 && x < 6;
     case 12: return sigmoid(x) * (1 - sigmoid(x));
     case 13: return silu_slope(x, A(1));
-    case 14: return sigmoid(x) / (2 * sqrt(softplus(x)));
+    case 14: return x < -80 ? A(0.5) * exp(A(0.5) * x) : sigmoid(x) / (2 * sqrt(softplus(x)));  // 0 / 0 far below
     case 15: return 1 - tanh(x) * tanh(x);
     default: return A(1);
   }
@@ -232,17 +232,19 @@ __global__ void add_scores(
   pairs[head * size + i] = sum;
 }
 
-// d_table (R, H): the sum of pairs (H, N, stride) over the places a N + b that read a row of the table; `places` (R, most)
-// has them in order, and -1 behind the last.  A block for each row and head.
+// d_table (R, H): the sum of pairs (parts, H, N, stride) over all parts and the places a N + b that read a row of the table;
+// `places` (R, most) has them in order, and -1 behind the last.  A block for each row and head.
 __global__ void table_backward(
-    const A* pairs, const int* places, A* d_table, long long most, long long tokens, long long stride, long long H) {
+    const A* pairs, const int* places, A* d_table, long long most, long long tokens, long long stride, long long H,
+    long long parts_of_images) {
   __shared__ double parts[32];
   const int N = int(tokens), head = blockIdx.y;
   pairs += head * tokens * stride;
   double sum = 0;
   for (int i = threadIdx.x; i < most; i += blockDim.x) {
     const int place = places[blockIdx.x * most + i];
-    if (place >= 0) sum += pairs[place / N * stride + place % N];
+    for (int part = 0; part < parts_of_images && place >= 0; part++)
+      sum += pairs[part * H * tokens * stride + place / N * stride + place % N];
   }
   sum = warp_total(sum);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;

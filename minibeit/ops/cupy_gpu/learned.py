@@ -47,7 +47,8 @@ Array = Any
 
 def layer_norm_forward(dtype: str, x: Array, norm: LayerNorm, eps: float) -> tuple[Array, None]:
     """As in inference; nothing is kept."""
-    return rows.layer_norm(x, DeviceNorm(norm.weight, norm.bias, dtype), eps), None
+    weight, bias = map(cupy.ascontiguousarray, (norm.weight, norm.bias))
+    return rows.layer_norm(x, DeviceNorm(weight, bias, dtype), eps), None
 
 
 def layer_norm_backward(dtype: str, g: Array, saved: None, x: Array, norm: LayerNorm, eps: float) -> tuple[Any, ...]:
@@ -55,9 +56,10 @@ def layer_norm_backward(dtype: str, g: Array, saved: None, x: Array, norm: Layer
     x, g, D = to_compute(x, dtype), cupy.ascontiguousarray(g), x.shape[-1]
     count = x.size // D
     dx, moments = cupy.empty(x.shape, x.dtype), cupy.empty((count, 2))
-    warp_by_row("layer_norm_backward", dtype, count, D, g, x, norm.weight, dx, moments, count, D, float(eps))
-    weight, bias = by_columns("layer_norm_sums", dtype, count, D, g, x, moments, kinds=2).astype(x.dtype)
-    return dx, LayerNorm(weight, bias), None
+    weight = cupy.ascontiguousarray(norm.weight)
+    warp_by_row("layer_norm_backward", dtype, count, D, g, x, weight, dx, moments, count, D, float(eps))
+    d_weight, d_bias = by_columns("layer_norm_sums", dtype, count, D, g, x, moments, kinds=2).astype(x.dtype)
+    return dx, LayerNorm(d_weight, d_bias), None
 
 
 # Linear layers --------------------------------------------------------------------------------------------------------
@@ -120,6 +122,7 @@ def linear_residual_backward(
         a, keep, share = a * keep, None, count
     if scale is None and keep is None:
         return (*linear_backward(dtype, a, None, x, layer), None, g)
+    scale, keep = (None if x is None else cupy.ascontiguousarray(x, g.dtype) for x in (scale, keep))
     plain = cupy.empty((count, out), storage_dtype(dtype))
     scaled = None if scale is None else cupy.empty_like(plain)
     args = a, or_null(keep), share, or_null(scale), plain, or_null(scaled)

@@ -27,6 +27,7 @@ __all__ = ["attention_backward", "attention_forward", "project_qkv_backward", "p
 
 Array = Any
 SCORES_BYTES = 1 << 28  # of the scores that the backward computes at a time, where they are in memory
+BLOCKS = 528  # that keep a large GPU busy: four for each of its 132 multiprocessors
 
 
 # The projection -------------------------------------------------------------------------------------------------------
@@ -34,8 +35,9 @@ SCORES_BYTES = 1 << 28  # of the scores that the backward computes at a time, wh
 
 def project_qkv_forward(dtype: str, x: Array, p: Attention, num_heads: int) -> tuple[tuple[Array, ...], None]:
     """As in inference: one product for all three."""
-    weight, bias = _joined(p)
-    qkv = DeviceLinear(to_storage(weight, dtype), bias, dtype)
+    zeros = cupy.zeros(len(p.query.weight), p.query.weight.dtype)
+    biases = [zeros if layer.bias is None else layer.bias for layer in (p.query, p.key, p.value)]
+    qkv = DeviceLinear(to_storage(_joined_weight(p), dtype), cupy.concatenate(biases), dtype)
     return project_qkv(x, DeviceAttention(qkv, output=None), num_heads), None  # type: ignore[arg-type]
 
 
@@ -44,22 +46,19 @@ def project_qkv_backward(
 ) -> tuple[Any, ...]:
     """That of one layer of 3 D outputs, cut into three."""
     operand, sums = operand_and_sums(_side_by_side(g), dtype, sums=True)
-    dw, weight = weight_gradient(operand, x, dtype), _joined(p)[0]
+    dw = weight_gradient(operand, x, dtype)
     db = None if sums is None else sums[0].astype(dw.dtype)
     D, grads = len(dw) // 3, []
     for i, layer in enumerate((p.query, p.key, p.value)):
         own = slice(i * D, (i + 1) * D)
         grads.append(Linear(dw[own], None if layer.bias is None or db is None else db[own]))
     query, key, value = grads
-    dx = input_gradient(operand, weight, dtype).reshape(x.shape)
+    dx = input_gradient(operand, _joined_weight(p), dtype).reshape(x.shape)
     return dx, Attention(query, key, value, output=None), None  # type: ignore[arg-type]
 
 
-def _joined(p: Attention) -> tuple[Array, Array]:
-    layers = p.query, p.key, p.value
-    zeros = cupy.zeros(len(p.query.weight), p.query.weight.dtype)
-    biases = [zeros if layer.bias is None else layer.bias for layer in layers]
-    return cupy.concatenate([layer.weight for layer in layers]), cupy.concatenate(biases)
+def _joined_weight(p: Attention) -> Array:  # -> (3 D, D)
+    return cupy.concatenate([layer.weight for layer in (p.query, p.key, p.value)])
 
 
 def _side_by_side(g: tuple[Array, ...]) -> Array:  # 3 x (B, H, N, d) -> (B N, 3 H d)
@@ -128,10 +127,10 @@ def _fused(
     kernel("attend_backward_keys", dtype)(*launch)
     d_bias = None
     if bias is not None:
-        pairs = cupy.empty((H, N, stride), g.dtype)
-        kernel("attend_backward_bias", dtype)(
-            (H * blocks * blocks,), (ATTEND_THREADS,), (*operands, pairs, *numbers, B)
-        )
+        tiles = H * blocks * blocks
+        pairs = cupy.empty((min(B, -(-BLOCKS // tiles)), H, N, stride), g.dtype)
+        args = *operands, pairs, *numbers, B
+        kernel("attend_backward_bias", dtype)((tiles, len(pairs)), (ATTEND_THREADS,), args)
         d_bias = _of_table(dtype, pairs, bias, N)
     return (*made.transpose(2, 0, 3, 1, 4), d_bias)
 
@@ -160,7 +159,7 @@ def _by_scores(
             size = N * stride
             args = d_scores, sums, len(d_scores), first, H, size
             kernel("add_scores", dtype)((-(-size // THREADS), H), (THREADS,), args)
-    d_bias = None if sums is None else _of_table(dtype, sums, bias, N)
+    d_bias = None if sums is None else _of_table(dtype, sums[None], bias, N)
     return (*(x.reshape(B, H, N, d) for x in made), d_bias)
 
 
@@ -189,12 +188,13 @@ def _operand(x: Array, dtype: str) -> Array:
 
 
 def _of_table(dtype: str, pairs: Array, bias: Any, N: int) -> Any:
-    """The gradient of a bias from that of every pair of tokens (H, N, stride)."""
+    """The gradient of a bias from that of every pair of tokens (parts, H, N, stride), to be added up."""
     places = _places(bias.grid, cupy.cuda.runtime.getDevice())
     R, most = places.shape
-    table = cupy.empty((R, len(pairs)), pairs.dtype)
-    args = pairs, places, table, most, N, pairs.shape[2], len(pairs)
-    kernel("table_backward", dtype)((R, len(pairs)), (block_size(most),), args)
+    parts, H, _, stride = pairs.shape
+    table = cupy.empty((R, H), pairs.dtype)
+    args = pairs, places, table, most, N, stride, H, parts
+    kernel("table_backward", dtype)((R, H), (block_size(most),), args)
     return replace(bias, table=table)
 
 

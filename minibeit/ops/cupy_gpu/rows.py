@@ -64,6 +64,7 @@ def linear_residual(
     residual = to_compute(residual, layer.dtype)
     y = cupy.empty(branch.shape, residual.dtype)
     out = y.shape[-1]
+    scale, keep = (None if x is None else cupy.ascontiguousarray(x, residual.dtype) for x in (scale, keep))
     args = (branch, or_null(layer.bias), or_null(scale), residual, or_null(keep), share, y, out)
     along_rows("residual", layer.dtype, rows, out, *args)
     return y
@@ -73,7 +74,8 @@ def shared_rows(keep: Array | None, rows: int) -> int | None:
     """How many rows share a factor of `keep`, as an image's in stochastic depth do; None if a row has several."""
     if keep is None:
         return rows
-    return rows // keep.size if keep.size == keep.shape[0] and rows % max(keep.size, 1) == 0 else None
+    count = max(keep.size, 1)
+    return rows // count if keep.size == keep.shape[0] and rows % count == 0 else None
 
 
 def mask_tokens(x: Array, mask: Array, mask_token: Array) -> Array:  # (B, P, D), (B, P), (1, 1, D) -> (B, P, D)
