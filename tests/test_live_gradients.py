@@ -21,6 +21,13 @@ import transformers
 from random_configs import draw
 from tolerances import FACTOR, GRADIENT64, REMAINDER
 
+from minibeit import BeitConfig
+from minibeit.verify.gradients import check_gradients, with_labels
+from minibeit.verify.informative import informative_weights
+from minibeit.verify.lockstep import Job
+from minibeit.verify.report_text import verdict
+from minibeit.verify.torch_gradients import torch_gradients
+
 pytestmark = pytest.mark.live
 transformers.logging.set_verbosity_error()
 
@@ -161,3 +168,29 @@ def test_random_models_in_float32(capsys):
     assert middle < 1.2
     assert again <= max(2, 0.03 * COUNT)
     assert len(ratios) > 0.8 * COUNT
+
+
+# The verifier ---------------------------------------------------------------------------------------------------------
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, num_labels=5,
+             use_relative_position_bias=True, layer_scale_init_value=0.1)  # fmt: skip
+LARGE = {  # many rows or places to add up; seed 4 has ReLUs that PyTorch takes on the other side
+    "image_classification": (96, dict(patch_size=4), 0),
+    "masked_image_modeling": (96, dict(patch_size=4, use_mask_token=True, vocab_size=50), 1),
+    "semantic_segmentation": (256, dict(patch_size=8, out_indices=[1, 2, 3, 4], auxiliary_channels=16), 4),
+}
+
+
+@pytest.mark.parametrize("task", LARGE)
+def test_the_verifier_accuses_none_of_pytorchs(task):
+    side, changes, seed = LARGE[task]
+    config, rng = BeitConfig(**{**SHAPE, **changes, "image_size": side}), np.random.default_rng(seed)
+    inputs = {"pixel_values": rng.standard_normal((1, 3, side, side), dtype=np.float32)}
+    if task == "masked_image_modeling":
+        inputs["bool_masked_pos"] = rng.random((1, (side // 4) ** 2)) < 0.4
+    job = with_labels(Job(config, task, informative_weights(config, task, seed), inputs), seed)
+    label, arrays = torch_gradients(job)
+    report = check_gradients(job, arrays, label, partial=True)
+    wrong = [row.name for row in report.rows if row.status not in ("ok", "missing")]
+    assert not wrong, verdict(report)
+    assert task != "semantic_segmentation" or "places a ReLU" in verdict(report)

@@ -17,6 +17,7 @@ from minibeit.ops import backward, reference
 from minibeit.ops.backward.activations import gelu_tanh_derivative
 from minibeit.params import LayerNorm, Linear
 from minibeit.task_table import CLASSES
+from minibeit.verify import gradients
 from minibeit.verify.gradients import LOSSES, check_gradients, model_gradients, with_labels
 from minibeit.verify.report_text import verdict
 
@@ -75,6 +76,22 @@ def test_several_models_raise_no_false_alarm():
         wanted = with_labels(job("image_classification", seed, use_shared_relative_position_bias=seed % 2 == 0), seed)
         report = check_gradients(wanted, found(wanted), "NumPy")
         assert report.ok, verdict(report)
+
+
+def summed_plainly(g, saved, x, layer):
+    """The backward of a linear layer whose bias is added up in float32, row after row."""
+    dx, d_layer = backward.linear_backward(g, saved, x, layer)
+    rows = np.float32(g.reshape(-1, g.shape[-1]))
+    return dx, replace(d_layer, bias=np.add.accumulate(rows, 0)[-1])
+
+
+def test_sums_over_many_rows_may_be_plain_ones(monkeypatch):
+    wanted = with_labels(job("masked_image_modeling", 3, image_size=(64, 64), patch_size=(2, 2)), 3)
+    arrays = found(wanted, linear=summed_plainly)
+    report = check_gradients(wanted, arrays, "plain sums")
+    assert report.ok, verdict(report)
+    monkeypatch.setattr(gradients, "losses", lambda op, given: ())
+    assert not check_gradients(wanted, arrays, "plain sums").ok
 
 
 def closed_in_channel_0(wanted, module):

@@ -34,7 +34,7 @@ from .judging import Row, judge
 from .kinks import decided, turned, undecided
 from .lockstep import Job, Report, larger
 from .networks import TOKENIZER, trained_network
-from .sum_order import CONVOLUTIONS, losses
+from .sum_order import losses
 from .trace_names import TOKENS, trace_shapes
 
 COTANGENT, GRADIENT = "cotangent.", "gradient."
@@ -172,21 +172,17 @@ class _Probed(Tape):
         return super().call(name, *args, **options)
 
     def _look(self, op: str, args: tuple[Any, ...], given: tuple[Any, ...]) -> None:
-        """Notes what an op leaves undecided, and what a convolution loses by the order of its sums."""
+        """Notes what an op leaves undecided, and what its parameters' gradients lose by the order of their sums."""
         mask = undecided(op, *given[2:]) if isinstance(args[0], Node) else None
         if mask is not None:
             self.kinks[id(args[0])] = mask | self.kinks.get(id(args[0]), False)
         for node, change in _pairs(args, turned(op, given) or ()):
             self.turned[id(node)] = change + self.turned.get(id(node), 0)
-        if op in CONVOLUTIONS:
-            g, _, x, conv, *rest = given
-            self._measure(args[1], losses(op, g, x, conv, *rest[:1]))
-
-    def _measure(self, conv: Any, lost: tuple[Any, Any]) -> None:
         names = {id(node): name for name, node in self.parameters.items()}
-        for node, one in zip((conv.weight, conv.bias), lost):
+        for node, loss in _pairs(args, losses(op, given)):
             if id(node) in names:
-                self.made.in_order[GRADIENT + names[id(node)]] = one
+                name = GRADIENT + names[id(node)]
+                self.made.in_order[name] = larger(loss, self.made.in_order.get(name))
 
     def _keep(self, name: str, array: np.ndarray, node: Node) -> None:
         self.made.arrays[name] = self.base.to_host(array)
@@ -230,7 +226,7 @@ class _Probes(Trace):
         return self._tape.probe(COTANGENT + name, array) if isinstance(array, Node) else array
 
 
-def _pairs(x: Any, changes: Any) -> Iterator[tuple[Node, np.ndarray]]:
+def _pairs(x: Any, changes: Any) -> Iterator[tuple[Node, Any]]:
     """(node, array) for every node in `x` and what stands in its place in `changes`."""
     if isinstance(x, Node) and changes is not None:
         yield x, changes
