@@ -204,7 +204,7 @@ class _Probed(Tape):
             outs = out if isinstance(out, tuple) else (out,)
             chain = [op, *(origin for node in outs for origin in self.origins.get(id(node), ()))]
             mapped(args, lambda node: note(node, chain))
-            if self.base.backend == "numpy":  # whose runs are what others are judged by
+            if self.base.backend == "numpy" and _is_double(given[0]):  # the runs that others are judged by
                 self._look(op, args, given)
             return backward(*given, **options)
 
@@ -224,6 +224,12 @@ class _Probes(Trace):
 
     def record(self, name: str, array: Any) -> Any:
         return self._tape.probe(COTANGENT + name, array) if isinstance(array, Node) else array
+
+
+def _is_double(g: Any) -> bool:
+    """Whether a cotangent, or the first one there is of several, is float64."""
+    parts = g if isinstance(g, tuple) else (g,)
+    return next(part.dtype for part in parts if part is not None) == np.float64
 
 
 def _pairs(x: Any, changes: Any) -> Iterator[tuple[Node, Any]]:

@@ -51,12 +51,20 @@ __device__ inline void store_rows(
   long long tokens, long long heads, long long image_step, long long head_step, long long step, long long bias_step, \
       double scale_
 
-// Each block: 64 queries of one head.  Blocks of the same queries of all images are neighbours: they read the same bias.
+// Which 16 of the queries (or keys) of one head a warp has: those from `begin` on.  Blocks of the same ones of all images are
+// neighbours, since they read the same bias.
+struct Work { int image, head, begin; };
+__device__ inline Work own_work(int N, int H) {
+  const int blocks = (N + TILE - 1) / TILE, B = gridDim.x / (blocks * H), rest = blockIdx.x / B;
+  return {int(blockIdx.x % B), rest / blocks, rest % blocks * TILE + int(threadIdx.x) / 32 * 16};
+}
+
+// Each block: 64 queries of one head.
 __global__ void __launch_bounds__(128) attend_backward_queries(OPERANDS, A* y, NUMBERS, double factor) {
   __shared__ Tile keys[2], values[2];
-  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, B = gridDim.x / (blocks * H);
-  const int image = blockIdx.x % B, rest = blockIdx.x / B, head = rest / blocks, number = image * H + head;
-  const int lane = threadIdx.x % 32, quad = lane % 4, begin = rest % blocks * TILE + threadIdx.x / 32 * 16;
+  const int N = int(tokens), H = int(heads);
+  const auto [image, head, begin] = own_work(N, H);
+  const int number = image * H + head, lane = threadIdx.x % 32, quad = lane % 4;
   const long long place = image * image_step + head * head_step, row = H * (long long)HEAD;
   const int rows[2] = {begin + lane / 4, begin + lane / 4 + 8};
   const A scale = A(scale_);
@@ -101,9 +109,9 @@ __global__ void __launch_bounds__(128) attend_backward_queries(OPERANDS, A* y, N
 // Each block: 64 keys of one head and their values.  Scores are turned: a row is a key, a column is a query.
 __global__ void __launch_bounds__(128) attend_backward_keys(OPERANDS, A* y, NUMBERS, double factor) {
   __shared__ Tile queries[2], cotangents[2];
-  const int N = int(tokens), H = int(heads), blocks = (N + TILE - 1) / TILE, B = gridDim.x / (blocks * H);
-  const int image = blockIdx.x % B, rest = blockIdx.x / B, head = rest / blocks, number = image * H + head;
-  const int lane = threadIdx.x % 32, quad = lane % 4, begin = rest % blocks * TILE + threadIdx.x / 32 * 16;
+  const int N = int(tokens), H = int(heads);
+  const auto [image, head, begin] = own_work(N, H);
+  const int number = image * H + head, lane = threadIdx.x % 32, quad = lane % 4;
   const long long place = image * image_step + head * head_step, row = H * (long long)HEAD;
   const int rows[2] = {begin + lane / 4, begin + lane / 4 + 8};
   const A scale = A(scale_);

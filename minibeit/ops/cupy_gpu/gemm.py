@@ -25,16 +25,8 @@ def product(x: Any, weight: Any, y: Any, accumulate: bool = False) -> None:
     Sums are float32, or float64 for float64 arrays; float32 operands are not rounded to TF32 unless MINIBEIT_TF32=1.
     y may be float32 if x and W are float16 or bfloat16.
     """
-    (n, k), m = x.shape, len(weight)
-    if n == 0 or m == 0:
-        return
-    compute, one, start = _precision(x, 1.0, float(accumulate))
-    cublas, handle = _cublas()
-    cublas.gemmEx(
-        handle, 1, 0, m, n, k, one,
-        weight.data.ptr, _type(weight), _row(weight), x.data.ptr, _type(x), _row(x),
-        start, y.data.ptr, _type(y), _row(y), compute, _DEFAULT_ALGORITHM,
-    )  # fmt: skip
+    if len(x) and len(weight):
+        _single_product(x, weight, y, start=float(accumulate))
 
 
 def batched_product(
@@ -51,19 +43,30 @@ def batched_product(
     if k == 0:
         y[...] = 0
         return
+    if batch == 1:  # of which cuBLAS knows more ways, such as to share a long sum between blocks
+        _single_product(x, weight, y, scale, transposed, turned)
+        return
     compute, factor, zero = _precision(x, scale, 0.0)
     cublas, handle = _cublas()
-    if batch == 1:  # of which cuBLAS knows more ways, such as to share a long sum between blocks
-        cublas.gemmEx(
-            handle, int(transposed), int(turned), m, n, k, factor,
-            weight.data.ptr, _type(weight), _row(weight), x.data.ptr, _type(x), _row(x),
-            zero, y.data.ptr, _type(y), _row(y), compute, _DEFAULT_ALGORITHM,
-        )  # fmt: skip
-        return
     cublas.gemmStridedBatchedEx(
         handle, int(transposed), int(turned), m, n, k, factor,
         weight.data.ptr, _type(weight), _row(weight), _step(weight), x.data.ptr, _type(x), _row(x), _step(x),
         zero, y.data.ptr, _type(y), _row(y), _step(y), batch, compute, _DEFAULT_ALGORITHM,
+    )  # fmt: skip
+
+
+def _single_product(
+    x: Any, weight: Any, y: Any, scale: float = 1.0, transposed: bool = True, turned: bool = False, start: float = 0.0
+) -> None:
+    """`batched_product` of one matrix, whose axes are the last two, plus `start` y."""
+    n, m = y.shape[-2:]
+    k = x.shape[-2] if turned else x.shape[-1]
+    compute, factor, start_at = _precision(x, scale, start)
+    cublas, handle = _cublas()
+    cublas.gemmEx(
+        handle, int(transposed), int(turned), m, n, k, factor,
+        weight.data.ptr, _type(weight), _row(weight), x.data.ptr, _type(x), _row(x),
+        start_at, y.data.ptr, _type(y), _row(y), compute, _DEFAULT_ALGORITHM,
     )  # fmt: skip
 
 
